@@ -1,0 +1,62 @@
+"""Attention of new tokens to what a cache holds: padded per row, under the rule's mask where one is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["HeldAttention"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldAttention:
+    """How the new tokens of all rows attend to `num_keys` slots of each row's cache.
+
+    Attributes:
+        query_index: flat index of each row's new tokens, padded with 0.
+        output_index: each new token's place in the padded outputs; None where every row has as many.
+        mask: what each may read; None where that is every slot.
+        num_keys: slots read, the longest row's.
+    """
+
+    query_index: Int[Tensor, "rows queries"]
+    output_index: Int[Tensor, " tokens"] | None
+    mask: Bool[Tensor, "rows queries keys"] | None
+    num_keys: int
+
+    def attend(
+        self,
+        query: Float[Tensor, "tokens heads head_dim"],
+        key: Float[Tensor, "rows kv_heads slots head_dim"],
+        value: Float[Tensor, "rows kv_heads slots head_dim"],
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """The attention output of every new token; `key` and `value` are a cache's, the new entries among them."""
+        rows, num_queries = self.query_index.shape
+        heads, head_dim = query.shape[1:]
+        kv_heads = key.shape[1]
+        groups = heads // kv_heads
+        padded = query if self.output_index is None else query.index_select(0, self.query_index.reshape(-1))
+        # Heads that share keys become further queries of one head, so that no key is copied.
+        padded = padded.view(rows, num_queries, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
+        padded = padded.reshape(rows, kv_heads, groups * num_queries, head_dim)
+        mask = None if self.mask is None else self.mask.repeat(1, groups, 1).unsqueeze(1)
+        output = F.scaled_dot_product_attention(
+            padded, key[:, :, : self.num_keys], value[:, :, : self.num_keys], attn_mask=mask
+        )
+        output = output.view(rows, kv_heads, groups, num_queries, head_dim).permute(0, 3, 1, 2, 4)
+        output = output.reshape(rows * num_queries, heads, head_dim)
+        return output if self.output_index is None else output.index_select(0, self.output_index)
+
+    def to(self, device: torch.device) -> HeldAttention:
+        if device.type == "cpu":
+            return self
+        return HeldAttention(
+            self.query_index.to(device),
+            None if self.output_index is None else self.output_index.to(device),
+            None if self.mask is None else self.mask.to(device),
+            self.num_keys,
+        )

@@ -1,0 +1,29 @@
+"""Rotary positions (arXiv 2104.09864), by explicit position: entries keep their rotation wherever they are stored."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["rotary_angles", "rotate"]
+
+
+def rotary_angles(
+    position: Int[Tensor, " tokens"], head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]:
+    """Cosine and sine of each position's rotation, for `head_dim // 2` pairs, computed in at least float32."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=exact) / head_dim)
+    angle = (position.to(exact)[:, None] * frequency)[:, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(
+    states: Float[Tensor, "tokens heads head_dim"],
+    cos: Float[Tensor, "tokens 1 half"],
+    sin: Float[Tensor, "tokens 1 half"],
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """Rotates pair (i, i + head_dim/2) of each head by its position's angle, Llama's pairing."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,139 @@
+"""Where each token stands: its row, document, sentence and positions.
+
+The model takes ragged text: the tokens of all rows, one row after the other, without padding (axis `tokens`). Which
+tokens close a sentence, and which start a document, is read off the token ids, so that the parallel forward and the
+step-by-step decode derive the same structure from the same ids:
+
+    row 0:  <eot>  The  cat  sat  .  <eos>  It  slept
+    document  1     1    1    1   1    1     1    1
+    sentence  0     1    1    1   1    1     2    2
+    offset    0     0    1    2   3    4     0    1      index inside the sentence
+    position  0     1    2    3   4    5     6    7      index inside the document
+    is_end    *                        *                 closes its sentence
+
+`<|endoftext|>` starts a document and is a sentence of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+__all__ = ["RowCounters", "TokenStructure", "read_structure"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenStructure:
+    """The place of each of some tokens, or of each cache entry; all fields have one shape, on the CPU."""
+
+    row: Int[Tensor, "*shape"]
+    document: Int[Tensor, "*shape"]
+    sentence: Int[Tensor, "*shape"]
+    offset: Int[Tensor, "*shape"]
+    position: Int[Tensor, "*shape"]
+    is_end: Bool[Tensor, "*shape"]
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStructure:
+        """The same structure with `function` applied to every field."""
+        return TokenStructure(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    def __getitem__(self, index: Tensor | slice) -> TokenStructure:
+        return self.map(lambda field: field[index])
+
+
+@dataclass(eq=False, kw_only=True)
+class RowCounters:
+    """Per row, where the next token will stand (unless it is an `<|endoftext|>`, which starts a new document)."""
+
+    document: Int[Tensor, " rows"]
+    sentence: Int[Tensor, " rows"]
+    offset: Int[Tensor, " rows"]
+    position: Int[Tensor, " rows"]
+
+    @classmethod
+    def zeros(cls, num_rows: int) -> RowCounters:
+        return cls(**{field.name: torch.zeros(num_rows, dtype=torch.long) for field in fields(cls)})
+
+    def __len__(self) -> int:
+        return self.document.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowCounters:
+        """The same counters with `function` applied to every field."""
+        return RowCounters(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    def after(self, tokens: TokenStructure) -> RowCounters:
+        """Where each row's next token will stand once `tokens` (ordered by row) have been read."""
+        if len(tokens) == 0:
+            return self.map(torch.clone)
+        is_last = torch.ones(len(tokens), dtype=torch.bool)
+        is_last[:-1] = tokens.row[1:] != tokens.row[:-1]
+        last = tokens[is_last]
+        counters = self.map(torch.clone)
+        counters.document[last.row] = last.document
+        counters.position[last.row] = last.position + 1
+        counters.sentence[last.row] = last.sentence + last.is_end.long()
+        counters.offset[last.row] = torch.where(last.is_end, 0, last.offset + 1)
+        return counters
+
+
+def read_structure(
+    input_ids: Int[Tensor, " tokens"],
+    row: Int[Tensor, " tokens"],
+    counters: RowCounters,
+    *,
+    sentence_end_token_id: int | None,
+    document_start_token_id: int | None,
+) -> TokenStructure:
+    """The structure of new tokens that follow what `counters` has already seen.
+
+    `row` must not decrease; both tensors live on the CPU. With `sentence_end_token_id=None` a document is one
+    sentence, but for the `<|endoftext|>` that starts it.
+    """
+    num_tokens = input_ids.shape[0]
+    nothing = torch.zeros(num_tokens, dtype=torch.bool)
+    starts = nothing if document_start_token_id is None else input_ids == document_start_token_id
+    is_end = starts if sentence_end_token_id is None else starts | (input_ids == sentence_end_token_id)
+    if num_tokens == len(counters) and bool((row == torch.arange(num_tokens)).all()):
+        # One token a row: the decode step. Same answer as below, without the running sums.
+        return TokenStructure(
+            row=row,
+            document=counters.document + starts.long(),
+            sentence=torch.where(starts, 0, counters.sentence),
+            offset=torch.where(starts, 0, counters.offset),
+            position=torch.where(starts, 0, counters.position),
+            is_end=is_end,
+        )
+
+    index = torch.arange(num_tokens)
+    is_first = torch.ones(num_tokens, dtype=torch.bool)
+    is_first[1:] = row[1:] != row[:-1]
+    row_start = torch.cummax(torch.where(is_first, index, 0), dim=0).values
+    # The last <|endoftext|> at or before each token, and the last close strictly before it; -1 where there is none.
+    document_start = torch.cummax(torch.where(starts, index, -1), dim=0).values
+    last_close = torch.full((num_tokens,), -1)
+    last_close[1:] = torch.cummax(torch.where(is_end, index, -1), dim=0).values[:-1]
+    in_new_document = document_start >= row_start
+    in_new_sentence = last_close >= row_start
+
+    starts_seen = starts.long().cumsum(0)
+    ends_before = is_end.long().cumsum(0) - is_end.long()
+    document = counters.document[row] + starts_seen - (starts_seen - starts.long())[row_start]
+    sentence_in_document = ends_before - ends_before[document_start.clamp(min=0)]
+    sentence = torch.where(
+        in_new_document, sentence_in_document, counters.sentence[row] + ends_before - ends_before[row_start]
+    )
+    position = torch.where(in_new_document, index - document_start, counters.position[row] + index - row_start)
+    sentence_start = torch.maximum(last_close + 1, document_start)
+    offset = torch.where(
+        in_new_document | in_new_sentence, index - sentence_start, counters.offset[row] + index - row_start
+    )
+    return TokenStructure(
+        row=row, document=document, sentence=sentence, offset=offset, position=position, is_end=is_end
+    )

@@ -1,0 +1,208 @@
+"""Visibility rules: which earlier entries a query may read, and so which entries a cache must hold.
+
+A rule is stated once, by `visible`, and runs three ways that must agree (tests/parity): as a dense mask over the whole
+text, as gathered blocks over the structure (`plan`), and as a cache that holds only what `keeps` keeps. Rules are
+static: functions of the tokens. What was invisible once stays invisible, so dropping it changes nothing.
+
+Example, two sentences `a b .` and `c d .` where `.` closes a sentence, then an open `e` (rows: queries, columns: keys):
+
+    causal       own sentence   fast         keep_last    hybrid
+    1            1              1            1            1
+    11           11             .1           11           11
+    111          111            ..1          111          ..1
+    1111         ...1           ..11         ..11         ..11
+    11111        ...11          ..1.1        ..111        ..111
+    111111       ...111         ..1..1       ..1111       ..1..1
+    1111111      ......1        ..1..11      ..1..11      ..1..11
+
+Source: arXiv 2503.11426 for "fast" and "keep_last"; "hybrid" is this project's own: the ends of sentences don't read
+their sentence's inner tokens, so that only ends need to pass the body, and open sentences still see all of themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from thoughtformer.attention.gathered import AttentionPlan, causal_plan, sentence_plan
+from thoughtformer.attention.structure import RowCounters, TokenStructure
+from thoughtformer.errors import ConfigError, nearest
+
+__all__ = ["BODY_RULES", "Causal", "Fast", "Hybrid", "KeepLast", "OwnSentence", "VisibilityRule", "body_rule"]
+
+PositionScheme = Literal["offset", "sentence", "position"]
+
+
+class VisibilityRule(ABC):
+    """Who may read whom in one stage of layers."""
+
+    name: ClassVar[str]
+    #: Cache entries are allotted in blocks of this many: small where few are held, large where all are.
+    block_entries: ClassVar[int] = 16
+    #: A sentence end's output doesn't depend on this stage's states of other tokens in its sentence.
+    ends_suffice: ClassVar[bool] = False
+
+    @abstractmethod
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        """Whether each query may read each key; fields broadcast against each other."""
+
+    @abstractmethod
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        """Whether a later query of the entry's row may still read it, `counters` being where the row now stands."""
+
+    @abstractmethod
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        """How to attend among `tokens` alone, by structure instead of by mask; equals `visible`."""
+
+    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+        """The tokens that must pass this stage so that the `wanted` ones come out right."""
+        return torch.ones_like(wanted)
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        """Whether each of `new`, one a row, may read everything that its row holds (then no mask is needed)."""
+        return False
+
+
+def _earlier(query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+    same_document = (query.row == key.row) & (query.document == key.document)
+    return same_document & (key.position <= query.position)
+
+
+def _in_current_document(entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+    return entry.document == counters.document[entry.row]
+
+
+def _in_open_sentence(entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+    return _in_current_document(entry, counters) & (entry.sentence == counters.sentence[entry.row])
+
+
+def _starts_document(new: TokenStructure) -> bool:
+    return bool(((new.position == 0) & (new.document > 0)).any())
+
+
+class Causal(VisibilityRule):
+    """Every earlier token of the document: the plain GPT."""
+
+    name = "causal"
+    block_entries = 64
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        return _earlier(query, key)
+
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        return _in_current_document(entry, counters)
+
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        return causal_plan(_document_ordinal(tokens))
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new)
+
+
+class OwnSentence(VisibilityRule):
+    """Earlier tokens of the query's own sentence: the word-level encoder."""
+
+    name = "own_sentence"
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        return _earlier(query, key) & (query.sentence == key.sentence)
+
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        return _in_open_sentence(entry, counters)
+
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        return causal_plan(_sentence_ordinal(tokens))
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new)
+
+
+class Fast(VisibilityRule):
+    """Sentence ends, and the query itself."""
+
+    name = "fast"
+    ends_suffice = True
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        return _earlier(query, key) & (key.is_end | (key.position == query.position))
+
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        return _in_current_document(entry, counters) & entry.is_end
+
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        return sentence_plan(tokens, self, _document_ordinal(tokens), _sentence_ordinal(tokens))
+
+    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+        return wanted | tokens.is_end
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new)
+
+
+class KeepLast(VisibilityRule):
+    """Sentence ends, and earlier tokens of the query's own sentence."""
+
+    name = "keep_last"
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        return _earlier(query, key) & (key.is_end | (key.sentence == query.sentence))
+
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        return _in_open_sentence(entry, counters) | (_in_current_document(entry, counters) & entry.is_end)
+
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        return sentence_plan(tokens, self, _document_ordinal(tokens), _sentence_ordinal(tokens))
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new)
+
+
+class Hybrid(KeepLast):
+    """As `KeepLast`, except that a sentence end reads only sentence ends and itself."""
+
+    name = "hybrid"
+    ends_suffice = True
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        to_end = key.is_end | (key.position == query.position)
+        own = ~query.is_end & (key.sentence == query.sentence)
+        return _earlier(query, key) & (to_end | own)
+
+    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+        sentence = _sentence_ordinal(tokens)
+        is_wanted = torch.zeros(len(tokens), dtype=torch.bool)
+        is_wanted[sentence[wanted & ~tokens.is_end]] = True
+        return tokens.is_end | is_wanted[sentence]
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new) and not bool(new.is_end.any())
+
+
+BODY_RULES: dict[str, type[VisibilityRule]] = {rule.name: rule for rule in (Fast, KeepLast, Hybrid, Causal)}
+
+
+def body_rule(name: str) -> VisibilityRule:
+    """The body's rule by the name that `GPTHFConfig.body_visibility` gives; raises `ConfigError`."""
+    if name not in BODY_RULES:
+        raise ConfigError(f"body_visibility={name!r} is unknown.{nearest(name, BODY_RULES)}")
+    return BODY_RULES[name]()
+
+
+def _ordinal(*keys: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+    """Counts runs of equal keys: 0 for the first run, 1 for the next, and so on."""
+    changes = torch.zeros_like(keys[0])
+    for key in keys:
+        changes[1:] |= (key[1:] != key[:-1]).long()
+    return changes.cumsum(0)
+
+
+def _document_ordinal(tokens: TokenStructure) -> Int[Tensor, " tokens"]:
+    return _ordinal(tokens.row, tokens.document)
+
+
+def _sentence_ordinal(tokens: TokenStructure) -> Int[Tensor, " tokens"]:
+    return _ordinal(tokens.row, tokens.document, tokens.sentence)

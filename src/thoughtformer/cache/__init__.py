@@ -1,0 +1,8 @@
+"""What generation holds: keys and values of open and closed sentences, with byte accounting."""
+
+from __future__ import annotations
+
+from thoughtformer.cache.gpthf import GPTHFCache, distinct_storage_bytes
+from thoughtformer.cache.stage import StageCache, stage_bytes
+
+__all__ = ["GPTHFCache", "StageCache", "distinct_storage_bytes", "stage_bytes"]

@@ -1,0 +1,177 @@
+"""What GPTHF holds between steps: a `transformers` cache whose stages drop what no later token may read.
+
+Encoder: the open sentence. Body: one entry a closed sentence, plus the open sentence where the rule reads it. A plain
+GPT's body holds every token. State belongs to a row; rows never read each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import Cache
+
+from thoughtformer.attention import RowCounters, TokenStructure
+from thoughtformer.cache.stage import StageCache
+from thoughtformer.errors import InputError, UnsupportedError
+
+__all__ = ["GPTHFCache", "distinct_storage_bytes"]
+
+
+def distinct_storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once: a view keeps all of its storage alive."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class GPTHFCache(Cache):
+    """The generation state of some rows.
+
+    A forward pass commits what it wrote, unless `autocommit` is off: then steps pile up, masked instead of dropped,
+    until `commit` (of all, or of each row's first few tokens) or `rollback`. `get_seq_length` counts the columns
+    given to the model, padding included, as transformers expects; `num_tokens` counts each row's own tokens.
+    """
+
+    is_compileable = False
+
+    def __init__(self, stages: list[StageCache], num_rows: int) -> None:
+        super().__init__(layers=[])
+        self.stages = stages
+        self.counters = RowCounters.zeros(num_rows)
+        self.num_tokens = torch.zeros(num_rows, dtype=torch.long)
+        self.num_columns = 0
+        self.autocommit = True
+        self._pending: list[TokenStructure] = []
+        self._committed = (self.counters, self.num_tokens, self.num_columns)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held."""
+        return len(self.counters)
+
+    @property
+    def batch_size(self) -> int:  # transformers' name for it
+        return self.num_rows
+
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing has been read yet."""
+        return not bool(self.num_tokens.any())
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: a closed sentence's tokens are gone, so no number of tokens can be taken back."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included: the logical length, whatever is still held."""
+        return self.num_columns
+
+    def num_bytes(self) -> int:
+        """Bytes of all distinct storages held, keys, values and bookkeeping."""
+        tensors = [tensor for stage in self.stages for tensor in stage.tensors()]
+        counters = [getattr(self.counters, field.name) for field in fields(self.counters)]
+        return distinct_storage_bytes([*tensors, *counters, self.num_tokens])
+
+    def record(self, tokens: TokenStructure, num_columns: int) -> None:
+        """Moves the counters past `tokens`; with `autocommit`, commits them."""
+        self.counters = self.counters.after(tokens)
+        self.num_tokens = self.num_tokens.index_add(0, tokens.row, torch.ones_like(tokens.row))
+        self.num_columns += num_columns
+        self._pending.append(tokens)
+        if self.autocommit:
+            self.commit()
+
+    def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
+        """Makes uncommitted tokens final: all of them, or each row's first `num_tokens`, forgetting the rest.
+
+        Raises:
+            InputError: more tokens than are uncommitted.
+        """
+        if num_tokens is not None:
+            self._keep_first(num_tokens)
+        for stage in self.stages:
+            stage.commit(self.counters)
+        self._pending = []
+        self._committed = (self.counters, self.num_tokens, self.num_columns)
+
+    def rollback(self) -> None:
+        """Returns to the last commit."""
+        self.counters, self.num_tokens, self.num_columns = self._committed
+        for stage in self.stages:
+            stage.rollback()
+        self.commit()
+
+    def fork(self) -> GPTHFCache:
+        """A copy that shares no storage with this one."""
+        return copy.deepcopy(self)
+
+    def select(self, rows: Int[Tensor, " selected"]) -> None:
+        """Keeps the given rows, in that order; a row may be named more than once. Nothing may be uncommitted."""
+        if self._pending:
+            raise UnsupportedError("select needs a committed cache: call commit() or rollback() first.")
+        rows = rows.to(device="cpu", dtype=torch.long)
+        for stage in self.stages:
+            stage.select(rows)
+        self.counters = self.counters.map(lambda field: field[rows])
+        self.num_tokens = self.num_tokens[rows]
+        self._committed = (self.counters, self.num_tokens, self.num_columns)
+
+    # transformers' names for the same, called by beam search and contrastive search.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues from what row `beam_idx[i]` held."""
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows."""
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, copies side by side."""
+        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything; the rows stay."""
+        self.counters = RowCounters.zeros(self.num_rows)
+        self.num_tokens = torch.zeros_like(self.num_tokens)
+        self.num_columns = 0
+        for stage in self.stages:
+            stage.lengths = torch.zeros_like(stage.lengths)
+        self.commit()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was folded can't be unfolded."""
+        raise UnsupportedError(
+            f"crop({tokens_to_remove}) on a GPTHFCache: tokens of closed sentences are gone. "
+            "Turn autocommit off and use rollback() or commit(num_tokens) instead."
+        )
+
+    def _keep_first(self, num_tokens: Int[Tensor, " rows"]) -> None:
+        tokens = self._all_pending()
+        pending = torch.bincount(tokens.row, minlength=self.num_rows)
+        if bool((num_tokens > pending).any()) or bool((num_tokens < 0).any()):
+            raise InputError(
+                f"commit(num_tokens={num_tokens.tolist()}), but {pending.tolist()} tokens are uncommitted in the rows."
+            )
+        column = torch.arange(len(tokens)) - (pending.cumsum(0) - pending)[tokens.row]
+        accepted: Bool[Tensor, " tokens"] = column < num_tokens[tokens.row]
+        counters, before, _ = self._committed
+        self.counters = counters.after(tokens[accepted])
+        self.num_tokens = before + num_tokens
+        for stage in self.stages:
+            stage.truncate_uncommitted(num_tokens)
+
+    def _all_pending(self) -> TokenStructure:
+        """Uncommitted tokens, ordered by row, then by text."""
+        joined = TokenStructure(
+            **{
+                field.name: torch.cat([getattr(part, field.name) for part in self._pending])
+                for field in fields(TokenStructure)
+            }
+        )
+        return joined[torch.argsort(joined.row, stable=True)]

@@ -1,0 +1,523 @@
+"""GPTHF: a word-level encoder, then a sentence-level body, as a `transformers` causal LM.
+
+    ids -> embedding -> stage "encoder" (own sentence) -> stage "body" (sentence ends, ...) -> RMSNorm -> tied head
+
+The stack is a list of stages, each with its visibility rule. The parallel forward and the step-by-step decode are one
+function, `GPTHFModel.forward`: it takes ragged tokens, reads their structure off their ids, lets only those tokens
+pass a stage that something later depends on, and attends either by plan (nothing held yet) or to the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationConfig, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from thoughtformer.attention import (
+    AttentionPlan,
+    Causal,
+    DenseAttention,
+    OwnSentence,
+    RowCounters,
+    TokenStructure,
+    VisibilityRule,
+    body_rule,
+    dense_mask,
+    read_structure,
+    rotary_angles,
+)
+from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
+from thoughtformer.errors import ContextOverflowError, InputError
+from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.models.layers import Attend, Layer, residual_projections
+from thoughtformer.models.penalty import exempting_repetition_penalty
+
+__all__ = ["GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
+
+
+class Stage(nn.Module):
+    """Layers that share a visibility rule and a position scheme."""
+
+    def __init__(self, name: str, rule: VisibilityRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
+        super().__init__()
+        self.name = name
+        self.rule = rule
+        self.positions = positions
+        self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, visibility={self.rule.name}, positions={self.positions}"
+
+
+def _stages(config: GPTHFConfig) -> list[Stage]:
+    stages = []
+    if config.num_encoder_layers:
+        # Counting inside the sentence makes the encoder's output depend on the sentence alone.
+        stages.append(Stage("encoder", OwnSentence(), "offset", config.num_encoder_layers, config))
+    rule = body_rule(config.body_visibility)
+    counts_tokens = isinstance(rule, Causal) or config.body_positions == "token"
+    stages.append(Stage("body", rule, "position" if counts_tokens else "sentence", config.num_body_layers, config))
+    return stages
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RaggedOutput:
+    """What `GPTHFModel.forward` returns, for the `wanted` tokens in text order.
+
+    `hidden_states` holds, when asked for, the embeddings and every layer's output for all tokens.
+    """
+
+    last_hidden_state: Float[Tensor, "wanted hidden"]
+    tokens: TokenStructure
+    hidden_states: list[Float[Tensor, "tokens hidden"]] | None
+
+
+class GPTHFPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving."""
+
+    config_class = GPTHFConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Layer"]
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Layer):
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            for weight in residual_projections(module):
+                init.normal_(weight, mean=0.0, std=std)
+
+
+class GPTHFModel(GPTHFPreTrainedModel):
+    """The stages without the head, over ragged tokens."""
+
+    def __init__(self, config: GPTHFConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.stages = nn.ModuleList(_stages(config))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def new_cache(self, num_rows: int) -> GPTHFCache:
+        """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
+        config = self.config
+        stages = [
+            StageCache(
+                stage.rule,
+                num_layers=len(stage.layers),
+                num_rows=num_rows,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for stage in self.stages
+        ]
+        return GPTHFCache(stages, num_rows)
+
+    def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int) -> int:
+        """What `num_bytes()` of a committed cache must be, given each stage's longest row in entries."""
+        config = self.config
+        stages = sum(
+            stage_bytes(
+                stage.rule,
+                num_layers=len(stage.layers),
+                num_rows=num_rows,
+                longest_row_entries=longest_row_entries[stage.name],
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                dtype=self.dtype,
+            )
+            for stage in self.stages
+        )
+        return stages + num_rows * 8 * 5  # four counters and the token count
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        row: Int[Tensor, " tokens"],
+        cache: GPTHFCache | None = None,
+        *,
+        num_rows: int | None = None,
+        num_columns: int = 0,
+        wanted: Bool[Tensor, " tokens"] | None = None,
+        output_hidden_states: bool = False,
+    ) -> RaggedOutput:
+        """The hidden states of the `wanted` tokens (all by default), after the final norm.
+
+        Args:
+            input_ids: the new tokens of all rows, row after row, without padding.
+            row: each token's row, on the CPU, never decreasing.
+            cache: what the rows have read before; updated.
+            num_rows: rows without a cache; default: those named.
+            num_columns: by how much the cache's `get_seq_length` grows.
+            wanted: on the CPU.
+            output_hidden_states: also return every layer's output, of all tokens.
+
+        Raises:
+            ContextOverflowError: a document grows past `max_position_embeddings`, and `allow_extrapolation` is off.
+        """
+        if cache is not None:
+            counters = cache.counters
+        else:
+            counters = RowCounters.zeros(num_rows if num_rows is not None else int(row.max()) + 1 if len(row) else 0)
+        tokens = read_structure(
+            input_ids.cpu(),
+            row,
+            counters,
+            sentence_end_token_id=self.config.sentence_end_token_id,
+            document_start_token_id=self.config.bos_token_id,
+        )
+        self._check_length(tokens)
+        if wanted is None:
+            wanted = torch.ones(len(tokens), dtype=torch.bool)
+        passing = self._passing(tokens, counters, cache, wanted, keep_all=output_hidden_states)
+
+        hidden_states = self.embed_tokens(input_ids)
+        collected = [hidden_states] if output_hidden_states else None
+        index: Int[Tensor, " passing"] = torch.arange(len(tokens))
+        try:
+            for number, stage in enumerate(self.stages):
+                assert isinstance(stage, Stage)
+                if int(passing[number].sum()) < len(index):
+                    still = passing[number][index]
+                    hidden_states = hidden_states[still.to(hidden_states.device)]
+                    index = index[still]
+                held = None if cache is None else cache.stages[number]
+                fresh = cache is None or (cache.is_fresh and cache.autocommit)
+                hidden_states = self._run(
+                    stage, hidden_states, tokens[index], counters.after(tokens), held, fresh, collected
+                )
+            is_wanted = wanted[index]
+            if not bool(is_wanted.all()):
+                hidden_states = hidden_states[is_wanted.to(hidden_states.device)]
+            last = self.norm(hidden_states)
+        except BaseException:
+            if cache is not None and cache.autocommit:
+                cache.rollback()  # never leave a step half written
+            raise
+        if cache is not None:
+            cache.record(tokens, num_columns)
+        return RaggedOutput(last_hidden_state=last, tokens=tokens[index[is_wanted]], hidden_states=collected)
+
+    def _passing(
+        self,
+        tokens: TokenStructure,
+        counters: RowCounters,
+        cache: GPTHFCache | None,
+        wanted: Bool[Tensor, " tokens"],
+        keep_all: bool,
+    ) -> list[Bool[Tensor, " tokens"]]:
+        """Per stage, the tokens that must pass it: the wanted, those a cache will keep, and all these depend on."""
+        everything = torch.ones_like(wanted)
+        if keep_all or (cache is not None and not cache.autocommit):
+            return [everything] * len(self.stages)
+        after = counters.after(tokens)
+        needed, passing = wanted, []
+        for stage in reversed(list(self.stages)):
+            assert isinstance(stage, Stage)
+            if cache is not None:
+                needed = needed | stage.rule.keeps(tokens, after)
+            needed = stage.rule.needs(tokens, needed)
+            passing.append(needed)
+        return passing[::-1]
+
+    def _run(
+        self,
+        stage: Stage,
+        hidden_states: Float[Tensor, "tokens hidden"],
+        tokens: TokenStructure,
+        after: RowCounters,
+        held: StageCache | None,
+        fresh: bool,
+        collected: list[Float[Tensor, "tokens hidden"]] | None,
+    ) -> Float[Tensor, "tokens hidden"]:
+        if len(tokens) == 0:
+            return hidden_states
+        device = hidden_states.device
+        position = getattr(tokens, stage.positions).to(device)
+        # Under autocast the model's own dtype is float32; rotations are cast to the activations' dtype in the layer.
+        angles = rotary_angles(position, self.config.head_dim, self.config.rope_theta, self.dtype)
+        if fresh:
+            attention: AttentionPlan | DenseAttention
+            if self.config._attn_implementation == "eager":
+                attention = DenseAttention(dense_mask(stage.rule, tokens).to(device))
+            else:
+                attention = stage.rule.plan(tokens).to(device)
+            attends = _attend_fresh(attention, stage, tokens, after, held, device)
+        else:
+            assert held is not None
+            attends = _attend_held(stage, tokens, held, device)
+        for layer, attend in zip(stage.layers, attends, strict=True):
+            hidden_states = layer(hidden_states, angles, attend)
+            if collected is not None:
+                collected.append(hidden_states)
+        return hidden_states
+
+    def _check_length(self, tokens: TokenStructure) -> None:
+        limit = self.config.max_position_embeddings
+        if self.config.allow_extrapolation or len(tokens) == 0:
+            return
+        longest = int(tokens.position.max()) + 1
+        if longest > limit:
+            raise ContextOverflowError(
+                f"a document reaches {longest} tokens, but the model was trained for {limit}. Shorten the text, or "
+                "allow_extrapolation (config.allow_extrapolation=True, --allow-extrapolation)."
+            )
+
+
+def _attend_fresh(
+    attention: AttentionPlan | DenseAttention,
+    stage: Stage,
+    tokens: TokenStructure,
+    after: RowCounters,
+    held: StageCache | None,
+    device: torch.device,
+) -> list[Attend]:
+    """One attention a layer, over the new tokens alone; what the rule keeps goes to the cache."""
+    if held is None:
+        return [attention.attend] * len(stage.layers)
+    kept = stage.rule.keeps(tokens, after)
+    row, slot = (index.to(device) for index in held.extend(tokens[kept]))
+    kept_index = kept.nonzero().squeeze(1).to(device)
+
+    def attend_layer(number: int) -> Attend:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            held.write(number, row, slot, key.index_select(0, kept_index), value.index_select(0, kept_index))
+            return attention.attend(query, key, value)
+
+        return attend
+
+    return [attend_layer(number) for number in range(len(stage.layers))]
+
+
+def _attend_held(stage: Stage, tokens: TokenStructure, held: StageCache, device: torch.device) -> list[Attend]:
+    """One attention a layer, over everything held with the new tokens added."""
+    row, slot = (index.to(device) for index in held.extend(tokens))
+    attention = held.held_attention(tokens).to(device)
+
+    def attend_layer(number: int) -> Attend:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            held.write(number, row, slot, key, value)
+            return attention.attend(query, held.keys[number], held.values[number])
+
+        return attend
+
+    return [attend_layer(number) for number in range(len(stage.layers))]
+
+
+class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
+    """GPTHF with its head.
+
+    The head knows the grammar of sentence ends: an end never follows an end or a document's start, and the last token
+    that `max_sentence_tokens` allows is an end for certain, at no cost in bits. Since that is part of the logits, it
+    holds alike in training, scoring, `generate` and the engine.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _is_stateful = True  # transformers then refuses assisted decoding and prompt lookup, which would crop the cache
+
+    def __init__(self, config: GPTHFConfig) -> None:
+        super().__init__(config)
+        self.model = GPTHFModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def new_cache(self, num_rows: int) -> GPTHFCache:
+        """An empty cache for `num_rows` rows."""
+        return self.model.new_cache(num_rows)
+
+    def ragged_logits(
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        row: Int[Tensor, " tokens"],
+        cache: GPTHFCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "wanted vocab"], RaggedOutput]:
+        """Next-token logits of the wanted tokens; arguments as in `GPTHFModel.forward`."""
+        output = self.model(input_ids, row, cache, **kwargs)
+        logits = self.lm_head(output.last_hidden_state)
+        self._apply_grammar(logits, output.tokens)
+        return logits, output
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: GPTHFCache | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and the loss where labels are given; transformers' arguments and meanings.
+
+        Args:
+            input_ids: new tokens, padded on either side where `attention_mask` is 0.
+            attention_mask: 1 for tokens, 0 for padding; over the new columns, or over all columns seen.
+            past_key_values: what came before; updated in place.
+            labels: as `input_ids`, shifted inside; -100 and padding are not scored.
+            use_cache: without `past_key_values`, make a cache and return it; default: the config's, not in training.
+            logits_to_keep: the last so many columns, or the given columns; 0 for all.
+
+        Raises:
+            InputError: no ids, a mask that isn't two-dimensional, or custom position ids.
+        """
+        if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
+            raise InputError(
+                "GPTHF needs input_ids of shape (batch, seq): sentences are read off the ids, so embeddings won't do."
+            )
+        if kwargs.get("position_ids") is not None:
+            raise InputError("GPTHF derives positions from the ids: leave position_ids out.")
+        batch, seq = input_ids.shape
+        real = _real_tokens(input_ids, attention_mask)
+        keep = _kept_columns(logits_to_keep, seq)
+        if labels is not None and len(keep) != seq:
+            raise InputError("labels need all logits: leave logits_to_keep at 0.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if past_key_values is not None and past_key_values.num_rows != batch:
+            raise InputError(f"past_key_values holds {past_key_values.num_rows} rows, input_ids has {batch}.")
+        if past_key_values is None and use_cache:
+            past_key_values = self.new_cache(batch)
+
+        wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq)
+        row = torch.arange(batch)[:, None].expand(batch, seq)
+        all_real = bool(real.all())
+        logits, output = self.ragged_logits(
+            input_ids.reshape(-1) if all_real else input_ids[real.to(input_ids.device)],
+            row[real],
+            past_key_values,
+            num_rows=batch,
+            num_columns=seq,
+            wanted=wanted[real],
+            output_hidden_states=bool(output_hidden_states),
+        )
+        if all_real:
+            logits = logits.view(batch, len(keep), logits.shape[-1])
+        else:
+            padded = logits.new_zeros(batch, len(keep), logits.shape[-1])
+            padded[real[:, keep].to(logits.device)] = logits
+            logits = padded
+        if len(keep) and not bool((keep[1:] > keep[:-1]).all()):
+            logits = logits[:, torch.argsort(torch.argsort(keep)).to(logits.device)]
+
+        loss = None
+        if labels is not None:
+            if not all_real:
+                labels = labels.masked_fill(~real.to(labels.device), -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = None
+        if output.hidden_states is not None:
+            hidden_states = tuple(_padded(states, real) for states in output.hidden_states)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden_states
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    @torch.no_grad()
+    def _apply_grammar(self, logits: Float[Tensor, "wanted vocab"], tokens: TokenStructure) -> None:
+        """Rules out ends that can't be, in place.
+
+        Not recorded by autograd: what is ruled out has probability 0, and so gradient 0, in any loss of the softmax.
+        """
+        end = self.config.sentence_end_token_id
+        if end is None:
+            return
+        impossible = torch.finfo(logits.dtype).min
+        closed = tokens.is_end.nonzero().squeeze(1).to(logits.device)
+        logits[closed, end] = impossible
+        if self.config.max_sentence_tokens is None:
+            return
+        # The next token would be number offset + 2 of its sentence.
+        full = ~tokens.is_end & (tokens.offset + 2 >= self.config.max_sentence_tokens)
+        if bool(full.any()):
+            rows = full.nonzero().squeeze(1).to(logits.device)
+            end_logits = logits[rows, end].clone()
+            logits[rows] = impossible
+            logits[rows, end] = end_logits
+
+    # transformers' generation hooks.
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        mask = model_kwargs.get("attention_mask")
+        padding = int((mask == 0).sum(-1).min()) if mask is not None else 0
+        needed, limit = max_cache_length - padding, self.config.max_position_embeddings
+        if needed > limit and not self.config.allow_extrapolation:
+            raise ContextOverflowError(
+                f"prompt and new tokens come to {needed}, but the model was trained for {limit}. Lower max_new_tokens "
+                f"by {needed - limit}, shorten the prompt, or set config.allow_extrapolation=True."
+            )
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = self.new_cache(rows)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        exempt = [self.config.sentence_end_token_id, self.config.bos_token_id]
+        return exempting_repetition_penalty(processors, [token for token in exempt if token is not None])
+
+
+def _real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
+    """Which of the new columns are tokens, on the CPU."""
+    batch, seq = input_ids.shape
+    if attention_mask is None:
+        return torch.ones(batch, seq, dtype=torch.bool)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; GPTHF takes (batch, columns) with batch={batch} "
+            f"and at least {seq} columns, 1 for tokens and 0 for padding. Who sees whom is the model's own rule."
+        )
+    return attention_mask[:, attention_mask.shape[1] - seq :].bool().cpu()
+
+
+def _kept_columns(logits_to_keep: int | Tensor, seq: int) -> Int[Tensor, " kept"]:
+    if isinstance(logits_to_keep, Tensor):
+        return torch.arange(seq)[logits_to_keep.cpu()]
+    return torch.arange(seq)[-logits_to_keep if logits_to_keep else 0 :]
+
+
+def _padded(
+    states: Float[Tensor, "tokens hidden"], real: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq hidden"]:
+    padded = states.new_zeros(*real.shape, states.shape[-1])
+    padded[real.to(states.device)] = states
+    return padded

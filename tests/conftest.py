@@ -1,0 +1,92 @@
+"""Shared fixtures: tiny models in float64, text written for the tests; shapes are checked at run time."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+# Before the first import of the package: shapes are checked in the tests, and cost users nothing. Configurations are
+# left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
+CHECKED = ["attention", "cache", "decode", "engine", "models.layers", "models.modeling_gpthf", "models.penalty"]
+with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
+    import thoughtformer.models
+
+import pytest
+import torch
+
+from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+
+torch.set_num_threads(1)
+
+VISIBILITIES = ("fast", "keep_last", "hybrid", "causal")
+END, START, PAD = 1, 0, 2
+VOCAB = 40
+
+
+def tiny_config(visibility: str = "hybrid", **changes: object) -> GPTHFConfig:
+    """A configuration small enough for hundreds of forward passes a second."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_encoder_layers": 2,
+        "num_body_layers": 2,
+        "num_attention_heads": 4,
+        "body_visibility": visibility,
+        "max_position_embeddings": 256,
+        "max_sentence_tokens": None,
+    }
+    return GPTHFConfig(**(settings | changes))
+
+
+def tiny_model(visibility: str = "hybrid", *, seed: int = 0, **changes: object) -> GPTHFForCausalLM:
+    """A random float64 model whose attention is far from uniform, so that a wrong mask shows."""
+    model = GPTHFForCausalLM(tiny_config(visibility, **changes)).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4, generator=generator)
+    return model
+
+
+@pytest.fixture(params=VISIBILITIES)
+def visibility(request: pytest.FixtureRequest) -> str:
+    """Each body rule in turn."""
+    return request.param
+
+
+@pytest.fixture(params=[4, 2], ids=["plain_heads", "grouped_heads"])
+def model(request: pytest.FixtureRequest, visibility: str) -> GPTHFForCausalLM:
+    """A tiny model for each rule, with plain and with grouped-query heads."""
+    return tiny_model(visibility, num_key_value_heads=request.param)
+
+
+def random_text(num_tokens: int, *, seed: int, end_every: float = 6.0) -> torch.Tensor:
+    """Ids of one document: a start, then tokens with sentence ends among them, adjacent ones too."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (num_tokens,), generator=generator)
+    ids[torch.rand(num_tokens, generator=generator) < 1 / end_every] = END
+    ids[0] = START
+    return ids
+
+
+#: Texts that meet the edges, by name.
+TEXTS = {
+    "one_token": torch.tensor([START]),
+    "no_end": random_text(30, seed=1, end_every=1e9),
+    "one_token_sentences": torch.tensor([START, 5, END, 6, END, 7, END, 8]),
+    "adjacent_ends": torch.tensor([START, 5, 6, END, END, END, 7, 8, END, 9]),
+    "ends_at_end": torch.tensor([START, 5, 6, END, 7, 8, END]),
+    "starts_with_end": torch.tensor([END, 5, 6, END, 7]),
+    "no_start": torch.tensor([5, 6, END, 7, 8, 9]),
+    "long_sentence": torch.cat([random_text(20, seed=2), torch.full((90,), 7), random_text(12, seed=3)[1:]]),
+    "two_documents": torch.cat([random_text(25, seed=4), random_text(18, seed=5)]),
+    "documents_unfinished": torch.tensor([START, 5, 6, START, START, 7, END, START, 8, 9]),
+    "mixed": random_text(70, seed=6),
+}
+
+
+@pytest.fixture(params=list(TEXTS), ids=list(TEXTS))
+def text(request: pytest.FixtureRequest) -> torch.Tensor:
+    """Each edge text in turn, shape (tokens,)."""
+    return TEXTS[request.param]

@@ -1,0 +1,191 @@
+"""Caches: bytes against the formula, forks, selections, rollbacks; each equals starting over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import END, START, TEXTS, random_text, tiny_model
+from torch import Tensor
+
+from thoughtformer.attention import RowCounters, read_structure
+from thoughtformer.cache import distinct_storage_bytes
+from thoughtformer.errors import InputError, UnsupportedError
+
+ATOL = 1e-9
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
+
+
+def entries_expected(model, ids: Tensor) -> dict[str, int]:
+    """Entries that each stage must hold after `ids`, from the spec's words instead of from the rules."""
+    document = ids[(ids == START).nonzero()[-1].item() :] if (ids == START).any() else ids
+    ends = ((document == END) | (document == START)).nonzero().flatten()
+    is_open = len(document) - 1 - ends[-1].item() if len(ends) else len(document)
+    body = {
+        "fast": len(ends),
+        "keep_last": len(ends) + is_open,
+        "hybrid": len(ends) + is_open,
+        "causal": len(document),
+    }[model.config.body_visibility]
+    return {"encoder": is_open, "body": body}
+
+
+def test_bytes_equal_the_formula_at_every_step(model):
+    ids = torch.cat([TEXTS["long_sentence"], TEXTS["two_documents"]])
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        for count in range(1, len(ids) + 1):
+            model(ids[None, count - 1 : count], past_key_values=cache)
+            expected = entries_expected(model, ids[:count])
+            assert {s.name: int(c.lengths[0]) for s, c in zip(model.model.stages, cache.stages)} == expected
+            assert cache.num_bytes() == model.model.cache_bytes(expected, num_rows=1)
+
+
+def test_bytes_after_ragged_prefill(model):
+    rows = [TEXTS["mixed"], TEXTS["long_sentence"], TEXTS["one_token"]]
+    cache = model.new_cache(3)
+    row = torch.cat([torch.full((len(ids),), number) for number, ids in enumerate(rows)])
+    with torch.no_grad():
+        model.ragged_logits(torch.cat(rows), row, cache)
+    expected = [entries_expected(model, ids) for ids in rows]
+    longest = {name: max(entries[name] for entries in expected) for name in expected[0]}
+    assert cache.num_bytes() == model.model.cache_bytes(longest, num_rows=3)
+
+
+def test_storage_is_counted_once():
+    base = torch.zeros(1000)
+    assert distinct_storage_bytes([base, base[10:20], base.view(10, 100)]) == 4000
+    assert distinct_storage_bytes([base[:1]]) == 4000  # a view keeps all of it alive
+
+
+@pytest.mark.parametrize("drafted", [1, 5, 12])
+@pytest.mark.parametrize("accepted", [0, 1, 4, 12])
+def test_rollback_and_partial_commit(model, drafted, accepted):
+    """Uncommitted tokens see each other; taking back any of them leaves no trace, sentence ends included."""
+    accepted = min(accepted, drafted)
+    prompt = TEXTS["mixed"][:33]
+    draft = torch.tensor([7, END, 8, 9, END, END, 10, START, 11, END, 12, 13])[:drafted]
+    following = random_text(15, seed=90)[1:]
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(prompt[None], past_key_values=cache)
+        cache.autocommit = False
+        sizes = [2] * (drafted // 2) + [1] * (drafted % 2)
+        drafts = torch.cat([model(part[None], past_key_values=cache).logits[0] for part in draft.split(sizes)])
+        cache.commit(torch.tensor([accepted])) if accepted else cache.rollback()
+        cache.autocommit = True
+        continued = torch.cat([model(token[None], past_key_values=cache).logits[0] for token in following.split(1)])
+        close(drafts, model(torch.cat([prompt, draft])[None], use_cache=False).logits[0, 33:])
+        whole = torch.cat([prompt, draft[:accepted], following])
+        close(continued, model(whole[None], use_cache=False).logits[0, 33 + accepted :])
+    assert cache.num_bytes() == model.model.cache_bytes(entries_expected(model, whole), num_rows=1)
+
+
+def test_partial_commit_differs_by_row(model):
+    prompts = torch.stack([TEXTS["mixed"][:20], TEXTS["mixed"][20:40]])
+    drafts = torch.tensor([[7, END, 8, 9], [END, 5, 6, END]])
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        model(prompts, past_key_values=cache)
+        cache.autocommit = False
+        model(drafts, past_key_values=cache)
+        cache.commit(torch.tensor([1, 3]))
+        cache.autocommit = True
+        following = model(torch.tensor([[4, 5], [6, END]]), past_key_values=cache).logits
+        for row, (accepted, new) in enumerate([(1, [4, 5]), (3, [6, END])]):
+            whole = torch.cat([prompts[row], drafts[row, :accepted], torch.tensor(new)])
+            close(following[row], model(whole[None], use_cache=False).logits[0, -2:])
+
+
+def test_commit_of_more_than_there_is_refused(model):
+    cache = model.new_cache(1)
+    cache.autocommit = False
+    with torch.no_grad():
+        model(torch.tensor([[START, 5]]), past_key_values=cache)
+    with pytest.raises(InputError, match=r"num_tokens=\[3\].*\[2\] tokens are uncommitted"):
+        cache.commit(torch.tensor([3]))
+
+
+def test_fork_shares_no_storage(model):
+    cache = model.new_cache(1)
+    left, right = random_text(20, seed=11)[1:], random_text(20, seed=12)[1:]
+    prompt = TEXTS["mixed"]
+    with torch.no_grad():
+        model(prompt[None], past_key_values=cache)
+        fork = cache.fork()
+        own = {tensor.untyped_storage().data_ptr() for stage in cache.stages for tensor in stage.tensors()}
+        assert own.isdisjoint(t.untyped_storage().data_ptr() for stage in fork.stages for t in stage.tensors())
+        for ids, held in ((left, cache), (right, fork)):
+            logits = torch.cat([model(token[None], past_key_values=held).logits[0] for token in ids.split(1)])
+            close(logits, model(torch.cat([prompt, ids])[None], use_cache=False).logits[0, len(prompt) :])
+
+
+def test_selected_rows_go_on_as_alone(model):
+    """Rows dropped, swapped and doubled, as beams do."""
+    rows = [TEXTS["mixed"][:40], TEXTS["mixed"][30:70], TEXTS["no_end"].repeat(2)[:40]]
+    cache = model.new_cache(3)
+    following = torch.stack([random_text(12, seed=20 + number)[1:] for number in range(4)])
+    chosen = [2, 0, 0, 1]
+    with torch.no_grad():
+        model(torch.stack(rows), past_key_values=cache)
+        cache.reorder_cache(torch.tensor(chosen))
+        stepped = torch.cat([model(c, past_key_values=cache).logits for c in following.split(1, dim=1)], dim=1)
+        for number, row in enumerate(chosen):
+            whole = torch.cat([rows[row], following[number]])
+            close(stepped[number], model(whole[None], use_cache=False).logits[0, 40:])
+    assert cache.get_seq_length() == 51
+
+
+def test_selecting_uncommitted_rows_is_refused(model):
+    cache = model.new_cache(1)
+    cache.autocommit = False
+    with torch.no_grad():
+        model(torch.tensor([[START, 5]]), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="commit"):
+        cache.select(torch.tensor([0]))
+
+
+def test_crop_is_refused(model):
+    with pytest.raises(UnsupportedError, match="rollback"):
+        model.new_cache(1).crop(1)
+
+
+def test_failed_step_leaves_the_cache_as_it_was():
+    """A text past the limit is refused, and the next step goes on from before it."""
+    model = tiny_model("hybrid", max_position_embeddings=24)
+    cache, ids = model.new_cache(1), TEXTS["mixed"][:24]
+    with torch.no_grad():
+        model(ids[None, :20], past_key_values=cache)
+        original = model.model.norm.forward
+        model.model.norm.forward = lambda states: 1 / 0  # fails after every stage has written
+        with pytest.raises(ZeroDivisionError):
+            model(ids[None, 20:22], past_key_values=cache)
+        model.model.norm.forward = original
+        with pytest.raises(ValueError, match=r"25 tokens.*trained for 24"):
+            model(torch.full((1, 5), 9), past_key_values=cache)
+        after = model(ids[None, 20:], past_key_values=cache).logits[0]
+        close(after, model(ids[None], use_cache=False).logits[0, 20:])
+
+
+def test_reset_starts_over(model):
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(TEXTS["mixed"][None], past_key_values=cache)
+        cache.reset()
+        logits = model(TEXTS["two_documents"][None], past_key_values=cache).logits
+        close(logits, model(TEXTS["two_documents"][None], use_cache=False).logits)
+
+
+def test_structure_in_chunks_equals_at_once(text):
+    """Sentence and document counters carried from chunk to chunk."""
+    special = {"sentence_end_token_id": END, "document_start_token_id": START}
+    whole = read_structure(text, torch.zeros_like(text), RowCounters.zeros(1), **special)
+    for chunk in (1, 2, 5):
+        counters, parts = RowCounters.zeros(1), []
+        for ids in text.split(chunk):
+            parts.append(read_structure(ids, torch.zeros_like(ids), counters, **special))
+            counters = counters.after(parts[-1])
+        for name in ("document", "sentence", "offset", "position", "is_end"):
+            assert torch.cat([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist(), name
