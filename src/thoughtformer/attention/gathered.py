@@ -70,19 +70,22 @@ class AttentionPlan:
         if key.shape[1] != heads:  # grouped-query: one gather serves all heads of a group
             key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
         outputs = []
+        dtype = query.dtype
         for blocks in self.blocks:
             q = _take(query, blocks.query_index, blocks.in_order)
+            key_index = blocks.query_index if blocks.key_index is None else blocks.key_index
+            k, v = (_take(part, key_index, blocks.in_order) for part in (key, value))
+            if _trains_faster_in_float32(q, k):
+                q, k, v = q.float(), k.float(), v.float()
             if blocks.key_index is None:
-                k, v = (_take(part, blocks.query_index, blocks.in_order) for part in (key, value))
                 output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
-                k, v = _take(key, blocks.key_index), _take(value, blocks.key_index)
                 mask = None if blocks.mask is None else blocks.mask.unsqueeze(1)
                 output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             outputs.append(output.transpose(1, 2).reshape(-1, heads, head_dim))
         if not outputs:
             return query
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
         return output if self.output_index is None else output.index_select(0, self.output_index)
 
 
@@ -91,6 +94,12 @@ def _take(
 ) -> Float[Tensor, "blocks heads length head_dim"]:
     taken = states if in_order else states.index_select(0, index.reshape(-1))
     return taken.reshape(*index.shape, *states.shape[1:]).transpose(1, 2)
+
+
+def _trains_faster_in_float32(query: Tensor, key: Tensor) -> bool:
+    """bfloat16's backward over short keys is two to three times slower than float32's on CPUs (docs/log.md)."""
+    is_training = query.requires_grad and torch.is_grad_enabled()
+    return is_training and query.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= 256
 
 
 def _round_up(length: int) -> int:

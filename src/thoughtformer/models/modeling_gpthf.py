@@ -37,9 +37,10 @@ from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.layers import Attend, Layer, residual_projections
+from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.models.penalty import exempting_repetition_penalty
 
-__all__ = ["GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
+__all__ = ["GPTHFCausalLMOutput", "GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
 
 
 class Stage(nn.Module):
@@ -65,6 +66,13 @@ def _stages(config: GPTHFConfig) -> list[Stage]:
     counts_tokens = isinstance(rule, Causal) or config.body_positions == "token"
     stages.append(Stage("body", rule, "position" if counts_tokens else "sentence", config.num_body_layers, config))
     return stages
+
+
+@dataclass
+class GPTHFCausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output, and with `loss_only` each column's loss in nats, shape (batch, seq - 1), 0 if unscored."""
+
+    token_losses: Float[Tensor, "batch predicted"] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -371,8 +379,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_only: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> GPTHFCausalLMOutput | tuple:
         """Logits, and the loss where labels are given; transformers' arguments and meanings.
 
         Args:
@@ -382,6 +391,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             labels: as `input_ids`, shifted inside; -100 and padding are not scored.
             use_cache: without `past_key_values`, make a cache and return it; default: the config's, not in training.
             logits_to_keep: the last so many columns, or the given columns; 0 for all.
+            loss_only: compute no logits beside the loss, but each token's loss; several times less memory to train.
 
         Raises:
             InputError: no ids, a mask that isn't two-dimensional, or custom position ids.
@@ -403,6 +413,10 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             raise InputError(f"past_key_values holds {past_key_values.num_rows} rows, input_ids has {batch}.")
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache(batch)
+        if loss_only:
+            if labels is None:
+                raise InputError("loss_only needs labels.")
+            return self._losses(input_ids, real, labels, **kwargs)
 
         wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq)
         row = torch.arange(batch)[:, None].expand(batch, seq)
@@ -433,10 +447,41 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         hidden_states = None
         if output.hidden_states is not None:
             hidden_states = tuple(_padded(states, real) for states in output.hidden_states)
-        result = CausalLMOutputWithPast(
+        result = GPTHFCausalLMOutput(
             loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden_states
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _losses(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"],
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> GPTHFCausalLMOutput:
+        """The loss without logits: the mean over scored tokens, or their sum over `num_items_in_batch`."""
+        device = input_ids.device
+        batch, seq = input_ids.shape
+        row = torch.arange(batch)[:, None].expand(batch, seq)
+        output = self.model(input_ids[real.to(device)], row[real], num_rows=batch)
+        is_scored = torch.zeros(batch, seq, dtype=torch.bool, device=device)
+        is_scored[:, :-1] = (labels[:, 1:] != -100) & (real[:, 1:] & real[:, :-1]).to(device)
+        targets = torch.zeros_like(labels)
+        targets[:, :-1] = labels[:, 1:].clamp(min=0)
+        is_real = real.to(device)
+        scored, target = is_scored[is_real], targets[is_real]
+        count = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, losses = chunked_cross_entropy(
+            output.last_hidden_state,
+            self.lm_head.weight,
+            target,
+            scored.to(torch.promote_types(self.dtype, torch.float32)) / count,
+            lambda logits, part: self._apply_grammar(logits, output.tokens[part]),
+        )
+        token_losses = losses.new_zeros(batch, seq)
+        token_losses[is_real] = losses.masked_fill(~scored, 0)
+        return GPTHFCausalLMOutput(loss=loss, token_losses=token_losses[:, :-1])
 
     @torch.no_grad()
     def _apply_grammar(self, logits: Float[Tensor, "wanted vocab"], tokens: TokenStructure) -> None:

@@ -116,7 +116,9 @@ class PackedRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Int[Tensor, " seq"]]:
         start = index * self.row_tokens
         ids = torch.from_numpy(self.corpus.tokens[start : start + self.row_tokens].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        labels = ids.clone()
+        labels[0] = -100  # nothing predicts a row's first token; so a count of labels is a count of losses
+        return {"input_ids": ids, "labels": labels}
 
 
 _worker_tokenizer: SentenceTokenizer | None = None

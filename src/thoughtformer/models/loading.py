@@ -1,0 +1,137 @@
+"""One call from a name or folder to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from thoughtformer.errors import CheckpointError, TokenizerError, nearest
+from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.models.modeling_gpthf import GPTHFForCausalLM
+from thoughtformer.text.tokenizer import SentenceTokenizer
+
+__all__ = ["BUNDLED", "load", "load_tokenizer", "resolve"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUNDLED = ("tiny-gpthf", "tiny-gpt")
+PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "checkpoint.pt")
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder behind a bundled name or a path.
+
+    Raises:
+        CheckpointError: neither; names the closest bundled model.
+    """
+    if str(name_or_path) in BUNDLED:
+        return ASSETS / str(name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    what = "is a file, not a model's folder" if path.is_file() else "is neither a bundled model nor a folder"
+    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), BUNDLED)}")
+
+
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[GPTHFForCausalLM, SentenceTokenizer]:
+    """A model in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: `tiny-gpthf`, `tiny-gpt`, or a folder that `save_pretrained` or `thoughtformer train` wrote.
+        dtype: default: float32 on the CPU, whatever the file holds; the file's own elsewhere.
+        device: default: the CPU.
+
+    Raises:
+        CheckpointError: no such model; weights that are truncated, of another architecture, or pickled.
+        TokenizerError: no tokenizer, or one that doesn't fit the model.
+    """
+    folder = resolve(name_or_path)
+    config = _config(folder)
+    _check_weights(folder, config)
+    device = torch.device(device or "cpu")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = GPTHFForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+    )
+    tokenizer = load_tokenizer(folder)
+    _check_fit(model.config, tokenizer, folder)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path, **settings: object) -> SentenceTokenizer:
+    """The tokenizer of a bundled model or folder; `settings` replace its own (`insert_sentence_ends`, ...)."""
+    folder = resolve(name_or_path)
+    if not (folder / "tokenizer.json").exists():
+        raise TokenizerError(f"{folder} has no tokenizer.json. Train one with `thoughtformer tokenizer train`.")
+    try:
+        return SentenceTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
+    except TokenizerError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise TokenizerError(f"can't read the tokenizer in {folder}: {error}") from error
+
+
+def _config(folder: Path) -> GPTHFConfig:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: not a model's folder.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"can't read {folder / 'config.json'}: {error}") from None
+    if values.get("model_type") != GPTHFConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."
+        )
+    return GPTHFConfig.from_dict(values)
+
+
+def _check_weights(folder: Path, config: GPTHFConfig) -> None:
+    """Reads every header, and compares names and shapes with what the configuration needs."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [name for name in PICKLES if (folder / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when loaded and so never is. "
+                "Convert it to safetensors."
+            )
+        raise CheckpointError(f"{folder} has no .safetensors weights.")
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  safe_open is no mapping
+                    found[name] = tuple(weights.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from None
+    with torch.device("meta"):
+        expected = {name: tuple(weight.shape) for name, weight in GPTHFForCausalLM(config).named_parameters()}
+    missing = sorted(expected.keys() - found.keys())
+    foreign = sorted(found.keys() - expected.keys() - {"lm_head.weight"})
+    misshapen = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    if missing or foreign or misshapen:
+        parts = [
+            f"{label} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for label, names in (("lacks", missing), ("has a foreign", foreign), ("has another shape of", misshapen))
+            if names
+        ]
+        raise CheckpointError(f"the weights in {folder} don't fit its config.json: the file {'; '.join(parts)}.")
+
+
+def _check_fit(config: GPTHFConfig, tokenizer: SentenceTokenizer, folder: Path) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {config.vocab_size}: they don't "
+            "belong together."
+        )
+    end = config.sentence_end_token_id
+    if end is not None and tokenizer.sentence_end_token_id != end:
+        raise TokenizerError(
+            f"the model closes sentences with id {end}, the tokenizer in {folder} with "
+            f"{tokenizer.sentence_end_token_id}: they don't belong together."
+        )
