@@ -1,1 +1,67 @@
-"""x"""
+"""Language models that fold each sentence of context into one vector: exact, cached, measured.
+
+Importing registers the models and the tokenizer with transformers' Auto classes, and has no other effect. The names
+below load when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thoughtformer.decode import SamplingParams
+    from thoughtformer.engine import Completion, Engine
+    from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+    from thoughtformer.models.loading import load
+    from thoughtformer.text import SentenceTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "GPTHFConfig",
+    "GPTHFForCausalLM",
+    "SamplingParams",
+    "SentenceTokenizer",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "Completion": "thoughtformer.engine",
+    "Engine": "thoughtformer.engine",
+    "GPTHFConfig": "thoughtformer.models",
+    "GPTHFForCausalLM": "thoughtformer.models",
+    "SamplingParams": "thoughtformer.decode",
+    "SentenceTokenizer": "thoughtformer.text",
+    "load": "thoughtformer.models.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _is_command_line() -> bool:
+    """Whether the `thoughtformer` command, or `python -m thoughtformer`, is what imports this package.
+
+    It must answer --help within a second, and transformers takes four to import: its commands import what they need.
+    """
+    program = getattr(sys, "argv", [""])[0]
+    return program == "-m" or Path(program).stem == "thoughtformer"
+
+
+if not _is_command_line():
+    importlib.import_module("thoughtformer.registration")

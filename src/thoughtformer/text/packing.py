@@ -72,7 +72,11 @@ class TokenisedCorpus:
             CorpusError: as reading the corpus does; nothing half-written is kept.
         """
         backend = tokenizer.backend_tokenizer.to_str()
-        settings = [tokenizer.insert_sentence_ends, tokenizer.max_sentence_tokens, tokenizer.splitter.__class__.__name__]
+        settings = [
+            tokenizer.insert_sentence_ends,
+            tokenizer.max_sentence_tokens,
+            tokenizer.splitter.__class__.__name__,
+        ]
         identity = json.dumps([FORMAT_VERSION, corpus.fingerprint(), settings, backend], sort_keys=True)
         place = (folder or cache_folder()) / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:24]
         if (place / "manifest.json").exists():
@@ -135,9 +139,7 @@ def _tokenise(document: str) -> tuple[np.ndarray, int]:
     return _worker_tokenizer.encode_document(document, complete=True), len(document.encode())
 
 
-def _tokenised(
-    corpus: Corpus, tokenizer: SentenceTokenizer, num_processes: int
-) -> Iterator[tuple[np.ndarray, int]]:
+def _tokenised(corpus: Corpus, tokenizer: SentenceTokenizer, num_processes: int) -> Iterator[tuple[np.ndarray, int]]:
     if num_processes == 1:
         for document in corpus:
             yield tokenizer.encode_document(document, complete=True), len(document.encode())

@@ -228,10 +228,11 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         """The text of each row of ids."""
         return super().batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
         """The tokens of a text as strings, sentence ends among them."""
         if pair is not None:
             raise UnsupportedError("SentenceTokenizer takes no text pairs.")
         ids, _ = self._encode_text(text, add_start=add_special_tokens)
         return self.convert_ids_to_tokens(ids.tolist())
-

@@ -58,6 +58,7 @@ def train(
     overwrite: bool = False,
     column: str = "text",
     on_tokenised: Callable[[int, int], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """Trains a model and writes it, its tokenizer and its recipe to `out`.
 
@@ -71,6 +72,7 @@ def train(
         overwrite: remove the run that is in `out`.
         column: where records of .jsonl, .parquet and `datasets` hold their text.
         on_tokenised: told of each tokenised document: how many so far, and its bytes.
+        on_start: told when the text is ready and training starts.
 
     Raises:
         OutputError: `out` holds something already, or the disk is full.
@@ -98,6 +100,8 @@ def train(
         callbacks=[ProgressCallback(recipe.rows_per_step * recipe.row_tokens)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if on_start is not None:
+        on_start()
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -208,7 +212,9 @@ def _prepare_output(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         for path in _run_files(out):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif is_used and not resume:
-        raise OutputError(f"{out} is not empty. Go on with --resume, replace its run with --overwrite, or name another.")
+        raise OutputError(
+            f"{out} is not empty. Go on with --resume, replace its run with --overwrite, or name another."
+        )
     elif resume:
         checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
         if checkpoint is None:

@@ -1,0 +1,56 @@
+"""The command line, one file a command. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from thoughtformer.cli.demo import demo
+from thoughtformer.cli.evaluate import evaluate
+from thoughtformer.cli.generate import generate
+from thoughtformer.cli.info import info
+from thoughtformer.cli.tokenizer import tokenizer_app
+from thoughtformer.cli.train import train
+from thoughtformer.errors import ThoughtformerError
+
+__all__ = ["app", "main"]
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="thoughtformer",
+    help="Language models that fold each sentence of context into one vector.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo)
+app.command("generate")(generate)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.command("info")(info)
+
+
+def main() -> NoReturn:
+    """Runs a command; a user's mistake prints one line on standard error and exits with 2."""
+    # The command line never needs a network, and progress bars of libraries don't belong into its output.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app()
+    except ThoughtformerError as error:
+        print(f"thoughtformer: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("thoughtformer: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `thoughtformer ... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)

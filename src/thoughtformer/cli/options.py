@@ -1,0 +1,50 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thoughtformer.errors import InputError
+
+__all__ = ["AsJson", "Column", "Data", "Extrapolate", "Model", "Threads", "read_text", "set_threads"]
+
+Model = Annotated[str, typer.Option("--model", "-m", help="tiny-gpthf, tiny-gpt, or a model's folder.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        help="File (.txt, .md, .jsonl, .parquet, also .gz, .xz, .bz2, .zst), folder, or datasets:NAME; repeatable.",
+    ),
+]
+Column = Annotated[str, typer.Option(help="Column that holds the text, in .jsonl, .parquet and datasets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Extrapolate = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Take texts longer than the model was trained for.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one a core.", min=1)]
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, line breaks as they are; raises `InputError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}") from None
+    if b"\0" in content:
+        raise InputError(f"{path} holds a zero byte: it is binary, not text.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): binary, or another encoding.") from None
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's threads, if asked to."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,70 @@
+"""`thoughtformer train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thoughtformer.cli.options import Column, Data, Threads, set_threads
+from thoughtformer.errors import ConfigError
+
+__all__ = ["train"]
+
+
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder for the model and its checkpoints.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="tiny-gpthf or tiny-gpt.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe in a YAML or JSON file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key of the recipe: epochs=2, model.hidden_size=384.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    column: Column = "text",
+    threads: Threads = None,
+) -> None:
+    """Train a model from a recipe; the same command runs under torchrun.
+
+    Example: thoughtformer train --recipe tiny-gpthf --data books/ --out runs/mine --set max_bytes=50000000
+    """
+    if (recipe is None) == (config is None):
+        raise ConfigError("give the recipe as either --recipe NAME or --config FILE.")
+
+    from thoughtformer.recipes import recipe as named_recipe
+    from thoughtformer.train.recipe import Recipe
+
+    chosen = named_recipe(recipe) if recipe is not None else Recipe.from_file(config or "")
+    chosen = chosen.with_settings(settings or [])
+
+    from rich.console import Console
+
+    from thoughtformer.train.run import train as run
+
+    set_threads(threads)
+    console = Console(stderr=True, highlight=False)
+    num_bytes = 0
+
+    def on_tokenised(documents: int, size: int) -> None:
+        nonlocal num_bytes
+        num_bytes += size
+        status.update(f"tokenising: {documents:,} documents, {num_bytes / 1e6:,.1f} MB")
+
+    status = console.status("reading the data")
+    with status:
+        result = run(
+            chosen,
+            data,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            column=column,
+            on_tokenised=on_tokenised,
+            on_start=status.stop,
+        )
+    console.print(
+        f"{out}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.final_loss:.4f}, "
+        f"{result.seconds / 60:.1f} minutes"
+    )

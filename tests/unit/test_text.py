@@ -1,0 +1,216 @@
+"""Sentences and tokens: ends where the spec puts them, and text that comes back as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prose import PAGE, prose, tiny_tokenizer
+
+import thoughtformer  # noqa: F401  registers the tokenizer
+from thoughtformer.errors import ConfigError, CorpusError, TokenizerError, UnsupportedError
+from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
+from thoughtformer.text.sentences import insert_ends
+
+END, START = 1, 0
+AWKWARD = [
+    "",
+    " ",
+    "\n\n",
+    "She ran. He.",
+    "One.\r\n\r\nTwo. \n",
+    "Mr. Smith met Dr. Jones at 3.14 p.m. He left.",
+    f"Literal {END_OF_SENTENCE} and {END_OF_TEXT} stay text. Yes.",
+    "Emoji 🤦🏽‍♀️. Next 👩‍👩‍👧. End",
+    "日本語です。次の文。終わり",
+    "no end here",
+    "...!?",
+    "a.b.c. d! e? f",
+    "\u2028 line separators \u2029 and\u00a0spaces\u3000. Then more.",
+    'He said: "Stop." Then he left.',
+]
+
+
+def segments(tokenizer: SentenceTokenizer, text: str) -> list[str]:
+    """The text between sentence ends."""
+    parts: list[list[int]] = [[]]
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        parts.append([]) if token == END else parts[-1].append(token)
+    return [tokenizer.decode(part) for part in parts]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text())
+def test_text_comes_back(text):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(text)
+    assert ids[0] == START
+    assert tokenizer.decode(ids) == text
+    assert [token for token in ids[1:] if token != END] == tokenizer.plain_ids(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([". ", "! ", "\n\n", "\r\n", " ", "Aa", "b", "é", "🤦🏽", "。", "Mr", '"', "("])).map("".join))
+@example("A. \n\n B.")
+def test_sentences_come_back_whole(text):
+    """Denser in sentence ends than random text."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode_document(text, complete=True)
+    assert tokenizer.decode(ids) == text
+    assert not ((ids[1:] == END) & (ids[:-1] == END)).any(), "an end follows an end"
+    assert not (len(ids) > 1 and ids[1] == END), "an end follows the start"
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_texts_come_back(text):
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode_document(text, complete=True)) == text
+
+
+def test_a_megabyte_comes_back():
+    tokenizer, text = tiny_tokenizer(), prose(1_000_000)
+    ids = tokenizer.encode_document(text, complete=True)
+    assert tokenizer.decode(ids) == text
+    assert ids[(ids != END) & (ids != START)].tolist() == tokenizer.plain_ids(text)
+    assert (ids == END).sum() > 5_000
+
+
+def test_ends_follow_the_last_character_of_each_sentence():
+    tokenizer = tiny_tokenizer()
+    assert segments(tokenizer, "She ran.  He sat!\n\nWho? Nobody") == ["She ran.", "  He sat!", "\n\nWho?", " Nobody"]
+    assert segments(tokenizer, "One.\r\n\r\nTwo.") == ["One.", "\r\n\r\nTwo."]
+
+
+def test_last_sentence_stays_open_unless_text_follows():
+    tokenizer = tiny_tokenizer()
+    for text in ("She ran.", "She ran. \n\n", "She ran"):
+        assert END not in tokenizer(text)["input_ids"]
+    assert tokenizer("She ran. He")["input_ids"].count(END) == 1
+
+
+def test_documents_close_their_last_sentence():
+    ids = tiny_tokenizer().encode_document("She ran. He sat.", complete=True)
+    assert ids[-1] == END
+    assert (ids == END).sum() == 2
+
+
+def test_bare_whitespace_forms_no_sentence():
+    assert SentencexSplitter().ends(" \n\n \t\r\n") == []
+    assert END not in tiny_tokenizer().encode_document("  \n\n ", complete=True)
+
+
+def test_end_follows_the_last_token_of_a_split_character():
+    """A character may span several tokens; the end comes after the last."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("Da 🤦. Und")["input_ids"]
+    before = ids[: ids.index(END)]
+    assert tokenizer.decode(before) == "Da 🤦."
+
+
+@pytest.mark.parametrize("limit", [2, 3, 8, 64])
+def test_long_sentences_are_closed_by_force(limit):
+    tokenizer = SentenceTokenizer.from_backend(tiny_tokenizer().backend_tokenizer, max_sentence_tokens=limit)
+    text = prose(2000) + " " + "word " * 100 + ". End. " + "x" * 300
+    ids = tokenizer.encode_document(text, complete=True)
+    lengths = np.diff(np.flatnonzero(np.concatenate([[True], ids[1:] == END])))
+    assert lengths.max() <= limit
+    assert tokenizer.decode(ids) == text
+    open_prompt = np.array(tokenizer("y" * 300)["input_ids"])
+    assert (open_prompt == END).sum() > 0
+
+
+def test_forced_ends_by_hand():
+    def ends(num_tokens: int, natural: list[int], limit: int | None, close_last: bool = False) -> list[int]:
+        offsets = [(i, i + 1) for i in range(num_tokens)]
+        with_ends, _ = insert_ends(
+            list(range(10, 10 + num_tokens)),
+            offsets,
+            natural,
+            sentence_end_token_id=END,
+            max_sentence_tokens=limit,
+            close_last=close_last,
+        )
+        return [1 if token == END else 0 for token in with_ends]
+
+    assert ends(5, [2, 5], None) == [0, 0, 1, 0, 0, 0]
+    assert ends(5, [2, 5], None, close_last=True) == [0, 0, 1, 0, 0, 0, 1]
+    assert ends(5, [5], 3) == [0, 0, 1, 0, 0, 1, 0]  # two tokens and an end, twice
+    assert ends(4, [4], 3) == [0, 0, 1, 0, 0]  # a full sentence at the very end stays open
+    assert ends(4, [4], 3, close_last=True) == [0, 0, 1, 0, 0, 1]  # natural and forced at once: one end
+    assert ends(0, [], 3) == []
+
+
+def test_plain_tokenizer_leaves_ends_out():
+    plain = tiny_tokenizer(False)
+    assert plain(PAGE)["input_ids"] == [START, *tiny_tokenizer().plain_ids(PAGE)]
+    assert plain.decode(plain(PAGE)["input_ids"]) == PAGE
+
+
+def test_special_tokens_show_when_asked():
+    tokenizer = tiny_tokenizer()
+    shown = tokenizer.decode(tokenizer("She ran. He")["input_ids"], skip_special_tokens=False)
+    assert shown == f"{END_OF_TEXT}She ran.{END_OF_SENTENCE} He"
+
+
+def test_loaded_equals_saved(tmp_path):
+    """transformers rebuilds subclasses from vocabulary and merges, unless told to take the file whole."""
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), SentenceTokenizer.from_pretrained(tmp_path)):
+        assert type(loaded) is SentenceTokenizer
+        assert loaded(PAGE)["input_ids"] == tokenizer(PAGE)["input_ids"]
+        assert loaded.max_sentence_tokens == 64
+        assert loaded.decode(loaded(PAGE)["input_ids"]) == PAGE
+    plain = AutoTokenizer.from_pretrained(tmp_path, insert_sentence_ends=False)
+    assert END not in plain(PAGE)["input_ids"]
+
+
+def test_batches_are_padded_on_the_left():
+    tokenizer = tiny_tokenizer()
+    batch = tokenizer(["She ran. He", "D"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"][1].tolist()[0] == 0
+    assert batch["input_ids"][1, batch["attention_mask"][1].bool()].tolist() == tokenizer("D")["input_ids"]
+    assert tokenizer.batch_decode(batch["input_ids"]) == ["She ran. He", "D"]
+
+
+def test_truncation_and_masks():
+    tokenizer = tiny_tokenizer()
+    encoded = tokenizer(
+        "She ran. He", truncation=True, max_length=4, return_special_tokens_mask=True, return_offsets_mapping=True
+    )
+    assert len(encoded["input_ids"]) == 4
+    assert encoded["special_tokens_mask"] == [1, *[int(token == END) for token in encoded["input_ids"][1:]]]
+    full = tokenizer("She ran. He", return_offsets_mapping=True)
+    pieces = ["She ran. He"[s:e] for (s, e), t in zip(full["offset_mapping"], full["input_ids"]) if t > 2]
+    assert "".join(pieces) == "She ran. He"
+
+
+def test_what_it_does_not_take_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(UnsupportedError, match="pairs"):
+        tokenizer("a", "b")
+    with pytest.raises(TokenizerError, match="str"):
+        tokenizer([1, 2])
+
+
+def test_tokenizer_without_special_tokens_is_refused():
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(TokenizerError, match=r"endofsentence"):
+        SentenceTokenizer.from_backend(Tokenizer(models.BPE({"a": 0}, [])))
+
+
+@pytest.mark.parametrize("size", [100, 1 << 17])
+def test_vocabulary_size_is_checked(size):
+    with pytest.raises(ConfigError, match=str(size)):
+        train_bpe(["text"], size)
+
+
+def test_training_on_nothing_is_refused():
+    with pytest.raises(CorpusError, match="no text"):
+        train_bpe([], 300)
