@@ -97,12 +97,21 @@ def test_ragged_batch_equals_each_row_alone(model, side):
         close(stepped[number], expected[len(row) :])
 
 
-def test_row_does_not_depend_on_neighbours(model):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [TEXTS["mixed"], TEXTS["adjacent_ends"], TEXTS["long_sentence"]],
+        [torch.tensor([START]), torch.tensor([START])],
+        [torch.tensor([START, 5, 6]), torch.tensor([START, 7, END])],
+        [torch.tensor([5, 6]), torch.tensor([7, 8])],
+    ],
+    ids=["mixed", "starts", "short", "openings"],
+)
+def test_row_does_not_depend_on_neighbours(model, rows):
     """Ragged prefill without padding, next to others and alone."""
-    rows = [TEXTS["mixed"], TEXTS["adjacent_ends"], TEXTS["long_sentence"]]
     row = torch.cat([torch.full((len(ids),), number) for number, ids in enumerate(rows)])
     with torch.no_grad():
-        together, _ = model.ragged_logits(torch.cat(rows), row, model.new_cache(3))
+        together, _ = model.ragged_logits(torch.cat(rows), row, model.new_cache(len(rows)))
     for number, ids in enumerate(rows):
         close(together[row == number], full_logits(model, ids))
 

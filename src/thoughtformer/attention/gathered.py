@@ -73,8 +73,10 @@ class AttentionPlan:
         dtype = query.dtype
         for blocks in self.blocks:
             q = _take(query, blocks.query_index, blocks.in_order)
-            key_index = blocks.query_index if blocks.key_index is None else blocks.key_index
-            k, v = (_take(part, key_index, blocks.in_order) for part in (key, value))
+            if blocks.key_index is None:
+                k, v = (_take(part, blocks.query_index, blocks.in_order) for part in (key, value))
+            else:
+                k, v = _take(key, blocks.key_index), _take(value, blocks.key_index)
             if _trains_faster_in_float32(q, k):
                 q, k, v = q.float(), k.float(), v.float()
             if blocks.key_index is None:

@@ -442,7 +442,10 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if not all_real:
-                labels = labels.masked_fill(~real.to(labels.device), -100)
+                # Nothing predicts a token after padding.
+                predicted = real.clone()
+                predicted[:, 1:] &= real[:, :-1]
+                labels = labels.masked_fill(~predicted.to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         hidden_states = None
         if output.hidden_states is not None:
@@ -526,7 +529,8 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             return
         mask = model_kwargs.get("attention_mask")
         padding = int((mask == 0).sum(-1).min()) if mask is not None else 0
-        needed, limit = max_cache_length - padding, self.config.max_position_embeddings
+        assert generation_config.max_length is not None
+        needed, limit = generation_config.max_length - padding, self.config.max_position_embeddings
         if needed > limit and not self.config.allow_extrapolation:
             raise ContextOverflowError(
                 f"prompt and new tokens come to {needed}, but the model was trained for {limit}. Lower max_new_tokens "
