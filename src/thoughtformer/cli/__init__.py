@@ -50,7 +50,4 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("thoughtformer: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `thoughtformer ... | head` is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     sys.exit(0)

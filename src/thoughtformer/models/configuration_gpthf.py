@@ -75,6 +75,7 @@ class GPTHFConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
+        self._check()
 
     @property
     def num_hidden_layers(self) -> int:
@@ -86,8 +87,8 @@ class GPTHFConfig(PreTrainedConfig):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    def validate_architecture(self) -> None:
-        """Refuses contradictions; called when the configuration is built."""
+    def _check(self) -> None:
+        # Not transformers' validate_architecture: that wraps every error in one of its own.
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads="

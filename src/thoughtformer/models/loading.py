@@ -87,7 +87,10 @@ def _config(folder: Path) -> GPTHFConfig:
         raise CheckpointError(
             f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."
         )
-    return GPTHFConfig.from_dict(values)
+    try:
+        return GPTHFConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} doesn't describe a model: {error}") from error
 
 
 def _check_weights(folder: Path, config: GPTHFConfig) -> None:

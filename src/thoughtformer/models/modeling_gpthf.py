@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationConfig, LogitsProcessorList
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from thoughtformer.attention import (
     AttentionPlan,
@@ -38,9 +37,10 @@ from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.layers import Attend, Layer, residual_projections
 from thoughtformer.models.loss import chunked_cross_entropy
+from thoughtformer.models.outputs import GPTHFCausalLMOutput
 from thoughtformer.models.penalty import exempting_repetition_penalty
 
-__all__ = ["GPTHFCausalLMOutput", "GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
+__all__ = ["GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
 
 
 class Stage(nn.Module):
@@ -66,13 +66,6 @@ def _stages(config: GPTHFConfig) -> list[Stage]:
     counts_tokens = isinstance(rule, Causal) or config.body_positions == "token"
     stages.append(Stage("body", rule, "position" if counts_tokens else "sentence", config.num_body_layers, config))
     return stages
-
-
-@dataclass
-class GPTHFCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output, and with `loss_only` each column's loss in nats, shape (batch, seq - 1), 0 if unscored."""
-
-    token_losses: Float[Tensor, "batch predicted"] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,199 @@
+"""The command line, as typed: results, and for every mistake a line that names it and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from prose import PAGE, prose, tiny_pair, tiny_tokenizer
+
+from thoughtformer.cli import main
+from thoughtformer.models.loading import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved tiny GPTHF, a plain GPT, and some text."""
+    place = tmp_path_factory.mktemp("cli")
+    for name, plain in (("gpthf", False), ("gpt", True)):
+        model, tokenizer = tiny_pair(plain=plain)
+        model.float().save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    (place / "data.txt").write_text(prose(3000), encoding="utf-8")
+    (place / "prompt.txt").write_text(PAGE[:200], encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_generate_json(run, folder):
+    code, out, _ = run("generate", "--model", folder / "gpthf", "--prompt", "The ferry", "--max-new-tokens", 9, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert {"text", "ids", "timings", "bytes"} <= result.keys()
+    assert len(result["ids"]) == result["usage"]["new_tokens"] == 9
+    _, tokenizer = load(folder / "gpthf")
+    assert tokenizer.decode(result["ids"]) == result["text"]
+    assert result["bytes"]["kv_cache"] > 0
+    assert 0 < result["timings"]["first_token_seconds"] <= result["timings"]["total_seconds"]
+
+
+def test_generate_streams_the_same_text(run, folder):
+    arguments = ["generate", "--model", folder / "gpthf", "--file", folder / "prompt.txt", "--max-new-tokens", 20]
+    arguments += ["--temperature", 0.9, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--seed", 3]
+    arguments += ["--repetition-penalty", 1.1]
+    _, text, _ = run(*arguments)
+    _, as_json, _ = run(*arguments, "--json")
+    assert text == json.loads(as_json)["text"] + "\n"
+    _, other, _ = run(*arguments[:-4], "--seed", 4)
+    assert other != text
+
+
+def test_empty_prompt(run, folder):
+    code, out, _ = run("generate", "--model", folder / "gpt", "--prompt", "", "--max-new-tokens", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["usage"]["prompt_tokens"] == 1
+
+
+def test_eval(run, folder):
+    arguments = ["eval", "--model", folder / "gpthf", "--data", folder / "data.txt"]
+    code, out, _ = run(*arguments, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["num_bytes"] == len((folder / "data.txt").read_bytes())
+    assert (result["context_tokens"], result["stride_tokens"]) == (512, 256)
+    _, table, _ = run(*arguments, "--batch-size", 1)
+    assert f"bits per byte              {result['bits_per_byte']:.4f}" in table
+    assert "stride 256" in table
+
+
+def test_tokenizer_train(run, folder, tmp_path):
+    code, out, _ = run("tokenizer", "train", "--data", folder / "data.txt", "--vocab-size", 300, "--out", tmp_path / "t")
+    assert code == 0
+    assert "300 tokens" in out
+    code, _, err = run("tokenizer", "train", "--data", folder / "data.txt", "--out", tmp_path / "t")
+    assert (code, "not an empty folder" in err) == (2, True)
+
+
+def test_train_and_generate(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("THOUGHTFORMER_CACHE", str(tmp_path / "cache"))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    shape = {"hidden_size": 16, "num_encoder_layers": 1, "num_body_layers": 1, "num_attention_heads": 2}
+    recipe = {"model": shape | {"max_sentence_tokens": 64}, "tokenizer": str(tmp_path / "tokenizer"), "row_tokens": 64}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    train = ["train", "--config", tmp_path / "recipe.yaml", "--data", folder / "data.txt", "--out", tmp_path / "out"]
+    train += ["--set", "max_steps=4", "--set", "log_every_steps=2", "--set", "save_every_steps=2"]
+    code, _, err = run(*train)
+    assert code == 0
+    assert "step 4/4" in err
+    assert "tokens/s" in err
+    assert run(*train)[0] == 2
+    assert run(*train, "--overwrite")[0] == 0
+    assert run("generate", "--model", tmp_path / "out", "--prompt", "A", "--max-new-tokens", 3)[0] == 0
+
+
+def test_info(run, folder):
+    code, out, _ = run("info", "--model", folder / "gpthf", "--json")
+    assert code == 0
+    assert json.loads(out)["body_visibility"] == "hybrid"
+    assert "torch" in run("info")[1]
+
+
+MISTAKES = {
+    "no command": (["bogus"], "No such command 'bogus'"),
+    "missing prompt": (["generate"], "either --prompt TEXT or --file FILE"),
+    "missing file": (["generate", "--file", "nowhere.txt"], "can't read nowhere.txt"),
+    "binary file": (["generate", "--file", "{folder}/binary"], "zero byte"),
+    "no tokens": (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
+    "negative tokens": (["generate", "--prompt", "a", "--max-new-tokens", "-5"], "max_new_tokens=-5"),
+    "temperature": (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+    "unknown model": (["generate", "--prompt", "a", "--model", "tiny-gpthff"], "Did you mean 'tiny-gpthf'"),
+    "too long": (["generate", "-m", "{folder}/gpthf", "-f", "{folder}/data.txt"], "Shorten the prompt"),
+    "too many": (["generate", "-m", "{folder}/gpthf", "-p", "a", "--max-new-tokens", "600"], "Lower max_new_tokens to"),
+    "eval missing": (["eval", "-m", "{folder}/gpthf", "--data", "nowhere"], "no file or folder 'nowhere'"),
+    "eval empty": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/empty.txt"], "every document is empty"),
+    "eval binary": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/binary.txt"], "zero byte"),
+    "eval column": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/a.jsonl", "--column", "txt"], "mean 'text'"),
+    "eval window": (["eval", "-m", "{folder}/gpthf", "-d", "{folder}/data.txt", "--context-tokens", "9999"], "512"),
+    "unknown recipe": (["train", "--recipe", "tiny-gpthg", "-d", "x", "-o", "y"], "Did you mean 'tiny-gpthf'"),
+    "unknown key": (["train", "-r", "tiny-gpt", "-d", "x", "-o", "y", "--set", "epoch=1"], "Did you mean 'epochs'"),
+    "no recipe": (["train", "-d", "x", "-o", "y"], "either --recipe NAME or --config FILE"),
+    "train missing": (["train", "-r", "tiny-gpt", "-d", "nowhere", "-o", "{folder}/new"], "no file or folder 'nowhere'"),
+    "vocabulary": (["tokenizer", "train", "-d", "{folder}/data.txt", "-o", "{folder}/t", "--vocab-size", "9"], "259"),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_mistakes_are_named_with_exit_code_2(run, folder, name):
+    (folder / "empty.txt").write_text("")
+    (folder / "binary").write_bytes(b"\0\1\2")
+    (folder / "binary.txt").write_bytes(b"abc\0\1\2")
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    arguments, message = MISTAKES[name]
+    before = sorted(folder.rglob("*"))
+    code, out, err = run(*[argument.replace("{folder}", str(folder)) for argument in arguments])
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(folder.rglob("*")) == before, "nothing half-written is left"
+
+
+def test_extrapolation_on_request(run, folder):
+    arguments = ["generate", "-m", folder / "gpthf", "-p", "a", "--max-new-tokens", 520]
+    assert run(*arguments)[0] == 2
+    assert run(*arguments, "--allow-extrapolation")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["eval"], ["demo"], ["info"], ["tokenizer", "train"]])
+def test_help_has_an_example(run, arguments):
+    code, out, _ = run(*arguments, "--help")
+    assert code == 0
+    assert not arguments or "Example: thoughtformer" in " ".join(out.split())
+
+
+def test_help_imports_nothing_heavy():
+    """The start is quick because torch and transformers stay out; counted instead of timed."""
+    script = "import sys; sys.argv = ['thoughtformer', '--help']\nfrom thoughtformer.cli import main\ntry:\n    main()\n"
+    script += "except SystemExit:\n    print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_closed_pipe_ends_quietly(folder):
+    """`thoughtformer generate ... | head -c 1`, as a module."""
+    command = [sys.executable, "-m", "thoughtformer", "generate", "-m", str(folder / "gpthf"), "-p", "The"]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "300"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=120) == 1  # click's code for it
+
+
+def test_no_network_is_needed(folder):
+    """With every proxy pointing nowhere."""
+    dead = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
+    command = [sys.executable, "-m", "thoughtformer", "generate", "-m", str(folder / "gpt"), "-p", "The"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "2", "--json"], capture_output=True, text=True, env=os.environ | dead, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,131 @@
+"""Checkpoints that can't be used are refused by name; none is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from prose import tiny_pair
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import thoughtformer
+from thoughtformer.errors import CheckpointError, ConfigError, TokenizerError
+from thoughtformer.models import GPTHFConfig
+from thoughtformer.models.loading import load
+from thoughtformer.registration import AutoModel
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, tokenizer = tiny_pair()
+    model.half().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_half_precision_loads_as_float32_on_the_cpu(folder):
+    model, tokenizer = load(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert load(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert thoughtformer.load is load
+    assert tokenizer.max_sentence_tokens == model.config.max_sentence_tokens
+
+
+def test_auto_classes(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is GPTHFConfig
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "GPTHFForCausalLM"
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "GPTHFModel"
+    assert type(AutoTokenizer.from_pretrained(folder)).__name__ == "SentenceTokenizer"
+
+
+def test_truncated_weights(folder):
+    file = folder / "model.safetensors"
+    for size in (0, 7, len(file.read_bytes()) // 2):
+        file.write_bytes(file.read_bytes()[:size] if size else b"")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or no safetensors"):
+            load(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was loaded",))
+
+
+def test_pickles_are_never_loaded(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle"):
+        load(folder)
+
+
+def test_another_architecture(folder):
+    edit_config(folder, model_type="llama")
+    with pytest.raises(CheckpointError, match="holds a 'llama', not a 'gpthf'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_body_layers": 3}, r"lacks model\.stages\.1\.layers\.2"),
+        ({"num_body_layers": 1}, r"has a foreign model\.stages\.1\.layers\.1"),
+        ({"intermediate_size": 64}, "has another shape of"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_folders_that_are_no_models(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load(folder / "config.json")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="can't read"):
+        load(folder)
+
+
+def test_tokenizers_that_do_not_fit(folder):
+    edit_config(folder, sentence_end_token_id=7)
+    with pytest.raises(TokenizerError, match="closes sentences with id 7"):
+        load(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="can't read the tokenizer"):
+        load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"body_visibility": "hybird"}, r"Did you mean 'hybrid'\?"),
+        ({"body_positions": "tokens"}, r"Did you mean 'token'\?"),
+        ({"num_attention_heads": 3}, "even multiple"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),
+        ({"num_body_layers": 0}, "num_body_layers=0"),
+        ({"sentence_end_token_id": None}, "sentence_end_token_id=None"),
+        ({"max_sentence_tokens": 1}, "max_sentence_tokens=1"),
+        ({"bos_token_id": 99999}, "bos_token_id=99999"),
+    ],
+)
+def test_configurations_that_contradict_themselves(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTHFConfig(**changes)
+
+
+def test_defaults_fit_any_vocabulary():
+    assert GPTHFConfig(vocab_size=3).vocab_size == 3
