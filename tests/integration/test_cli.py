@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from prose import PAGE, prose, tiny_pair, tiny_tokenizer
 
+from prose import PAGE, prose, tiny_pair, tiny_tokenizer
 from thoughtformer.cli import main
 from thoughtformer.models.loading import load
 
@@ -42,7 +42,9 @@ def run(monkeypatch, capsys):
 
 
 def test_generate_json(run, folder):
-    code, out, _ = run("generate", "--model", folder / "gpthf", "--prompt", "The ferry", "--max-new-tokens", 9, "--json")
+    code, out, _ = run(
+        "generate", "--model", folder / "gpthf", "--prompt", "The ferry", "--max-new-tokens", 9, "--json"
+    )
     assert code == 0
     result = json.loads(out)
     assert {"text", "ids", "timings", "bytes"} <= result.keys()
@@ -83,7 +85,9 @@ def test_eval(run, folder):
 
 
 def test_tokenizer_train(run, folder, tmp_path):
-    code, out, _ = run("tokenizer", "train", "--data", folder / "data.txt", "--vocab-size", 300, "--out", tmp_path / "t")
+    code, out, _ = run(
+        "tokenizer", "train", "--data", folder / "data.txt", "--vocab-size", 300, "--out", tmp_path / "t"
+    )
     assert code == 0
     assert "300 tokens" in out
     code, _, err = run("tokenizer", "train", "--data", folder / "data.txt", "--out", tmp_path / "t")
@@ -133,7 +137,10 @@ MISTAKES = {
     "unknown recipe": (["train", "--recipe", "tiny-gpthg", "-d", "x", "-o", "y"], "Did you mean 'tiny-gpthf'"),
     "unknown key": (["train", "-r", "tiny-gpt", "-d", "x", "-o", "y", "--set", "epoch=1"], "Did you mean 'epochs'"),
     "no recipe": (["train", "-d", "x", "-o", "y"], "either --recipe NAME or --config FILE"),
-    "train missing": (["train", "-r", "tiny-gpt", "-d", "nowhere", "-o", "{folder}/new"], "no file or folder 'nowhere'"),
+    "train missing": (
+        ["train", "-r", "tiny-gpt", "-d", "nowhere", "-o", "{folder}/new"],
+        "no file or folder 'nowhere'",
+    ),
     "vocabulary": (["tokenizer", "train", "-d", "{folder}/data.txt", "-o", "{folder}/t", "--vocab-size", "9"], "259"),
 }
 
@@ -160,7 +167,9 @@ def test_extrapolation_on_request(run, folder):
     assert run(*arguments, "--allow-extrapolation")[0] == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["eval"], ["demo"], ["info"], ["tokenizer", "train"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["generate"], ["train"], ["eval"], ["demo"], ["info"], ["tokenizer", "train"]]
+)
 def test_help_has_an_example(run, arguments):
     code, out, _ = run(*arguments, "--help")
     assert code == 0
@@ -169,7 +178,9 @@ def test_help_has_an_example(run, arguments):
 
 def test_help_imports_nothing_heavy():
     """The start is quick because torch and transformers stay out; counted instead of timed."""
-    script = "import sys; sys.argv = ['thoughtformer', '--help']\nfrom thoughtformer.cli import main\ntry:\n    main()\n"
+    script = (
+        "import sys; sys.argv = ['thoughtformer', '--help']\nfrom thoughtformer.cli import main\ntry:\n    main()\n"
+    )
     script += "except SystemExit:\n    print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
@@ -191,9 +202,13 @@ def test_closed_pipe_ends_quietly(folder):
 
 def test_no_network_is_needed(folder):
     """With every proxy pointing nowhere."""
-    dead = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
+    dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "thoughtformer", "generate", "-m", str(folder / "gpt"), "-p", "The"]
     done = subprocess.run(
-        [*command, "--max-new-tokens", "2", "--json"], capture_output=True, text=True, env=os.environ | dead, timeout=120
+        [*command, "--max-new-tokens", "2", "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | dead,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from prose import prose, tiny_tokenizer
 from safetensors.torch import load_file
 
+from prose import prose, tiny_tokenizer
 from thoughtformer.errors import ConfigError, OutputError
 from thoughtformer.models.loading import load
 from thoughtformer.recipes import RECIPES, recipe

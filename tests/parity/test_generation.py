@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VISIBILITIES
-from prose import PAGE, prose, tiny_pair
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
+from conftest import VISIBILITIES
+from prose import PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.errors import ContextOverflowError, InputError
@@ -120,7 +120,7 @@ def test_repetition_penalty_spares_ends_in_both():
 def test_streaming_gives_the_same_text():
     model, tokenizer = tiny_pair()
     engine, params = Engine(model, tokenizer), SamplingParams(max_new_tokens=60, temperature=1.5)
-    streamed = {number: "" for number in range(len(PROMPTS))}
+    streamed = dict.fromkeys(range(len(PROMPTS)), "")
     for event in engine.stream(PROMPTS, params):
         streamed[event.row] += event.text
     for number, done in enumerate(engine.generate(PROMPTS, params)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import END, START, TEXTS, random_text, tiny_model
 from torch import Tensor
 
+from conftest import END, START, TEXTS, random_text, tiny_model
 from thoughtformer.attention import RowCounters, read_structure
 from thoughtformer.cache import distinct_storage_bytes
 from thoughtformer.errors import InputError, UnsupportedError

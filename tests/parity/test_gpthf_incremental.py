@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import END, PAD, START, TEXTS, random_text, tiny_model
 from torch import Tensor
 
+from conftest import END, PAD, START, TEXTS, random_text, tiny_model
 from thoughtformer.models import GPTHFForCausalLM
 
 ATOL = 1e-9

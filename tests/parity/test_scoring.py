@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from prose import PAGE, prose, tiny_pair
 
+from prose import PAGE, prose, tiny_pair
 from thoughtformer.errors import ConfigError, CorpusError
 from thoughtformer.evaluate import BitsReport, score_documents
 from thoughtformer.evaluate.bits import windows
@@ -60,9 +60,7 @@ def test_windows_score_every_token_once(num_tokens, context, stride):
     ids[::7] = 1
     for end in (None, 1):
         scored = []
-        for start, first, last in windows(
-            ids, context_tokens=context, stride_tokens=stride, sentence_end_token_id=end
-        ):
+        for start, first, last in windows(ids, context_tokens=context, stride_tokens=stride, sentence_end_token_id=end):
             assert start < first < last <= start + context
             if end is not None and start and (ids[start - 1 : first - 1] == 1).any():
                 assert ids[start - 1] == 1, "a window starts where a sentence does"

@@ -9,8 +9,8 @@ import lzma
 
 import numpy as np
 import pytest
-from prose import prose, tiny_tokenizer
 
+from prose import prose, tiny_tokenizer
 from thoughtformer.errors import CorpusError
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import PackedRows, TokenisedCorpus

@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from prose import tiny_pair
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import thoughtformer
+from prose import tiny_pair
 from thoughtformer.errors import CheckpointError, ConfigError, TokenizerError
 from thoughtformer.models import GPTHFConfig
 from thoughtformer.models.loading import load

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from prose import PAGE, prose, tiny_tokenizer
 
 import thoughtformer  # noqa: F401  registers the tokenizer
+from prose import PAGE, prose, tiny_tokenizer
 from thoughtformer.errors import ConfigError, CorpusError, TokenizerError, UnsupportedError
 from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
 from thoughtformer.text.sentences import insert_ends
@@ -51,7 +51,11 @@ def test_text_comes_back(text):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([". ", "! ", "\n\n", "\r\n", " ", "Aa", "b", "é", "🤦🏽", "。", "Mr", '"', "("])).map("".join))
+@given(
+    st.lists(st.sampled_from([". ", "! ", "\n\n", "\r\n", " ", "Aa", "b", "é", "🤦🏽", "。", "Mr", '"', "("])).map(
+        "".join
+    )
+)
 @example("A. \n\n B.")
 def test_sentences_come_back_whole(text):
     """Denser in sentence ends than random text."""

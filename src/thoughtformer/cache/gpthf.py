@@ -36,8 +36,6 @@ class GPTHFCache(Cache):
     given to the model, padding included, as transformers expects; `num_tokens` counts each row's own tokens.
     """
 
-    is_compileable = False
-
     def __init__(self, stages: list[StageCache], num_rows: int) -> None:
         super().__init__(layers=[])
         self.stages = stages
@@ -61,6 +59,11 @@ class GPTHFCache(Cache):
     def is_fresh(self) -> bool:
         """Nothing has been read yet."""
         return not bool(self.num_tokens.any())
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: what is held changes shape."""
+        return False
 
     @property
     def is_croppable(self) -> bool:

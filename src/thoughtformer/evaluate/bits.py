@@ -160,16 +160,17 @@ def score_documents(
 
 def window_sizes(model: GPTHFForCausalLM, context_tokens: int | None, stride_tokens: int | None) -> tuple[int, int]:
     """The window and stride to use; raises `ConfigError` where they can't be."""
-    limit = model.config.max_position_embeddings
-    context_tokens = limit if context_tokens is None else context_tokens
-    stride_tokens = max(context_tokens // 2, 1) if stride_tokens is None else stride_tokens
+    limit: int = model.config.max_position_embeddings
+    context_tokens = context_tokens if context_tokens is not None else limit
+    stride_tokens = stride_tokens if stride_tokens is not None else max(context_tokens // 2, 1)
     if context_tokens > limit and not model.config.allow_extrapolation:
         raise ConfigError(
             f"context_tokens={context_tokens}, but the model was trained for {limit}. Lower it, or allow extrapolation."
         )
     if context_tokens < 2 or not 1 <= stride_tokens < context_tokens:
         raise ConfigError(
-            f"stride_tokens={stride_tokens} must be at least 1 and below context_tokens={context_tokens}, itself 2 or more."
+            f"stride_tokens={stride_tokens} must be at least 1 and below context_tokens={context_tokens}, and that "
+            "2 or more."
         )
     return context_tokens, stride_tokens
 

@@ -45,7 +45,7 @@ class GPTHFConfig(PreTrainedConfig):
     """
 
     model_type = "gpthf"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers declares it so
 
     vocab_size: int = 8192
     hidden_size: int = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,11 +60,12 @@ def load(
         folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
     )
     tokenizer = load_tokenizer(folder)
-    _check_fit(model.config, tokenizer, folder)
-    return model.to(device).eval(), tokenizer
+    _check_fit(config, tokenizer, folder)
+    model.to(device)  # type: ignore[arg-type]  transformers wraps Module.to without its types
+    return model.eval(), tokenizer
 
 
-def load_tokenizer(name_or_path: str | Path, **settings: object) -> SentenceTokenizer:
+def load_tokenizer(name_or_path: str | Path, **settings: Any) -> SentenceTokenizer:
     """The tokenizer of a bundled model or folder; `settings` replace its own (`insert_sentence_ends`, ...)."""
     folder = resolve(name_or_path)
     if not (folder / "tokenizer.json").exists():

@@ -1,7 +1,7 @@
 """Cross-entropy straight from hidden states: logits live a few hundred tokens at a time, and never all at once.
 
 For a small model the logits are most of a training step's memory traffic. The gradient is computed beside the loss,
-chunk by chunk, while the logits are still in cache. Its twin is the head followed by `torch.nn.functional.cross_entropy`.
+chunk by chunk, while the logits are still in cache. Its twin: the head, then `torch.nn.functional.cross_entropy`.
 """
 
 from __future__ import annotations

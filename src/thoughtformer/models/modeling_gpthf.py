@@ -10,7 +10,7 @@ pass a stage that something later depends on, and attends either by plan (nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,9 +85,9 @@ class GPTHFPreTrainedModel(PreTrainedModel):
 
     config_class = GPTHFConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Layer"]
+    _no_split_modules = ["Layer"]  # noqa: RUF012  these are transformers' declarations
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,10 +109,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
+        return cast(nn.Embedding, self.embed_tokens)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value  # type: ignore[assignment]
+
+    def _stage_list(self) -> list[Stage]:
+        return cast(list[Stage], list(self.stages))
 
     def new_cache(self, num_rows: int) -> GPTHFCache:
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
@@ -127,7 +130,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 dtype=self.dtype,
                 device=self.device,
             )
-            for stage in self.stages
+            for stage in self._stage_list()
         ]
         return GPTHFCache(stages, num_rows)
 
@@ -144,7 +147,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 head_dim=config.head_dim,
                 dtype=self.dtype,
             )
-            for stage in self.stages
+            for stage in self._stage_list()
         )
         return stages + num_rows * 8 * 5  # four counters and the token count
 
@@ -193,8 +196,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         collected = [hidden_states] if output_hidden_states else None
         index: Int[Tensor, " passing"] = torch.arange(len(tokens))
         try:
-            for number, stage in enumerate(self.stages):
-                assert isinstance(stage, Stage)
+            for number, stage in enumerate(self._stage_list()):
                 if int(passing[number].sum()) < len(index):
                     still = passing[number][index]
                     hidden_states = hidden_states[still.to(hidden_states.device)]
@@ -230,8 +232,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             return [everything] * len(self.stages)
         after = counters.after(tokens)
         needed, passing = wanted, []
-        for stage in reversed(list(self.stages)):
-            assert isinstance(stage, Stage)
+        for stage in reversed(self._stage_list()):
             if cache is not None:
                 needed = needed | stage.rule.keeps(tokens, after)
             needed = stage.rule.needs(tokens, needed)
@@ -330,7 +331,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     holds alike in training, scoring, `generate` and the engine.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _is_stateful = True  # transformers then refuses assisted decoding and prompt lookup, which would crop the cache
 
     def __init__(self, config: GPTHFConfig) -> None:
@@ -507,7 +508,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -515,7 +516,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        super()._prepare_cache_for_generation(
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
@@ -533,7 +534,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = self.new_cache(rows)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         exempt = [self.config.sentence_end_token_id, self.config.bos_token_id]
         return exempting_repetition_penalty(processors, [token for token in exempt if token is not None])
 

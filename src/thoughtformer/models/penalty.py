@@ -22,7 +22,7 @@ class ExemptingRepetitionPenalty(RepetitionPenaltyLogitsProcessor):
         self, input_ids: Int[Tensor, "batch seq"], scores: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, "batch vocab"]:
         untouched = scores[:, self.exempt].clone()
-        processed = super().__call__(input_ids, scores)
+        processed = super().__call__(input_ids, scores)  # type: ignore[arg-type]
         processed[:, self.exempt] = untouched
         return processed
 

@@ -169,10 +169,10 @@ class Corpus:
             data = datasets.load_from_disk(source)
             if isinstance(data, datasets.DatasetDict):
                 if "train" not in data:
-                    raise CorpusError(f"{source} has no split 'train'.{nearest('train', data)}")
+                    raise CorpusError(f"{source} has no split 'train'.{nearest('train', map(str, data))}")
                 data = data["train"]
         for record in data:
-            yield self._text(record, source)
+            yield self._text(dict(record), source)
 
     def _text(self, record: dict[str, Any], place: str) -> str:
         if self.column not in record:

@@ -1,7 +1,7 @@
 """Where sentences end: character offsets from a splitter, and token positions from those.
 
 A sentence ends after its last non-space character, wherever the splitter's own piece ends: sentencex keeps trailing
-spaces with a sentence, cuts `\\r\\n` in half and returns bare whitespace as pieces of its own. Only its offsets are used.
+spaces with a sentence, cuts `\\r\\n` in half and returns bare whitespace as pieces of its own. Only offsets are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SentencexSplitter:
     def ends(self, text: str) -> list[int]:
         """The offset just past each sentence's last non-space character."""
         ends = []
-        for piece in sentencex.get_sentence_boundaries(self.language, text):
+        for piece in sentencex.get_sentence_boundaries(self.language, text):  # type: ignore[attr-defined]
             start, end = piece["start_index"], piece["end_index"]
             stripped = start + len(text[start:end].rstrip())
             if stripped > start:

@@ -71,7 +71,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         language: ISO 639 code, for the splitting rules.
     """
 
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  transformers declares it so
 
     def __init__(
         self,
@@ -97,13 +97,13 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         self.insert_sentence_ends = insert_sentence_ends
         self.max_sentence_tokens = max_sentence_tokens
         self.splitter: SentenceSplitter = SentencexSplitter(language)
-        missing = [token for token in SPECIAL_TOKENS if self._tokenizer.token_to_id(token) is None]
+        missing = [token for token in SPECIAL_TOKENS if self.backend_tokenizer.token_to_id(token) is None]
         if missing:
             raise TokenizerError(
                 f"the tokenizer lacks {', '.join(missing)}. Train one with `thoughtformer tokenizer train`, which adds "
                 "them, or add them as special tokens."
             )
-        self._tokenizer.encode_special_tokens = True
+        self.backend_tokenizer.encode_special_tokens = True
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -125,7 +125,17 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
     @property
     def sentence_end_token_id(self) -> int:
         """The id of `<|endofsentence|>`."""
-        return self._tokenizer.token_to_id(END_OF_SENTENCE)
+        return self._id_of(END_OF_SENTENCE)
+
+    @property
+    def start_token_id(self) -> int:
+        """The id of `<|endoftext|>`, which starts every document."""
+        return self._id_of(END_OF_TEXT)
+
+    def _id_of(self, token: str) -> int:
+        token_id = self.backend_tokenizer.token_to_id(token)
+        assert token_id is not None, "checked when the tokenizer was made"
+        return token_id
 
     def encode_document(self, text: str, *, complete: bool, start: bool = True) -> np.ndarray:
         """The ids of one text; a `complete` document closes its last sentence, a prompt leaves it open."""
@@ -133,12 +143,12 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids without any special token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_text(
         self, text: str, *, add_start: bool, close_last: bool = False
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self.backend_tokenizer.encode(text, add_special_tokens=False)
         if not self.insert_sentence_ends:
             ids, offsets = np.asarray(encoding.ids, dtype=np.int64), encoding.offsets
         else:
@@ -153,7 +163,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
             )
             offsets = [plain[i] if i >= 0 else (0, 0) for i in index.tolist()]
         if add_start:
-            ids, offsets = np.insert(ids, 0, self.bos_token_id), [(0, 0), *offsets]
+            ids, offsets = np.insert(ids, 0, self.start_token_id), [(0, 0), *offsets]
         return ids, offsets
 
     # transformers' entry points.
@@ -186,15 +196,13 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         texts = list(text) if is_batched else [text]
         if not all(isinstance(one, str) for one in texts):
             raise TokenizerError(f"SentenceTokenizer takes a str or a list of str, not {type(text).__name__}.")
-        truncate = max_length is not None and getattr(truncation_strategy, "value", "do_not_truncate") not in (
-            "do_not_truncate",
-            False,
-        )
+        strategy = getattr(truncation_strategy, "value", "do_not_truncate")
+        limit = max_length if strategy != "do_not_truncate" else None
         data: dict[str, list[Any]] = {"input_ids": []}
         for one in texts:
             ids, offsets = self._encode_text(one, add_start=add_special_tokens)
-            if truncate:
-                part = slice(None, max_length) if self.truncation_side == "right" else slice(-max_length, None)
+            if limit is not None:
+                part = slice(None, limit) if self.truncation_side == "right" else slice(-limit, None)
                 ids, offsets = ids[part], offsets[part]
             data["input_ids"].append(ids.tolist())
             if return_special_tokens_mask:
@@ -224,7 +232,9 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         """The text of ids, or of each row of ids; special tokens are left out unless asked for."""
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> Any:
+    def batch_decode(  # type: ignore[override]
+        self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> Any:
         """The text of each row of ids."""
         return super().batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
 
@@ -235,4 +245,4 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         if pair is not None:
             raise UnsupportedError("SentenceTokenizer takes no text pairs.")
         ids, _ = self._encode_text(text, add_start=add_special_tokens)
-        return self.convert_ids_to_tokens(ids.tolist())
+        return list(self.convert_ids_to_tokens(ids.tolist()))

@@ -66,7 +66,9 @@ class SentenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss of real tokens and of sentence ends since the last line, over all processes."""
         if "loss" in logs:
-            sums = self.accelerator.reduce(self.sums.to(self.args.device), reduction="sum").tolist()
+            reduced = self.accelerator.reduce(self.sums.to(self.args.device), reduction="sum")
+            assert isinstance(reduced, torch.Tensor)
+            sums = reduced.tolist()
             self.sums.zero_()
             logs["loss_tokens"] = sums[0] / max(sums[1], 1)
             if sums[3]:
@@ -74,8 +76,8 @@ class SentenceTrainer(Trainer):
         super().log(logs, start_time)
 
     def _add(self, labels: torch.Tensor, losses: torch.Tensor) -> None:
-        end = self.model.config.sentence_end_token_id  # type: ignore[union-attr]
-        is_end = labels == (-1 if end is None else end)
+        end: int | None = self.model.config.sentence_end_token_id  # type: ignore[union-attr, assignment]
+        is_end = torch.zeros_like(labels, dtype=torch.bool) if end is None else torch.eq(labels, end)
         is_token = (labels != -100) & ~is_end
         parts = [losses[is_token].sum(), is_token.sum(), losses[is_end].sum(), is_end.sum()]
         self.sums += torch.stack([part.double().cpu() for part in parts])
@@ -86,7 +88,7 @@ class SentenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a draft beside the checkpoints and renames it once whole."""
-        out = Path(self.args.output_dir)
+        out = Path(self.args.output_dir or "")
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(out / DRAFT_FOLDER, ignore_errors=True)

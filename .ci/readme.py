@@ -1,0 +1,38 @@
+"""Runs README's bash and python examples as a reader would, in a folder of text; but not those of make and pip."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", readme, flags=re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "books")
+        text.mkdir()
+        page = (ROOT / "src/thoughtformer/assets/page.txt").read_text(encoding="utf-8")
+        (text / "page.txt").write_text(page, encoding="utf-8")
+        Path(folder, "chapter.txt").write_text(page[:2000], encoding="utf-8")
+        num_run = 0
+        for language, block in blocks:
+            if re.match(r"(make|git|pip) ", block):
+                continue
+            command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+            print(f"--- README, {language}:\n{block}", flush=True)
+            subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PATH": path})
+            num_run += 1
+    if num_run == 0:
+        sys.exit("README has no example to run")
+    print(f"{num_run} README examples ran")
+
+
+main()
