@@ -44,6 +44,10 @@ class TokenStructure:
         """The same structure with `function` applied to every field."""
         return TokenStructure(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
+    def is_one_a_row(self, num_rows: int) -> bool:
+        """Whether these are one token of each of `num_rows` rows, in order: a decode step."""
+        return len(self) == num_rows and (num_rows == 1 or bool((self.row == torch.arange(num_rows)).all()))
+
     def __getitem__(self, index: Tensor | slice) -> TokenStructure:
         return self.map(lambda field: field[index])
 
@@ -71,7 +75,14 @@ class RowCounters:
     def after(self, tokens: TokenStructure) -> RowCounters:
         """Where each row's next token will stand once `tokens` (ordered by row) have been read."""
         if len(tokens) == 0:
-            return self.map(torch.clone)
+            return self
+        if tokens.is_one_a_row(len(self)):
+            return RowCounters(
+                document=tokens.document,
+                sentence=tokens.sentence + tokens.is_end,
+                offset=torch.where(tokens.is_end, 0, tokens.offset + 1),
+                position=tokens.position + 1,
+            )
         is_last = torch.ones(len(tokens), dtype=torch.bool)
         is_last[:-1] = tokens.row[1:] != tokens.row[:-1]
         last = tokens[is_last]
@@ -100,7 +111,8 @@ def read_structure(
     nothing = torch.zeros(num_tokens, dtype=torch.bool)
     starts = nothing if document_start_token_id is None else input_ids == document_start_token_id
     is_end = starts if sentence_end_token_id is None else starts | (input_ids == sentence_end_token_id)
-    if num_tokens == len(counters) and bool((row == torch.arange(num_tokens)).all()):
+    num_rows = len(counters)
+    if num_tokens == num_rows and (num_rows == 1 or bool((row == torch.arange(num_rows)).all())):
         # One token a row: the decode step. Same answer as below, without the running sums.
         return TokenStructure(
             row=row,

@@ -80,9 +80,9 @@ class GPTHFCache(Cache):
         counters = [getattr(self.counters, field.name) for field in fields(self.counters)]
         return distinct_storage_bytes([*tensors, *counters, self.num_tokens])
 
-    def record(self, tokens: TokenStructure, num_columns: int) -> None:
-        """Moves the counters past `tokens`; with `autocommit`, commits them."""
-        self.counters = self.counters.after(tokens)
+    def record(self, tokens: TokenStructure, after: RowCounters, num_columns: int) -> None:
+        """Moves the counters past `tokens`, to `after`; with `autocommit`, commits them."""
+        self.counters = after
         self.num_tokens = self.num_tokens.index_add(0, tokens.row, torch.ones_like(tokens.row))
         self.num_columns += num_columns
         self._pending.append(tokens)
@@ -97,8 +97,13 @@ class GPTHFCache(Cache):
         """
         if num_tokens is not None:
             self._keep_first(num_tokens)
+        # While no sentence closes and no document starts, what was held stays, and only the new entries are judged.
+        is_step = len(self._pending) == 1 and self._pending[0].is_one_a_row(self.num_rows)
+        step = self._pending[0] if is_step and num_tokens is None else None
+        if step is not None and bool((step.is_end | (step.position == 0)).any()):
+            step = None
         for stage in self.stages:
-            stage.commit(self.counters)
+            stage.commit(self.counters, step)
         self._pending = []
         self._committed = (self.counters, self.num_tokens, self.num_columns)
 
@@ -107,6 +112,7 @@ class GPTHFCache(Cache):
         self.counters, self.num_tokens, self.num_columns = self._committed
         for stage in self.stages:
             stage.rollback()
+        self._pending = []
         self.commit()
 
     def fork(self) -> GPTHFCache:

@@ -86,7 +86,9 @@ class StageCache:
         row_start = torch.cummax(torch.where(is_first, index, 0), dim=0).values
         slot = self.lengths[tokens.row] + index - row_start
         self.lengths = self.lengths.index_add(0, tokens.row, torch.ones_like(slot))
-        self._allot(_capacity(max(int(self.lengths.max()) - 1, 0), self.rule.block_entries))
+        capacity = _capacity(max(int(self.lengths.max()) - 1, 0), self.rule.block_entries)
+        if capacity > self.capacity:
+            self._resize(capacity)
         for number, field in enumerate(FIELDS):
             self.entries[number, tokens.row, slot] = getattr(tokens, field).to(torch.int32)
         return tokens.row, slot
@@ -106,8 +108,7 @@ class StageCache:
     def held_attention(self, tokens: TokenStructure) -> HeldAttention:
         """How `tokens`, already extended, attend to their rows' slots."""
         num_rows, num_keys = len(self.lengths), int(self.lengths.max())
-        one_a_row = len(tokens) == num_rows and bool((tokens.row == torch.arange(num_rows)).all())
-        if one_a_row:
+        if tokens.is_one_a_row(num_rows):
             query_index, output_index = torch.arange(num_rows)[:, None], None
             same_length = bool((self.lengths == num_keys).all())
             is_committed = bool((self.lengths == self._committed + 1).all())
@@ -130,8 +131,17 @@ class StageCache:
         mask &= (torch.arange(num_keys) < self.lengths[:, None]).unsqueeze(1)
         return HeldAttention(query_index, output_index, mask | ~valid.unsqueeze(2), num_keys)
 
-    def commit(self, counters: RowCounters) -> None:
-        """Drops every entry that no query after `counters` may read, and gives back blocks no longer needed."""
+    def commit(self, counters: RowCounters, step: TokenStructure | None = None) -> None:
+        """Drops every entry that no query after `counters` may read, and gives back blocks no longer needed.
+
+        `step` is given where one token a row is new, none of which closes a sentence or starts a document: then the
+        entries held before it stay, and only its own are judged.
+        """
+        if step is not None:
+            kept_new = self.rule.keeps(step, counters)
+            self.lengths = self._committed = self._committed + kept_new
+            self._fit()
+            return
         longest = int(self.lengths.max()) if len(self.lengths) else 0
         held = self.structure(longest)
         kept = self.rule.keeps(held, counters) & (torch.arange(longest) < self.lengths[:, None])
@@ -144,9 +154,7 @@ class StageCache:
             self._move(source, first_gap)
         # One tensor for both: lengths are replaced, never written in place.
         self.lengths = self._committed = lengths
-        capacity = _capacity(int(lengths.max()) if len(lengths) else 0, self.rule.block_entries)
-        if capacity != self.capacity:
-            self._resize(capacity)
+        self._fit()
 
     def rollback(self) -> None:
         """Forgets what was written since the last commit."""
@@ -163,13 +171,12 @@ class StageCache:
         self.values = [value.index_select(0, on_device) for value in self.values]
         self.entries = self.entries.index_select(1, rows)
         self.lengths = self._committed = self.lengths[rows]
-        longest = int(self.lengths.max()) if len(rows) else 0
-        capacity = _capacity(longest, self.rule.block_entries)
-        if capacity != self.capacity:
-            self._resize(capacity)
+        self._fit()
 
-    def _allot(self, capacity: int) -> None:
-        if capacity > self.capacity:
+    def _fit(self) -> None:
+        """Allots exactly the blocks that the entries need."""
+        capacity = _capacity(int(self.lengths.max()) if len(self.lengths) else 0, self.rule.block_entries)
+        if capacity != self.capacity:
             self._resize(capacity)
 
     def _resize(self, capacity: int) -> None:

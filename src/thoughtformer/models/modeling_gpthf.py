@@ -190,7 +190,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
         self._check_length(tokens)
         if wanted is None:
             wanted = torch.ones(len(tokens), dtype=torch.bool)
-        passing = self._passing(tokens, counters, cache, wanted, keep_all=output_hidden_states)
+        after = counters.after(tokens)
+        passing = self._passing(tokens, after, cache, wanted, keep_all=output_hidden_states)
 
         hidden_states = self.embed_tokens(input_ids)
         collected = [hidden_states] if output_hidden_states else None
@@ -203,9 +204,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
                     index = index[still]
                 held = None if cache is None else cache.stages[number]
                 fresh = cache is None or (cache.is_fresh and cache.autocommit)
-                hidden_states = self._run(
-                    stage, hidden_states, tokens[index], counters.after(tokens), held, fresh, collected
-                )
+                at_stage = tokens if len(index) == len(tokens) else tokens[index]
+                hidden_states = self._run(stage, hidden_states, at_stage, after, held, fresh, collected)
             is_wanted = wanted[index]
             if not bool(is_wanted.all()):
                 hidden_states = hidden_states[is_wanted.to(hidden_states.device)]
@@ -215,13 +215,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 cache.rollback()  # never leave a step half written
             raise
         if cache is not None:
-            cache.record(tokens, num_columns)
+            cache.record(tokens, after, num_columns)
         return RaggedOutput(last_hidden_state=last, tokens=tokens[index[is_wanted]], hidden_states=collected)
 
     def _passing(
         self,
         tokens: TokenStructure,
-        counters: RowCounters,
+        after: RowCounters,
         cache: GPTHFCache | None,
         wanted: Bool[Tensor, " tokens"],
         keep_all: bool,
@@ -230,7 +230,6 @@ class GPTHFModel(GPTHFPreTrainedModel):
         everything = torch.ones_like(wanted)
         if keep_all or (cache is not None and not cache.autocommit):
             return [everything] * len(self.stages)
-        after = counters.after(tokens)
         needed, passing = wanted, []
         for stage in reversed(self._stage_list()):
             if cache is not None:
