@@ -20,7 +20,7 @@ def main() -> None:
         text = Path(folder, "books")
         text.mkdir()
         page = (ROOT / "src/thoughtformer/assets/page.txt").read_text(encoding="utf-8")
-        (text / "page.txt").write_text(page, encoding="utf-8")
+        (text / "page.txt").write_text(page * 20, encoding="utf-8")
         Path(folder, "chapter.txt").write_text(page[:2000], encoding="utf-8")
         num_run = 0
         for language, block in blocks:

@@ -84,6 +84,14 @@ def test_eval(run, folder):
     assert "stride 256" in table
 
 
+def test_several_data_sources_after_one_flag(run, folder):
+    data = [folder / "data.txt", folder / "prompt.txt"]
+    code, out, _ = run("eval", "--data", *data, "--model", folder / "gpthf", "--json")
+    assert code == 0
+    assert json.loads(out)["num_bytes"] == sum(len(path.read_bytes()) for path in data)
+    assert run("eval", "-d", data[0], "-d", data[1], "--model", folder / "gpthf", "--json")[1] == out
+
+
 def test_tokenizer_train(run, folder, tmp_path):
     code, out, _ = run(
         "tokenizer", "train", "--data", folder / "data.txt", "--vocab-size", 300, "--out", tmp_path / "t"

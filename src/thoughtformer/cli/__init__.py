@@ -37,12 +37,26 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.command("info")(info)
 
 
+def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
+    """`--data a b` as `--data a --data b`, so that a shell's `--data books/*.txt` works."""
+    expanded: list[str] = []
+    flag = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag = argument if argument in flags else None
+        elif flag is not None and expanded[-1] != flag:
+            expanded.append(flag)
+        expanded.append(argument)
+    return expanded
+
+
 def main() -> NoReturn:
     """Runs a command; a user's mistake prints one line on standard error and exits with 2."""
     # The command line never needs a network, and progress bars of libraries don't belong into its output.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        sys.argv[1:] = _one_flag_a_value(sys.argv[1:], ("--data", "-d"))
         app()
     except ThoughtformerError as error:
         print(f"thoughtformer: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="File (.txt, .md, .jsonl, .parquet, also .gz, .xz, .bz2, .zst), folder, or datasets:NAME; repeatable.",
+        help="File (.txt, .md, .jsonl, .parquet, also .gz, .xz, .bz2, .zst), folder, or datasets:NAME; one or more.",
     ),
 ]
 Column = Annotated[str, typer.Option(help="Column that holds the text, in .jsonl, .parquet and datasets.")]

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from thoughtformer.errors import CheckpointError, TokenizerError, nearest
+from thoughtformer.models.causal_lm import GPTHFForCausalLM
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.modeling_gpthf import GPTHFForCausalLM
 from thoughtformer.text.tokenizer import SentenceTokenizer
 
 __all__ = ["BUNDLED", "load", "load_tokenizer", "resolve"]

@@ -1,4 +1,4 @@
-"""GPTHF: a word-level encoder, then a sentence-level body, as a `transformers` causal LM.
+"""GPTHF without its head: a word-level encoder, then a sentence-level body.
 
     ids -> embedding -> stage "encoder" (own sentence) -> stage "body" (sentence ends, ...) -> RMSNorm -> tied head
 
@@ -10,14 +10,13 @@ pass a stage that something later depends on, and attends either by plan (nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from thoughtformer.attention import (
     AttentionPlan,
@@ -33,14 +32,11 @@ from thoughtformer.attention import (
     rotary_angles,
 )
 from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
-from thoughtformer.errors import ContextOverflowError, InputError
+from thoughtformer.errors import ContextOverflowError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.layers import Attend, Layer, residual_projections
-from thoughtformer.models.loss import chunked_cross_entropy
-from thoughtformer.models.outputs import GPTHFCausalLMOutput
-from thoughtformer.models.penalty import exempting_repetition_penalty
 
-__all__ = ["GPTHFForCausalLM", "GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
+__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
 
 
 class Stage(nn.Module):
@@ -320,246 +316,3 @@ def _attend_held(stage: Stage, tokens: TokenStructure, held: StageCache, device:
         return attend
 
     return [attend_layer(number) for number in range(len(stage.layers))]
-
-
-class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
-    """GPTHF with its head.
-
-    The head knows the grammar of sentence ends: an end never follows an end or a document's start, and the last token
-    that `max_sentence_tokens` allows is an end for certain, at no cost in bits. Since that is part of the logits, it
-    holds alike in training, scoring, `generate` and the engine.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _is_stateful = True  # transformers then refuses assisted decoding and prompt lookup, which would crop the cache
-
-    def __init__(self, config: GPTHFConfig) -> None:
-        super().__init__(config)
-        self.model = GPTHFModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
-    def new_cache(self, num_rows: int) -> GPTHFCache:
-        """An empty cache for `num_rows` rows."""
-        return self.model.new_cache(num_rows)
-
-    def ragged_logits(
-        self,
-        input_ids: Int[Tensor, " tokens"],
-        row: Int[Tensor, " tokens"],
-        cache: GPTHFCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Float[Tensor, "wanted vocab"], RaggedOutput]:
-        """Next-token logits of the wanted tokens; arguments as in `GPTHFModel.forward`."""
-        output = self.model(input_ids, row, cache, **kwargs)
-        logits = self.lm_head(output.last_hidden_state)
-        self._apply_grammar(logits, output.tokens)
-        return logits, output
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch seq"] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: GPTHFCache | None = None,
-        labels: Int[Tensor, "batch seq"] | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        loss_only: bool = False,
-        **kwargs: Any,
-    ) -> GPTHFCausalLMOutput | tuple:
-        """Logits, and the loss where labels are given; transformers' arguments and meanings.
-
-        Args:
-            input_ids: new tokens, padded on either side where `attention_mask` is 0.
-            attention_mask: 1 for tokens, 0 for padding; over the new columns, or over all columns seen.
-            past_key_values: what came before; updated in place.
-            labels: as `input_ids`, shifted inside; -100 and padding are not scored.
-            use_cache: without `past_key_values`, make a cache and return it; default: the config's, not in training.
-            logits_to_keep: the last so many columns, or the given columns; 0 for all.
-            loss_only: compute no logits beside the loss, but each token's loss; several times less memory to train.
-
-        Raises:
-            InputError: no ids, a mask that isn't two-dimensional, or custom position ids.
-        """
-        if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
-            raise InputError(
-                "GPTHF needs input_ids of shape (batch, seq): sentences are read off the ids, so embeddings won't do."
-            )
-        if kwargs.get("position_ids") is not None:
-            raise InputError("GPTHF derives positions from the ids: leave position_ids out.")
-        batch, seq = input_ids.shape
-        real = _real_tokens(input_ids, attention_mask)
-        keep = _kept_columns(logits_to_keep, seq)
-        if labels is not None and len(keep) != seq:
-            raise InputError("labels need all logits: leave logits_to_keep at 0.")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
-        if past_key_values is not None and past_key_values.num_rows != batch:
-            raise InputError(f"past_key_values holds {past_key_values.num_rows} rows, input_ids has {batch}.")
-        if past_key_values is None and use_cache:
-            past_key_values = self.new_cache(batch)
-        if loss_only:
-            if labels is None:
-                raise InputError("loss_only needs labels.")
-            return self._losses(input_ids, real, labels, **kwargs)
-
-        wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq)
-        row = torch.arange(batch)[:, None].expand(batch, seq)
-        all_real = bool(real.all())
-        logits, output = self.ragged_logits(
-            input_ids.reshape(-1) if all_real else input_ids[real.to(input_ids.device)],
-            row[real],
-            past_key_values,
-            num_rows=batch,
-            num_columns=seq,
-            wanted=wanted[real],
-            output_hidden_states=bool(output_hidden_states),
-        )
-        if all_real:
-            logits = logits.view(batch, len(keep), logits.shape[-1])
-        else:
-            padded = logits.new_zeros(batch, len(keep), logits.shape[-1])
-            padded[real[:, keep].to(logits.device)] = logits
-            logits = padded
-        if len(keep) and not bool((keep[1:] > keep[:-1]).all()):
-            logits = logits[:, torch.argsort(torch.argsort(keep)).to(logits.device)]
-
-        loss = None
-        if labels is not None:
-            if not all_real:
-                # Nothing predicts a token after padding.
-                predicted = real.clone()
-                predicted[:, 1:] &= real[:, :-1]
-                labels = labels.masked_fill(~predicted.to(labels.device), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        hidden_states = None
-        if output.hidden_states is not None:
-            hidden_states = tuple(_padded(states, real) for states in output.hidden_states)
-        result = GPTHFCausalLMOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden_states
-        )
-        return result if return_dict is not False else result.to_tuple()
-
-    def _losses(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        real: Bool[Tensor, "batch seq"],
-        labels: Int[Tensor, "batch seq"],
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> GPTHFCausalLMOutput:
-        """The loss without logits: the mean over scored tokens, or their sum over `num_items_in_batch`."""
-        device = input_ids.device
-        batch, seq = input_ids.shape
-        row = torch.arange(batch)[:, None].expand(batch, seq)
-        output = self.model(input_ids[real.to(device)], row[real], num_rows=batch)
-        is_scored = torch.zeros(batch, seq, dtype=torch.bool, device=device)
-        is_scored[:, :-1] = (labels[:, 1:] != -100) & (real[:, 1:] & real[:, :-1]).to(device)
-        targets = torch.zeros_like(labels)
-        targets[:, :-1] = labels[:, 1:].clamp(min=0)
-        is_real = real.to(device)
-        scored, target = is_scored[is_real], targets[is_real]
-        count = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss, losses = chunked_cross_entropy(
-            output.last_hidden_state,
-            self.lm_head.weight,
-            target,
-            scored.to(torch.promote_types(self.dtype, torch.float32)) / count,
-            lambda logits, part: self._apply_grammar(logits, output.tokens[part]),
-        )
-        token_losses = losses.new_zeros(batch, seq)
-        token_losses[is_real] = losses.masked_fill(~scored, 0)
-        return GPTHFCausalLMOutput(loss=loss, token_losses=token_losses[:, :-1])
-
-    @torch.no_grad()
-    def _apply_grammar(self, logits: Float[Tensor, "wanted vocab"], tokens: TokenStructure) -> None:
-        """Rules out ends that can't be, in place.
-
-        Not recorded by autograd: what is ruled out has probability 0, and so gradient 0, in any loss of the softmax.
-        """
-        end = self.config.sentence_end_token_id
-        if end is None:
-            return
-        impossible = torch.finfo(logits.dtype).min
-        closed = tokens.is_end.nonzero().squeeze(1).to(logits.device)
-        logits[closed, end] = impossible
-        if self.config.max_sentence_tokens is None:
-            return
-        # The next token would be number offset + 2 of its sentence.
-        full = ~tokens.is_end & (tokens.offset + 2 >= self.config.max_sentence_tokens)
-        if bool(full.any()):
-            rows = full.nonzero().squeeze(1).to(logits.device)
-            end_logits = logits[rows, end].clone()
-            logits[rows] = impossible
-            logits[rows, end] = end_logits
-
-    # transformers' generation hooks.
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return
-        mask = model_kwargs.get("attention_mask")
-        padding = int((mask == 0).sum(-1).min()) if mask is not None else 0
-        assert generation_config.max_length is not None
-        needed, limit = generation_config.max_length - padding, self.config.max_position_embeddings
-        if needed > limit and not self.config.allow_extrapolation:
-            raise ContextOverflowError(
-                f"prompt and new tokens come to {needed}, but the model was trained for {limit}. Lower max_new_tokens "
-                f"by {needed - limit}, shorten the prompt, or set config.allow_extrapolation=True."
-            )
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows)
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-        exempt = [self.config.sentence_end_token_id, self.config.bos_token_id]
-        return exempting_repetition_penalty(processors, [token for token in exempt if token is not None])
-
-
-def _real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
-    """Which of the new columns are tokens, on the CPU."""
-    batch, seq = input_ids.shape
-    if attention_mask is None:
-        return torch.ones(batch, seq, dtype=torch.bool)
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; GPTHF takes (batch, columns) with batch={batch} "
-            f"and at least {seq} columns, 1 for tokens and 0 for padding. Who sees whom is the model's own rule."
-        )
-    return attention_mask[:, attention_mask.shape[1] - seq :].bool().cpu()
-
-
-def _kept_columns(logits_to_keep: int | Tensor, seq: int) -> Int[Tensor, " kept"]:
-    if isinstance(logits_to_keep, Tensor):
-        return torch.arange(seq)[logits_to_keep.cpu()]
-    return torch.arange(seq)[-logits_to_keep if logits_to_keep else 0 :]
-
-
-def _padded(
-    states: Float[Tensor, "tokens hidden"], real: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq hidden"]:
-    padded = states.new_zeros(*real.shape, states.shape[-1])
-    padded[real.to(states.device)] = states
-    return padded
