@@ -75,6 +75,7 @@ def test_run_leaves_a_loadable_model(straight):
     model, tokenizer = load(straight)
     assert model.dtype == torch.float32
     assert model.config.max_position_embeddings == 64
+    assert model.config.use_cache
     assert tokenizer.insert_sentence_ends
     result = json.loads((straight / "training.json").read_text())
     assert result["steps"] == 6

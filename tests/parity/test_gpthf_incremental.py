@@ -77,13 +77,14 @@ def test_logits_at_chosen_columns(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_batch_equals_each_row_alone(model, side):
     """Padded rows, then steps in which rows close sentences at different times."""
-    rows = [TEXTS["mixed"], TEXTS["one_token"], TEXTS["two_documents"], TEXTS["ends_at_end"]]
+    rows = [TEXTS[name] for name in ("mixed", "one_token", "two_documents", "ends_at_end", "no_start")]
     longest = max(len(row) for row in rows)
     ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest, dtype=torch.long)
     for number, row in enumerate(rows):
         place = slice(longest - len(row), None) if side == "left" else slice(None, len(row))
         ids[number, place], mask[number, place] = row, 1
     continuations = torch.stack([random_text(20, seed=50 + number)[1:] for number in range(len(rows))])
+    assert TEXTS["no_start"][0] != START, "empty slots look like entries of a document without a start"
     with torch.no_grad():
         output = model(ids, attention_mask=mask, use_cache=True)
         steps = []

@@ -254,6 +254,7 @@ def _same_recipe(out: Path, recipe: Recipe) -> None:
 def _write_model(out: Path, model: GPTHFForCausalLM, tokenizer: SentenceTokenizer, result: TrainingResult) -> None:
     draft = out / DRAFT_FOLDER
     shutil.rmtree(draft, ignore_errors=True)
+    model.config.use_cache = True  # the Trainer turns it off
     try:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(str(draft))
