@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_text, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import random_text, tiny_model
 from thoughtformer.models import GPTHFForCausalLM
 
 
