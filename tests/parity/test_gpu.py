@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from conftest import TEXTS, tiny_model
 from prose import PAGE, tiny_pair
-
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 
