@@ -60,7 +60,8 @@ def _is_command_line() -> bool:
     It must answer --help within a second, and transformers takes four to import: its commands import what they need.
     """
     program = getattr(sys, "argv", [""])[0]
-    return program == "-m" or Path(program).stem == "thoughtformer"
+    as_module = program == "-m" and "thoughtformer" in sys.orig_argv
+    return as_module or Path(program).stem == "thoughtformer"
 
 
 if not _is_command_line():

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from prose import prose, tiny_tokenizer
-from thoughtformer.errors import ConfigError, OutputError
+from prose import PAGE, prose, tiny_tokenizer
+from thoughtformer.errors import ConfigError, CorpusError, OutputError
 from thoughtformer.models.loading import load
 from thoughtformer.recipes import RECIPES, recipe
 from thoughtformer.train import ModelShape, Recipe, train
@@ -141,6 +142,40 @@ def test_full_disk_leaves_the_last_checkpoint_whole(place, tmp_path, monkeypatch
     assert len(weights(tmp_path / "out" / "checkpoint-3")) > 3
 
 
+def test_safetensors_own_error_is_met_too(place, tmp_path, monkeypatch):
+    def full(self, output_dir, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(SentenceTrainer, "save_model", full)
+    with pytest.raises(OutputError, match=r"couldn't write checkpoint-3.*no checkpoint yet"):
+        train(small_recipe(place), [place / "data.txt"], tmp_path / "out")
+
+
+def test_too_little_text_is_refused(place, tmp_path):
+    (tmp_path / "short.txt").write_text(PAGE[:200])
+    with pytest.raises(CorpusError, match=r"makes 1 rows of 64 tokens, but 2 are computed at once"):
+        train(small_recipe(place), [tmp_path / "short.txt"], tmp_path / "out")
+
+
+def test_resuming_on_other_data_is_refused(place, straight, tmp_path):
+    (tmp_path / "other.txt").write_text(prose(9000, seed=77))
+    with pytest.raises(OutputError, match="reads other data: it had 8 documents"):
+        train(small_recipe(place), [tmp_path / "other.txt"], straight, resume=True)
+
+
+def test_a_checkpoint_is_a_model(straight):
+    model, tokenizer = load(straight / "checkpoint-3")
+    assert tokenizer.max_sentence_tokens == model.config.max_sentence_tokens == 64
+
+
+def test_what_is_wrong_is_refused_before_the_old_run_goes(place, tmp_path):
+    out = tmp_path / "out"
+    train(small_recipe(place, max_steps=1), [place / "data.txt"], out)
+    with pytest.raises(CorpusError, match="nowhere"):
+        train(small_recipe(place), [tmp_path / "nowhere"], out, overwrite=True)
+    assert load(out)
+
+
 def test_used_folders(place, straight, tmp_path):
     data = [place / "data.txt"]
     with pytest.raises(OutputError, match="not empty"):
@@ -241,6 +276,12 @@ def test_the_bundled_pair_is_equal_but_for_the_method():
         ({"optimizer": "adam"}, "Did you mean 'adamw'"),
         ({"rows_per_step": 3, "rows_per_batch": 2}, "not a multiple"),
         ({"sentence_ends": False}, "sentence_ends=false"),
+        ({"beta1": 1.5}, "beta1=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"learning_rate": 0}, "learning_rate=0"),
+        ({"model": {"max_sentence_tokens": 1}}, "max_sentence_tokens=1"),
+        ({"model": {"num_attention_heads": 0}}, "num_attention_heads=0"),
+        ({"model": {"body_visibility": "hybird"}}, "Did you mean 'hybrid'"),
     ],
 )
 def test_wrong_recipes(values, message):
@@ -251,7 +292,12 @@ def test_wrong_recipes(values, message):
 def test_settings_on_top_of_a_recipe():
     changed = recipe("tiny-gpthf").with_settings(["learning_rate=3e-4", "model.num_body_layers=7", "max_bytes=null"])
     assert (changed.learning_rate, changed.model.num_body_layers, changed.max_bytes) == (3e-4, 7, None)
-    for setting, message in (("epochs", "key=value"), ("modl.x=1", "no group 'modl'"), ("a=1", "unknown key 'a'")):
+    for setting, message in (
+        ("epochs", "key=value"),
+        ("modl.x=1", "no group 'modl'"),
+        ("a=1", "unknown key 'a'"),
+        ("name=@x", "not YAML"),
+    ):
         with pytest.raises(ConfigError, match=message):
             recipe("tiny-gpthf").with_settings([setting])
     with pytest.raises(ConfigError, match=r"no recipe 'tiny-gpt2'. Did you mean 'tiny-gpt'\?"):

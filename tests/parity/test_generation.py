@@ -190,6 +190,18 @@ def test_texts_past_the_trained_length_are_refused_before_work_starts():
     assert engine.generate([ids], SamplingParams(max_new_tokens=room + 9))[0].usage.prompt_tokens == len(ids)
 
 
+def test_timed_runs_ignore_the_end_of_text():
+    """A model that would stop at once writes as many tokens as asked for."""
+    model, tokenizer = tiny_pair()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits equal: the likeliest is id 0, the end of text
+    engine = Engine(model, tokenizer)
+    assert engine.generate(["a"], SamplingParams(max_new_tokens=9))[0].finish_reason == "end_of_text"
+    done = engine.generate(["a"], SamplingParams(max_new_tokens=9, ignore_end_of_text=True))[0]
+    assert (len(done.ids), done.finish_reason) == (9, "length")
+    assert model.config.bos_token_id not in done.ids
+
+
 def test_cache_bytes_fall_when_rows_finish():
     model, tokenizer = tiny_pair(plain=True)
     params = [SamplingParams(max_new_tokens=count) for count in (2, 50)]
@@ -208,6 +220,7 @@ def test_cache_bytes_fall_when_rows_finish():
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": 1.0}, "min_p=1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"seed": -1}, "seed=-1"),
         ({"stop": "abc"}, "list of strings"),
         ({"stop": [""]}, "none of them empty"),
     ],

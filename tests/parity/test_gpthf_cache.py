@@ -173,7 +173,10 @@ def test_reset_starts_over(model):
     cache = model.new_cache(1)
     with torch.no_grad():
         model(TEXTS["mixed"][None], past_key_values=cache)
+        cache.autocommit = False
+        model(TEXTS["one_token"][None], past_key_values=cache)
         cache.reset()
+        cache.autocommit = True
         logits = model(TEXTS["two_documents"][None], past_key_values=cache).logits
         close(logits, model(TEXTS["two_documents"][None], use_cache=False).logits)
 

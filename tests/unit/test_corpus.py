@@ -94,6 +94,8 @@ def test_each_source_gives_its_share(tmp_path):
         ("list.jsonl", b"[1]", "a list, not an object"),
         ("column.jsonl", b'{"txet": "a"}', "no column 'text'.*Did you mean 'txet'"),
         ("number.jsonl", b'{"text": 3}', "holds int, not text"),
+        ("surrogate.jsonl", b'{"text": "a \\ud800 b"}', "line 1: a lone surrogate at character 2"),
+        ("broken.txt.zst", b"not zstd", "can't read"),
         ("broken.parquet", b"PAR1 nothing", "Parquet"),
     ],
 )
@@ -101,6 +103,17 @@ def test_unusable_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=f"(?s){message}"):
         list(Corpus(sources=[tmp_path / name]))
+
+
+def test_truncated_and_joined_zstd_files(tmp_path):
+    import zstandard
+
+    whole = zstandard.compress(prose(200_000).encode())
+    (tmp_path / "a.txt.zst").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorpusError, match="truncated"):
+        list(Corpus(sources=[tmp_path / "a.txt.zst"]))
+    (tmp_path / "a.txt.zst").write_bytes(whole + zstandard.compress(b" more"))
+    assert list(Corpus(sources=[tmp_path / "a.txt.zst"])) == [prose(200_000) + " more"]
 
 
 def test_missing_and_misnamed_sources(tmp_path):
@@ -118,7 +131,9 @@ def test_missing_and_misnamed_sources(tmp_path):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_tokenised_corpus(tmp_path, num_processes):
     path = tmp_path / "data.txt"
-    documents = [prose(3000, seed=seed) for seed in range(5)]
+    documents = [prose(3000, seed=seed) for seed in range(4)]
+    # Written out, special tokens are text, in every process.
+    documents.append("a <|endoftext|> b <|endofsentence|> c <|padding|>. " + prose(900))
     write(path, "\n<|endoftext|>\n".join(documents))
     tokenizer, seen = tiny_tokenizer(), []
     corpus = TokenisedCorpus.build(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import thoughtformer  # noqa: F401  registers the tokenizer
 from prose import PAGE, prose, tiny_tokenizer
-from thoughtformer.errors import ConfigError, CorpusError, TokenizerError, UnsupportedError
+from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
 from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
 from thoughtformer.text.sentences import insert_ends
 
@@ -192,6 +194,17 @@ def test_truncation_and_masks():
     full = tokenizer("She ran. He", return_offsets_mapping=True)
     pieces = ["She ran. He"[s:e] for (s, e), t in zip(full["offset_mapping"], full["input_ids"]) if t > 2]
     assert "".join(pieces) == "She ran. He"
+
+
+def test_lone_surrogates_are_refused():
+    with pytest.raises(InputError, match=r"lone surrogate.*at character 2"):
+        tiny_tokenizer()("a \ud800 b")
+
+
+def test_pickled_equals_original():
+    again = pickle.loads(pickle.dumps(tiny_tokenizer()))
+    text = f"Literal {END_OF_SENTENCE} and {END_OF_TEXT}. Yes. No"
+    assert again(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
 def test_what_it_does_not_take_is_refused():

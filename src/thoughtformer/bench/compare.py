@@ -88,7 +88,7 @@ def compare(
     for repeat in range(repeats + 1):
         for name, model, tokenizer in models:
             # Greedy, so that every repeat writes the same tokens.
-            timed = SamplingParams(max_new_tokens=params.max_new_tokens)
+            timed = SamplingParams(max_new_tokens=params.max_new_tokens, ignore_end_of_text=True)
             done = completions[name] = Engine(model, tokenizer).generate([prompt], timed)[0]
             if repeat > 0:
                 first[name].append(done.first_token_seconds)

@@ -151,6 +151,7 @@ class GPTHFCache(Cache):
         self.num_columns = 0
         for stage in self.stages:
             stage.lengths = torch.zeros_like(stage.lengths)
+        self._pending = []
         self.commit()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -52,14 +52,15 @@ def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]
 
 def main() -> NoReturn:
     """Runs a command; a user's mistake prints one line on standard error and exits with 2."""
-    # The command line never needs a network, and progress bars of libraries don't belong into its output.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Only a data set of a hub needs a network, and progress bars of libraries don't belong into the output.
+    if not any("datasets:" in argument for argument in sys.argv):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         sys.argv[1:] = _one_flag_a_value(sys.argv[1:], ("--data", "-d"))
         app()
     except ThoughtformerError as error:
-        print(f"thoughtformer: {error}", file=sys.stderr)
+        print(f"thoughtformer: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("thoughtformer: interrupted", file=sys.stderr)

@@ -17,7 +17,9 @@ __all__ = ["generate"]
 
 def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; may be empty.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file, but its last line break.")
+    ] = None,
     model: Model = "tiny-gpthf",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most, sentence ends included.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
@@ -37,7 +39,8 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise InputError("give the text to continue as either --prompt TEXT or --file FILE.")
-    text = prompt if file is None else read_text(file)
+    # Editors end a file with a line break that is not meant as text.
+    text = prompt if file is None else read_text(file).removesuffix("\n").removesuffix("\r")
     assert text is not None
 
     from thoughtformer.decode import SamplingParams

@@ -65,6 +65,6 @@ def train(
             on_start=status.stop,
         )
     console.print(
-        f"{out}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.final_loss:.4f}, "
+        f"{out}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.last_loss or result.mean_loss:.4f}, "
         f"{result.seconds / 60:.1f} minutes"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -35,6 +36,7 @@ class SamplingParams:
         repetition_penalty: above 1, tokens already seen become less likely; sentence ends and end of text are spared.
         seed: of this row's random stream; the same seed gives the same text whoever shares the batch.
         stop: the text ends before the first of these strings.
+        ignore_end_of_text: never choose the end of text, so that exactly `max_new_tokens` are written: for timing.
 
     Raises:
         InputError: a value out of range.
@@ -48,6 +50,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: Sequence[str] = ()
+    ignore_end_of_text: bool = False
 
     def __post_init__(self) -> None:
         for name, is_valid, needed in (
@@ -57,6 +60,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", 0 <= self.seed < 1 << 63, "at least 0 and below 2**63"),
         ):
             if not is_valid:
                 raise InputError(f"{name}={getattr(self, name)!r} must be {needed}.")
@@ -66,16 +70,20 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """The likeliest token, whatever came before."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.ignore_end_of_text
 
 
 class RowSampler:
     """Chooses one row's tokens."""
 
-    def __init__(self, params: SamplingParams, exempt: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, params: SamplingParams, exempt: Sequence[int], end_of_text: int | None, device: torch.device
+    ) -> None:
         self.params = params
         self.generator = torch.Generator(device=device).manual_seed(params.seed)
         self.processors = LogitsProcessorList()
+        if params.ignore_end_of_text and end_of_text is not None:
+            self.processors.append(SuppressTokensLogitsProcessor([end_of_text], device=str(device)))
         if params.repetition_penalty != 1:
             self.processors.append(ExemptingRepetitionPenalty(params.repetition_penalty, exempt))
         if params.temperature == 0:

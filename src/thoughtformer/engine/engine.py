@@ -207,7 +207,7 @@ class Engine:
         for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
             self._check(ids, param, number)
-            sampler = RowSampler(param, exempt, self.model.device)
+            sampler = RowSampler(param, exempt, config.bos_token_id, self.model.device)
             stream = TextStream(self.tokenizer.backend_tokenizer, param.stop)
             rows.append(_Row(number, ids, len(ids), param, sampler, stream))
         return rows

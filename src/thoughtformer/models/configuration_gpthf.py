@@ -89,6 +89,15 @@ class GPTHFConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         # Not transformers' validate_architecture: that wraps every error in one of its own.
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if (getattr(self, name) or 0) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads="

@@ -85,6 +85,8 @@ def _config(folder: Path) -> GPTHFConfig:
         raise CheckpointError(f"{folder} has no config.json: not a model's folder.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"can't read {folder / 'config.json'}: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds a {type(values).__name__}, not a configuration.")
     if values.get("model_type") != GPTHFConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."

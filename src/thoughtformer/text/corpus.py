@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ class Corpus:
             raise CorpusError(f"folder {str(source)!r} holds no {', '.join(FORMATS)} file, plain or compressed.")
         return found
 
+    def size_on_disk(self) -> float:
+        """Bytes of all files; infinite for a data set of a hub."""
+        files = [self.files(source) or _all_files(source) for source in self.sources]
+        return sum(file.stat().st_size for part in files for file in part) if all(files) else float("inf")
+
     def fingerprint(self) -> dict[str, Any]:
         """What the documents depend on: settings, and each file's name, size and time of change."""
         files = [
@@ -91,7 +97,7 @@ class Corpus:
             for document in self._read_source(source):
                 yield document
                 num_documents += 1
-                num_bytes += len(document.encode("utf-8", "surrogatepass"))
+                num_bytes += len(document.encode())
                 if share is not None and num_bytes >= share:
                     break
         if not num_documents:
@@ -112,8 +118,10 @@ class Corpus:
                     yield from (self._read_json_lines if kind == ".jsonl" else self._read_text)(stream, path)
         except UnicodeDecodeError as error:
             raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): binary, or another encoding.") from None
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise CorpusError(f"can't read {path}: {error}") from None
+        except ImportError as error:
+            raise CorpusError(f"{path} needs {error.name}: pip install 'thoughtformer[train]'.") from None
 
     def _read_text(self, stream: IO[str], path: Path) -> Iterator[str]:
         lines: list[str] = []
@@ -156,7 +164,10 @@ class Corpus:
             raise CorpusError(f"can't read {path} as Parquet: {error}") from None
 
     def _read_datasets(self, source: str) -> Iterator[str]:
-        import datasets
+        try:
+            import datasets
+        except ImportError:
+            raise CorpusError(f"{source} needs datasets: pip install 'thoughtformer[train]'.") from None
 
         if source.startswith(DATASETS_PREFIX):
             name, *rest = source.removeprefix(DATASETS_PREFIX).split(",")
@@ -166,7 +177,10 @@ class Corpus:
             except Exception as error:  # the library raises many kinds; each means that the data can't be had
                 raise CorpusError(f"datasets can't load {name!r}: {error}") from None
         else:
-            data = datasets.load_from_disk(source)
+            try:
+                data = datasets.load_from_disk(source)
+            except Exception as error:
+                raise CorpusError(f"datasets can't load the folder {source}: {error}") from None
             if isinstance(data, datasets.DatasetDict):
                 if "train" not in data:
                     raise CorpusError(f"{source} has no split 'train'.{nearest('train', map(str, data))}")
@@ -180,6 +194,10 @@ class Corpus:
         text = record[self.column]
         if not isinstance(text, str):
             raise CorpusError(f"{place}: column {self.column!r} holds {type(text).__name__}, not text.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"{place}: a lone surrogate at character {error.start}, which is no text.") from None
         return text
 
 
@@ -226,8 +244,23 @@ def _open_binary(path: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise CorpusError(f"{path} needs zstandard: pip install 'thoughtformer[train]'.") from None
-        return zstandard.open(path, "rb")  # type: ignore[return-value]
+        return io.BytesIO(_decompress_zstd(path, zstandard.ZstdDecompressor()))
     return path.open("rb")
+
+
+def _decompress_zstd(path: Path, decompressor: Any) -> bytes:
+    """The whole content; zstandard's own reader takes a truncated file for a short one."""
+    data, parts = path.read_bytes(), []
+    while data:
+        frame = decompressor.decompressobj()
+        try:
+            parts.append(frame.decompress(data))
+        except Exception as error:  # ZstdError, of a module that may not be there
+            raise CorpusError(f"can't read {path}: {error}") from None
+        if not frame.eof:
+            raise CorpusError(f"can't read {path}: the file is truncated.")
+        data = frame.unused_data
+    return b"".join(parts)
 
 
 def _open(path: Path) -> IO[str]:

@@ -17,14 +17,15 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from thoughtformer.errors import CorpusError
+from thoughtformer.errors import CorpusError, OutputError
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.tokenizer import SentenceTokenizer
 
 __all__ = ["PackedRows", "TokenisedCorpus", "cache_folder"]
 
 #: Raise when what is stored, or how it is made, changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SMALL_CORPUS_BYTES = 1_000_000
 
 
 def cache_folder() -> Path:
@@ -65,26 +66,33 @@ class TokenisedCorpus:
             corpus: the documents.
             tokenizer: writes sentence ends or not, as it is set.
             folder: where to keep token files; default `cache_folder()`.
-            num_processes: default: one a core.
+            num_processes: default: one a core, or one for little text.
             on_progress: called after each document with their number so far and its bytes.
 
         Raises:
             CorpusError: as reading the corpus does; nothing half-written is kept.
+            OutputError: the folder can't be written to.
         """
         backend = tokenizer.backend_tokenizer.to_str()
         settings = [
             tokenizer.insert_sentence_ends,
             tokenizer.max_sentence_tokens,
-            tokenizer.splitter.__class__.__name__,
+            tokenizer.splitter.identity,
         ]
         identity = json.dumps([FORMAT_VERSION, corpus.fingerprint(), settings, backend], sort_keys=True)
         place = (folder or cache_folder()) / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:24]
         if (place / "manifest.json").exists():
             return cls(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
         try:
-            _write(draft, corpus, tokenizer, num_processes or os.cpu_count() or 1, on_progress)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
+        except OSError as error:
+            raise _cant_write(place.parent, error) from None
+        try:
+            try:
+                _write(draft, corpus, tokenizer, num_processes or _useful_processes(corpus), on_progress)
+            except OSError as error:
+                raise _cant_write(place.parent, error) from None
             try:
                 draft.rename(place)
             except OSError:
@@ -123,6 +131,17 @@ class PackedRows(Dataset):
         labels = ids.clone()
         labels[0] = -100  # nothing predicts a row's first token; so a count of labels is a count of losses
         return {"input_ids": ids, "labels": labels}
+
+
+def _cant_write(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"can't keep token files in {folder}: {error}. Name another folder by THOUGHTFORMER_CACHE.")
+
+
+def _useful_processes(corpus: Corpus) -> int:
+    """One a core that this process may use; one for little text, which is done before others would have started."""
+    if corpus.size_on_disk() < SMALL_CORPUS_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _worker_tokenizer: SentenceTokenizer | None = None

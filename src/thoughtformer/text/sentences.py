@@ -7,6 +7,7 @@ spaces with a sentence, cuts `\\r\\n` in half and returns bare whitespace as pie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,11 @@ __all__ = ["SentenceSplitter", "SentencexSplitter", "insert_ends"]
 class SentenceSplitter(Protocol):
     """Splits text into sentences, stably: what is split off stays so whatever text follows, but for the last piece."""
 
+    @property
+    def identity(self) -> str:
+        """What the splitting depends on; token files are kept by it."""
+        ...
+
     def ends(self, text: str) -> list[int]:
         """The offset just past each sentence's last non-space character, ascending; none for bare whitespace."""
         ...
@@ -28,6 +34,11 @@ class SentencexSplitter:
 
     def __init__(self, language: str = "en") -> None:
         self.language = language
+
+    @property
+    def identity(self) -> str:
+        """Library, version and language."""
+        return f"sentencex {version('sentencex')} {self.language}"
 
     def ends(self, text: str) -> list[int]:
         """The offset just past each sentence's last non-space character."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import PaddingStrategy
 
-from thoughtformer.errors import ConfigError, CorpusError, TokenizerError, UnsupportedError
+from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
 from thoughtformer.text.sentences import SentenceSplitter, SentencexSplitter, insert_ends
 
 __all__ = ["END_OF_SENTENCE", "END_OF_TEXT", "PADDING", "SentenceTokenizer", "train_bpe"]
@@ -55,6 +55,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
     if not seen:
         raise CorpusError("the corpus holds no text to train a tokenizer on.")
     return tokenizer
+
+
+def _first_surrogate(text: str) -> str:
+    index = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), -1)
+    return f"{text[index]!r} at character {index}" if index >= 0 else "unknown"
 
 
 class SentenceTokenizer(PreTrainedTokenizerFast):
@@ -103,7 +108,6 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
                 f"the tokenizer lacks {', '.join(missing)}. Train one with `thoughtformer tokenizer train`, which adds "
                 "them, or add them as special tokens."
             )
-        self.backend_tokenizer.encode_special_tokens = True
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -143,12 +147,21 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids without any special token."""
-        return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode_plain(text).ids
+
+    def _encode_plain(self, text: str) -> Encoding:
+        backend = self.backend_tokenizer
+        # Set each time: the flag is lost when a tokenizer is pickled for another process.
+        backend.encode_special_tokens = True
+        try:
+            return backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise InputError(f"text holds a lone surrogate, which is no character: {_first_surrogate(text)}.") from None
 
     def _encode_text(
         self, text: str, *, add_start: bool, close_last: bool = False
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        encoding = self.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode_plain(text)
         if not self.insert_sentence_ends:
             ids, offsets = np.asarray(encoding.ids, dtype=np.int64), encoding.offsets
         else:

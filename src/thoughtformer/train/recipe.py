@@ -93,6 +93,20 @@ class Recipe:
         for name in ("max_bytes", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more, or null.")
+        for name, is_valid, needed in (
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("matrix_learning_rate", self.matrix_learning_rate > 0, "above 0"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "at least 0 and below 1"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
+            ("seed", 0 <= self.seed < 1 << 32, "at least 0 and below 2**32"),
+            ("row_tokens", self.row_tokens >= 2, "2 or more"),
+        ):
+            if not is_valid:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {needed}.")
         if self.rows_per_step % self.rows_per_batch:
             raise ConfigError(
                 f"rows_per_step={self.rows_per_step} is not a multiple of rows_per_batch={self.rows_per_batch}."
@@ -106,6 +120,8 @@ class Recipe:
                 f"{self.model.num_encoder_layers} and body_visibility={self.model.body_visibility!r}: "
                 "a plain GPT has 0 and 'causal'."
             )
+        # Whatever the vocabulary, a shape that can't be is met here, before any data is read.
+        self.model_config(vocab_size=1 << 16, start=0, end=1, padding=2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -138,7 +154,10 @@ class Recipe:
                 place = place.get(part) if isinstance(place, dict) else None
                 if not isinstance(place, dict):
                     raise ConfigError(f"--set {setting!r}: no group {part!r}. Groups: model.")
-            place[last] = yaml.safe_load(value)
+            try:
+                place[last] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"--set {setting!r}: the value is not YAML: {error}") from None
         return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from thoughtformer.errors import ConfigError, OutputError
+from thoughtformer.errors import ConfigError, CorpusError, OutputError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.text.corpus import Corpus
@@ -31,11 +32,15 @@ __all__ = ["TrainingResult", "train"]
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "training.json"
+DATA_FILE = "data.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a finished run did; also in the output folder's training.json."""
+    """What a finished run did; also in the output folder's training.json.
+
+    `mean_loss` is over all steps since the start or the last resume, `last_loss` over the last log interval.
+    """
 
     steps: int
     tokens: int
@@ -43,7 +48,8 @@ class TrainingResult:
     corpus_bytes: int
     documents: int
     parameters: int
-    final_loss: float
+    mean_loss: float
+    last_loss: float | None
     seconds: float
     hardware: str
     versions: dict[str, str]
@@ -79,24 +85,34 @@ def train(
         CorpusError, ConfigError, TokenizerError: the data, the recipe, or the tokenizer can't be used.
     """
     out = Path(out)
+    # Whatever can be refused is, before anything in the folder changes.
     corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes)
-    checkpoint = _prepare_output(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(
         recipe.tokenizer,
         insert_sentence_ends=recipe.sentence_ends,
         max_sentence_tokens=recipe.model.max_sentence_tokens,
     )
+    config = _model_config(recipe, tokenizer)
     arguments = _arguments(recipe, out)
+    checkpoint = _prepare_output(out, recipe, resume=resume, overwrite=overwrite)
     with arguments.main_process_first(desc="tokenising"):
         tokens = TokenisedCorpus.build(corpus, tokenizer, on_progress=on_tokenised)
     rows = PackedRows(tokens, recipe.row_tokens)
+    rows_at_once = recipe.rows_per_batch * arguments.world_size
+    if len(rows) < rows_at_once:
+        raise CorpusError(
+            f"the data makes {len(rows)} rows of {recipe.row_tokens} tokens, but {rows_at_once} are computed at once. "
+            "Give more text, or lower rows_per_batch and rows_per_step, or row_tokens."
+        )
+    _same_data(out, tokens, resume=checkpoint is not None, is_first=arguments.should_save)
     set_seed(recipe.seed)
-    model = GPTHFForCausalLM(_model_config(recipe, tokenizer))
+    model = GPTHFForCausalLM(config)
     trainer = SentenceTrainer(
         recipe,
         model=model,
         args=arguments,
         train_dataset=rows,
+        processing_class=tokenizer,
         callbacks=[ProgressCallback(recipe.rows_per_step * recipe.row_tokens)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -112,7 +128,8 @@ def train(
         corpus_bytes=int(tokens.num_bytes.sum()),
         documents=len(tokens),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        final_loss=outcome.training_loss,
+        mean_loss=outcome.training_loss,
+        last_loss=next((line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line), None),
         seconds=time.monotonic() - started,
         hardware=_hardware(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
@@ -229,8 +246,27 @@ def _prepare_output(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     return None
 
 
+def _same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: bool) -> None:
+    """Remembers which token file the run reads, or refuses to resume on another."""
+    file = out / DATA_FILE
+    identity = {"tokens": len(tokens.tokens), "documents": len(tokens), "key": tokens.folder.name}
+    if resume:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise OutputError(f"can't read {file}, which says what the run was trained on: {error}") from None
+        if before != identity:
+            raise OutputError(
+                f"the run in {out} reads other data: it had {before.get('documents')} documents of "
+                f"{before.get('tokens')} tokens, these are {identity['documents']} of {identity['tokens']}, or their "
+                "files have changed."
+            )
+    elif is_first:
+        file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+
+
 def _run_files(out: Path) -> Iterator[Path]:
-    names = {RECIPE_FILE, RESULT_FILE, "logs", DRAFT_FOLDER, "config.json", "generation_config.json"}
+    names = {RECIPE_FILE, RESULT_FILE, DATA_FILE, "logs", DRAFT_FOLDER, "config.json", "generation_config.json"}
     names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     return (path for path in list(out.iterdir()) if path.name in names or path.name.startswith("checkpoint-"))
 
@@ -261,5 +297,9 @@ def _write_model(out: Path, model: GPTHFForCausalLM, tokenizer: SentenceTokenize
         (draft / RESULT_FILE).write_text(json.dumps(result.__dict__, indent=2) + "\n", encoding="utf-8")
         for path in draft.iterdir():
             path.replace(out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"couldn't write the model to {out}: {error}. Its checkpoints are whole; make room and go on with --resume."
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

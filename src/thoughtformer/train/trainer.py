@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -100,9 +100,8 @@ class SentenceTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(out / name, ignore_errors=True)
                 (out / DRAFT_FOLDER / name).rename(out / name)
-        except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        # A full disk is a RuntimeError to torch, and an exception of its own to safetensors.
+        except (OSError, RuntimeError, SafetensorError) as error:
             kept = sorted(path.name for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
             raise OutputError(
                 f"couldn't write {name} to {out}: {error}. Kept whole: {', '.join(kept) or 'no checkpoint yet'}. "
