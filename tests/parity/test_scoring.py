@@ -22,7 +22,9 @@ def test_chunked_loss_equals_cross_entropy(plain, monkeypatch):
     """Loss, each token's loss, and all gradients; the chunk smaller than the text."""
     monkeypatch.setattr("thoughtformer.models.loss.CHUNK_TOKENS", 7)
     model, tokenizer = tiny_pair(plain=plain, max_sentence_tokens=20)
-    tokenizer.max_sentence_tokens = 20
+    tokenizer = type(tokenizer).from_backend(
+        tokenizer.backend_tokenizer, insert_sentence_ends=not plain, max_sentence_tokens=20
+    )
     batch = tokenizer([PAGE[:200], PAGE[200:300]], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[0, 5:8] = -100
