@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from thoughtformer.attention.structure import TokenStructure
     from thoughtformer.attention.visibility import VisibilityRule
 
-__all__ = ["AttentionPlan", "Blocks", "causal_plan", "sentence_plan"]
+__all__ = ["AttentionPlan", "Blocks", "PlanBuilder", "causal_plan", "grouped", "sentence_plan"]
 
 #: Blocks are split so that one call gathers at most this many keys: 2**20 keys of 64 floats are 256 MiB.
 MAX_GATHERED_KEYS = 1 << 20
@@ -64,8 +64,11 @@ class AttentionPlan:
         query: Float[Tensor, "tokens heads head_dim"],
         key: Float[Tensor, "tokens kv_heads head_dim"],
         value: Float[Tensor, "tokens kv_heads head_dim"],
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        """The attention output of every token."""
+        """The attention output of every token; `scale` is head_dim**-0.5 unless given."""
         heads, head_dim = query.shape[1:]
         if key.shape[1] != heads:  # grouped-query: one gather serves all heads of a group
             key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
@@ -80,10 +83,10 @@ class AttentionPlan:
             if _trains_faster_in_float32(q, k):
                 q, k, v = q.float(), k.float(), v.float()
             if blocks.key_index is None:
-                output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
             else:
                 mask = None if blocks.mask is None else blocks.mask.unsqueeze(1)
-                output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
             outputs.append(output.transpose(1, 2).reshape(-1, heads, head_dim))
         if not outputs:
             return query
@@ -118,7 +121,7 @@ def _runs(ordinal: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], Int[Te
     return length.cumsum(0) - length, length
 
 
-def _grouped(length: Int[Tensor, " runs"]) -> list[tuple[int, Int[Tensor, " members"]]]:
+def grouped(length: Int[Tensor, " runs"]) -> list[tuple[int, Int[Tensor, " members"]]]:
     """Runs that share a call: (longest member, members), by rounded length."""
     if len(length) == 0:
         return []
@@ -138,7 +141,9 @@ def _padded(
     return torch.where(valid, start[:, None] + column, 0), valid
 
 
-class _PlanBuilder:
+class PlanBuilder:
+    """Collects blocks until every token is a query once."""
+
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.blocks: list[Blocks] = []
@@ -152,6 +157,7 @@ class _PlanBuilder:
         key_index: Int[Tensor, "blocks keys"] | None = None,
         mask: Bool[Tensor, "blocks queries keys"] | None = None,
     ) -> None:
+        """Blocks of `valid` queries over gathered keys (by default the queries themselves, causally)."""
         slots = torch.arange(query_index.numel()).view_as(query_index) + self.num_outputs
         self.output_index[query_index[valid]] = slots[valid]
         self.num_outputs += query_index.numel()
@@ -160,11 +166,12 @@ class _PlanBuilder:
     def add_causal(self, index: Int[Tensor, " members"] | None, ordinal: Int[Tensor, " members"]) -> None:
         """Causal attention inside each run of `ordinal`, over the tokens at `index` (all of them if None)."""
         start, length = _runs(ordinal)
-        for width, members in _grouped(length):
+        for width, members in grouped(length):
             padded, valid = _padded(start[members], length[members], width)
             self.add(padded if index is None else index[padded], valid)
 
     def build(self) -> AttentionPlan:
+        """The plan of all blocks added."""
         assert bool((self.output_index >= 0).all()), "every token must be a query once"
         identity = torch.arange(self.num_tokens)
         if self.num_outputs == self.num_tokens and torch.equal(self.output_index, identity):
@@ -175,7 +182,7 @@ class _PlanBuilder:
 
 def causal_plan(ordinal: Int[Tensor, " tokens"]) -> AttentionPlan:
     """Causal attention inside each run of equal ordinals (a sentence, or a document)."""
-    builder = _PlanBuilder(len(ordinal))
+    builder = PlanBuilder(len(ordinal))
     builder.add_causal(None, ordinal)
     return builder.build()
 
@@ -191,7 +198,7 @@ def sentence_plan(
     `document` and `sentence` number the runs of the flat list. Where the rule's ends read ends alone, they attend
     causally among themselves, apart from the blocks.
     """
-    builder = _PlanBuilder(len(tokens))
+    builder = PlanBuilder(len(tokens))
     end_index = tokens.is_end.nonzero().squeeze(1)
     in_blocks = torch.arange(len(tokens))
     if rule.ends_suffice:
@@ -207,7 +214,7 @@ def sentence_plan(
     document_start, document_length = _runs(document)
     ends_end = ends_before[first]
     ends_start = ends_before[torch.repeat_interleave(document_start, document_length)][first]
-    for width, members in _grouped(length):
+    for width, members in grouped(length):
         budget = max(1, MAX_GATHERED_KEYS // (width + int((ends_end - ends_start)[members].max())))
         for part in members.split(budget):
             num_ends = (ends_end - ends_start)[part]
