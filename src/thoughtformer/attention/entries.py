@@ -89,17 +89,13 @@ def visible(query: Entries, key: Entries, *, see_earlier: bool = False) -> Bool[
     return torch.where(query.order == TOKEN, by_token, by_sentinel) & (key.order != PADDING)
 
 
-def entries_mask(
-    query: Entries, key: Entries, *, see_earlier: bool = False
-) -> Bool[Tensor, "rows queries keys"]:
+def entries_mask(query: Entries, key: Entries, *, see_earlier: bool = False) -> Bool[Tensor, "rows queries keys"]:
     """`mask[r, i, j]`: whether query i of row r reads key j. Padded queries read everything, so that no row is empty."""
     queries, keys = query.map(lambda field: field.unsqueeze(-1)), key.map(lambda field: field.unsqueeze(-2))
     return visible(queries, keys, see_earlier=see_earlier) | (queries.order == PADDING)
 
 
-def entries_plan(
-    entries: Entries, *, see_earlier: bool = False, block_queries: int = BLOCK_QUERIES
-) -> AttentionPlan:
+def entries_plan(entries: Entries, *, see_earlier: bool = False, block_queries: int = BLOCK_QUERIES) -> AttentionPlan:
     """The same as `entries_mask(entries, entries)` by gathered blocks, over the entries of all rows laid end to end."""
     num_rows, num_entries = entries.order.shape
     queries = entries.map(lambda field: field.unsqueeze(-1))

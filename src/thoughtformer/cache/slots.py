@@ -32,7 +32,7 @@ def slots_bytes(
 
 
 class RowSlots:
-    """Entries of each row in the order they came, in slots 0 to `lengths[row]`, with named integer fields each.
+    """Entries of each row, in slots 0 to `lengths[row]` in any order, with named integer fields each.
 
     Rows share one tensor a layer, allotted in whole blocks for the longest row.
     """
@@ -109,16 +109,21 @@ class RowSlots:
         self.values[layer][row, :, slot] = value
 
     def keep(self, kept: Bool[Tensor, "rows longest"]) -> None:
-        """Drops all other entries, and gives back blocks no longer needed; the kept stay in order."""
+        """Drops all other entries, and gives back blocks no longer needed.
+
+        The last kept entries move into the gaps, so that the cost is that of what was dropped, not of what is held;
+        order tells nothing, fields do.
+        """
         longest = kept.shape[1]
-        kept = kept & (torch.arange(longest) < self.lengths[:, None])
+        column = torch.arange(longest)
+        kept = kept & (column < self.lengths[:, None])
         lengths = kept.sum(dim=1)
-        misplaced = kept & (torch.arange(longest) >= lengths[:, None])
-        if bool(misplaced.any()):
-            # Kept entries move down in order; the slots before the first gap of any row stay where they are.
-            first_gap = int((~kept).long().argmax(dim=1)[misplaced.any(dim=1)].min())
-            source = torch.argsort((~kept).to(torch.int8), dim=1, stable=True)[:, first_gap : int(lengths.max())]
-            self._move(source, first_gap)
+        inside = column < lengths[:, None]
+        # As many gaps before a row's new length as kept entries behind it, and both come row by row.
+        gap_row, gap = (~kept & inside).nonzero(as_tuple=True)
+        _, moved = (kept & ~inside).nonzero(as_tuple=True)
+        if len(gap):
+            self._move(gap_row, moved, gap)
         self.lengths = lengths
         self.fit()
 
@@ -152,11 +157,9 @@ class RowSlots:
             self.values[layer] = resized(self.values[layer], 2)
         self.entries = resized(self.entries, 2)
 
-    def _move(self, source: Int[Tensor, "rows moved"], first: int) -> None:
-        last = first + source.shape[1]
-        self.entries[:, :, first:last] = self.entries.gather(2, source.expand(len(self.fields), -1, -1))
-        on_device = source.to(self.keys[0].device) if self.keys else source
-        for tensors in (self.keys, self.values):
-            for tensor in tensors:
-                index = on_device[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-                tensor[:, :, first:last] = tensor.gather(2, index)
+    def _move(self, row: Int[Tensor, " moved"], source: Int[Tensor, " moved"], target: Int[Tensor, " moved"]) -> None:
+        self.entries[:, row, target] = self.entries[:, row, source]
+        device = self.keys[0].device
+        row, source, target = row.to(device), source.to(device), target.to(device)
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, target] = tensor[row, :, source]

@@ -39,7 +39,7 @@ def stage_bytes(
 
 
 class StageCache(RowSlots):
-    """What a rule lets later tokens read, each row in text order.
+    """What a rule lets later tokens read.
 
     Uncommitted entries follow the committed ones; `commit` drops what the rule doesn't keep and gives blocks back,
     `rollback` drops the uncommitted.

@@ -17,6 +17,7 @@ from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel, RaggedOutput
 from thoughtformer.models.outputs import GPTHFCausalLMOutput
+from thoughtformer.models.padding import kept_columns, real_tokens
 from thoughtformer.models.penalty import exempting_repetition_penalty
 
 __all__ = ["GPTHFForCausalLM"]
@@ -96,8 +97,8 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         if kwargs.get("position_ids") is not None:
             raise InputError("GPTHF derives positions from the ids: leave position_ids out.")
         batch, seq = input_ids.shape
-        real = _real_tokens(input_ids, attention_mask)
-        keep = _kept_columns(logits_to_keep, seq)
+        real = real_tokens(input_ids, attention_mask)
+        keep = kept_columns(logits_to_keep, seq)
         if labels is not None and len(keep) != seq:
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
@@ -236,25 +237,6 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         exempt = [self.config.sentence_end_token_id, self.config.bos_token_id]
         return exempting_repetition_penalty(processors, [token for token in exempt if token is not None])
-
-
-def _real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
-    """Which of the new columns are tokens, on the CPU."""
-    batch, seq = input_ids.shape
-    if attention_mask is None:
-        return torch.ones(batch, seq, dtype=torch.bool)
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; GPTHF takes (batch, columns) with batch={batch} "
-            f"and at least {seq} columns, 1 for tokens and 0 for padding. Who sees whom is the model's own rule."
-        )
-    return attention_mask[:, attention_mask.shape[1] - seq :].bool().cpu()
-
-
-def _kept_columns(logits_to_keep: int | Tensor, seq: int) -> Int[Tensor, " kept"]:
-    if isinstance(logits_to_keep, Tensor):
-        return torch.arange(seq)[logits_to_keep.cpu()]
-    return torch.arange(seq)[-logits_to_keep if logits_to_keep else 0 :]
 
 
 def _padded(

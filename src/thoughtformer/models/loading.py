@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from thoughtformer.errors import CheckpointError, TokenizerError, nearest
 from thoughtformer.models.causal_lm import GPTHFForCausalLM
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.text.tokenizer import SentenceTokenizer
 
-__all__ = ["BUNDLED", "load", "load_tokenizer", "resolve"]
+__all__ = ["BUNDLED", "BUNDLED_ADAPTERS", "load", "load_causal_lm", "load_tokenizer", "resolve"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("tiny-gpthf", "tiny-gpt")
+BUNDLED_ADAPTERS = ("tiny-gpt-sentinel",)
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "checkpoint.pt")
 
 
@@ -27,13 +29,13 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: neither; names the closest bundled model.
     """
-    if str(name_or_path) in BUNDLED:
+    if str(name_or_path) in (*BUNDLED, *BUNDLED_ADAPTERS):
         return ASSETS / str(name_or_path)
     path = Path(name_or_path)
     if path.is_dir():
         return path
     what = "is a file, not a model's folder" if path.is_file() else "is neither a bundled model nor a folder"
-    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), BUNDLED)}")
+    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), (*BUNDLED, *BUNDLED_ADAPTERS))}")
 
 
 def load(
@@ -65,6 +67,42 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_causal_lm(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Any causal LM that compression may be asked for, in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: what `load` takes, or a folder with another causal LM of transformers in safetensors.
+        dtype, device: as for `load`.
+
+    Raises:
+        CheckpointError, TokenizerError: as `load`.
+    """
+    folder = resolve(name_or_path)
+    values = _config_values(folder)
+    if values.get("model_type") == GPTHFConfig.model_type:
+        return load(folder, dtype=dtype, device=device)
+    _refuse_pickles(folder)
+    device = torch.device(device or "cpu")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like for a missing or malformed file
+        raise TokenizerError(f"can't read a tokenizer in {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise TokenizerError(f"the tokenizer in {folder} has no tokenizer.json: convert it to a fast one.")
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
 def load_tokenizer(name_or_path: str | Path, **settings: Any) -> SentenceTokenizer:
     """The tokenizer of a bundled model or folder; `settings` replace its own (`insert_sentence_ends`, ...)."""
     folder = resolve(name_or_path)
@@ -78,7 +116,7 @@ def load_tokenizer(name_or_path: str | Path, **settings: Any) -> SentenceTokeniz
         raise TokenizerError(f"can't read the tokenizer in {folder}: {error}") from error
 
 
-def _config(folder: Path) -> GPTHFConfig:
+def _config_values(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -87,6 +125,11 @@ def _config(folder: Path) -> GPTHFConfig:
         raise CheckpointError(f"can't read {folder / 'config.json'}: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder / 'config.json'} holds a {type(values).__name__}, not a configuration.")
+    return values
+
+
+def _config(folder: Path) -> GPTHFConfig:
+    values = _config_values(folder)
     if values.get("model_type") != GPTHFConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."
@@ -97,8 +140,8 @@ def _config(folder: Path) -> GPTHFConfig:
         raise CheckpointError(f"{folder / 'config.json'} doesn't describe a model: {error}") from error
 
 
-def _check_weights(folder: Path, config: GPTHFConfig) -> None:
-    """Reads every header, and compares names and shapes with what the configuration needs."""
+def _refuse_pickles(folder: Path) -> list[Path]:
+    """The folder's weight files, all safetensors."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [name for name in PICKLES if (folder / name).exists()]
@@ -108,6 +151,12 @@ def _check_weights(folder: Path, config: GPTHFConfig) -> None:
                 "Convert it to safetensors."
             )
         raise CheckpointError(f"{folder} has no .safetensors weights.")
+    return files
+
+
+def _check_weights(folder: Path, config: GPTHFConfig) -> None:
+    """Reads every header, and compares names and shapes with what the configuration needs."""
+    files = _refuse_pickles(folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:

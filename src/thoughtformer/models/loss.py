@@ -34,9 +34,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device_type, enabled=False):
             weight = head_weight.to(dtype)
-            wants_gradient = any(ctx.needs_input_grad[:2])
-            grad_hidden = torch.empty_like(hidden_states) if wants_gradient else None
-            grad_weight = torch.zeros_like(head_weight, dtype=exact) if wants_gradient else None
+            wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+            grad_hidden = torch.empty_like(hidden_states) if wants_hidden else None
+            grad_weight = torch.zeros_like(head_weight, dtype=exact) if wants_weight else None
             losses = torch.empty(len(labels), dtype=exact, device=labels.device)
             for start in range(0, len(labels), CHUNK_TOKENS):
                 part = slice(start, min(start + CHUNK_TOKENS, len(labels)))
@@ -46,13 +46,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 target = labels[part, None]
                 total = logits.logsumexp(dim=-1, keepdim=True)
                 losses[part] = (total - logits.gather(1, target)).squeeze(1)
-                if grad_hidden is None or grad_weight is None:
+                if grad_hidden is None and grad_weight is None:
                     continue
                 gradient = logits.sub_(total).exp_()
                 gradient.scatter_add_(1, target, torch.full_like(total, -1.0))
                 gradient = gradient.mul_(token_weights[part, None]).to(dtype)
-                grad_hidden[part] = gradient @ weight
-                grad_weight += gradient.T @ hidden
+                if grad_hidden is not None:
+                    grad_hidden[part] = gradient @ weight
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         # Weighed first: a token of weight 0 may have an infinite loss, and must not spoil the sum.
@@ -62,7 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss), None, None, None
+        grads = (None if grad is None else grad * grad_loss for grad in (grad_hidden, grad_weight))
+        return *grads, None, None, None
 
 
 def chunked_cross_entropy(

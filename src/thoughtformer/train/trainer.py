@@ -18,20 +18,59 @@ from thoughtformer.errors import OutputError
 from thoughtformer.train.optimizer import build_optimizer
 from thoughtformer.train.recipe import Recipe
 
-__all__ = ["CHECKPOINTS_KEPT", "ProgressCallback", "SentenceTrainer"]
+__all__ = ["CHECKPOINTS_KEPT", "DRAFT_FOLDER", "ProgressCallback", "SentenceTrainer", "WholeCheckpointTrainer"]
 
 CHECKPOINTS_KEPT = 2
 DRAFT_FOLDER = ".writing"
 
 
-class SentenceTrainer(Trainer):
-    """Trains on packed rows; logs real tokens and sentence ends apart; a checkpoint exists whole or not at all."""
+class WholeCheckpointTrainer(Trainer):
+    """transformers' Trainer, of whose checkpoints each exists whole or not at all."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._is_drafting = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / DRAFT_FOLDER) if self._is_drafting else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a draft beside the checkpoints and renames it once whole."""
+        out = Path(self.args.output_dir or "")
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(out / DRAFT_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_drafting = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(out / name, ignore_errors=True)
+                (out / DRAFT_FOLDER / name).rename(out / name)
+        # A full disk is a RuntimeError to torch, and an exception of its own to safetensors.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = sorted(path.name for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+            raise OutputError(
+                f"couldn't write {name} to {out}: {error}. Kept whole: {', '.join(kept) or 'no checkpoint yet'}. "
+                "Make room and go on with --resume."
+            ) from error
+        finally:
+            self._is_drafting = False
+            if self.args.should_save:
+                shutil.rmtree(out / DRAFT_FOLDER, ignore_errors=True)
+        if self.args.should_save:
+            rotate_checkpoints(output_dir=str(out), save_total_limit=CHECKPOINTS_KEPT)
+
+
+class SentenceTrainer(WholeCheckpointTrainer):
+    """Trains on packed rows; logs real tokens and sentence ends apart."""
 
     def __init__(self, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.sums = torch.zeros(4, dtype=torch.float64)  # loss and count of real tokens, then of sentence ends
-        self._is_drafting = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimiser."""
@@ -82,38 +121,6 @@ class SentenceTrainer(Trainer):
         parts = [losses[is_token].sum(), is_token.sum(), losses[is_end].sum(), is_end.sum()]
         self.sums += torch.stack([part.double().cpu() for part in parts])
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / DRAFT_FOLDER) if self._is_drafting else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a draft beside the checkpoints and renames it once whole."""
-        out = Path(self.args.output_dir or "")
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(out / DRAFT_FOLDER, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._is_drafting = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(out / name, ignore_errors=True)
-                (out / DRAFT_FOLDER / name).rename(out / name)
-        # A full disk is a RuntimeError to torch, and an exception of its own to safetensors.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            kept = sorted(path.name for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-            raise OutputError(
-                f"couldn't write {name} to {out}: {error}. Kept whole: {', '.join(kept) or 'no checkpoint yet'}. "
-                "Make room and go on with --resume."
-            ) from error
-        finally:
-            self._is_drafting = False
-            if self.args.should_save:
-                shutil.rmtree(out / DRAFT_FOLDER, ignore_errors=True)
-        if self.args.should_save:
-            rotate_checkpoints(output_dir=str(out), save_total_limit=CHECKPOINTS_KEPT)
-
 
 class ProgressCallback(TrainerCallback):
     """One line a log interval on standard error: step, losses, tokens/s, time left."""
@@ -137,10 +144,11 @@ class ProgressCallback(TrainerCallback):
         seconds = time.monotonic() - self.started
         per_step = seconds / max(state.global_step - self.first_step, 1)
         left = per_step * (state.max_steps - state.global_step)
-        ends = f"  ends {logs['loss_sentence_ends']:.3f}" if "loss_sentence_ends" in logs else ""
+        shown = {"tokens": "loss_tokens", "ends": "loss_sentence_ends", "removed": "removed"}
+        parts = "".join(f"  {label} {logs[name]:.3f}" for label, name in shown.items() if name in logs)
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  tokens {logs['loss_tokens']:.3f}"
-            f"{ends}  {self.tokens_per_step / per_step:,.0f} tokens/s  {_hours(left)} left"
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}{parts}  "
+            f"{self.tokens_per_step / per_step:,.0f} tokens/s  {_hours(left)} left"
         )
 
 

@@ -1,0 +1,72 @@
+"""What a compression method is: a frozen dataclass that says, token by token, what is dropped or folded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from thoughtformer.attention.schedule import Event, RowProgress, RowReading
+from thoughtformer.errors import ConfigError
+
+__all__ = ["Method", "entries_held", "read_ids"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A rule of what later tokens may still read.
+
+    `after` is asked once for each token, in order, whether the text is read at once or token by token: its answer may
+    depend on the row's own past alone.
+    """
+
+    name: ClassVar[str]
+    #: The method's sentinels, which need an adapter.
+    needs_adapter: ClassVar[bool] = False
+    #: Summaries are means of the span's keys and values instead of sentinels that the model reads.
+    is_pooled: ClassVar[bool] = False
+    #: Each layer and head keeps entries of its own, by what its attention was.
+    is_by_attention: ClassVar[bool] = False
+
+    @property
+    def num_summaries(self) -> int:
+        """Entries that stay of a folded span."""
+        return 0
+
+    @abstractmethod
+    def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
+        """What happens now that token number `row.num_tokens - 1` was read. May change `next_start` and `notes`."""
+
+
+def read_ids(method: Method, row: RowProgress, ids: list[int]) -> RowReading:
+    """Reads new tokens: their events, with `row` moved past them."""
+    first, events = row.num_tokens, []
+    for token_id in ids:
+        row.num_tokens += 1
+        row.num_held += 1
+        for event in method.after(row, token_id):
+            row.num_held -= event.end - event.start + 1 - (method.num_summaries if event.is_fold else 0)
+            events.append(event)
+    return RowReading(ids, first, events)
+
+
+def entries_held(method: Method, num_tokens: int, token_id: int = 0) -> list[int]:
+    """Entries that each token of a text can read, itself included, by the schedule alone."""
+    row, held = RowProgress(), []
+    for _ in range(num_tokens):
+        held.append(row.num_held + 1)
+        read_ids(method, row, [token_id])
+    return held
+
+
+def check_fraction(name: str, value: float, *, below_one: bool = True) -> None:
+    """Raises `ConfigError` unless `value` is a fraction."""
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise ConfigError(f"{name}={value} must be at least 0 and {'below 1' if below_one else 'at most 1'}.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises `ConfigError` unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value} must be a whole number of at least {least}.")

@@ -1,0 +1,408 @@
+"""Training a sentinel adapter: a base model and data in, an adapter's folder out. The same under torchrun."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+from transformers.modeling_outputs import CausalLMOutput
+
+from thoughtformer.attention.entries import Entries
+from thoughtformer.attention.schedule import lay_out
+from thoughtformer.compression.adapter import AdapterConfig, SentinelAdapter
+from thoughtformer.compression.attending import AttendAtOnce
+from thoughtformer.compression.compressed import CompressedModel
+from thoughtformer.compression.sentinel import Sentinel
+from thoughtformer.errors import ContextOverflowError, CorpusError
+from thoughtformer.models.backbone import Backbone, backbone_of
+from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.models.loading import load_causal_lm
+from thoughtformer.models.loss import chunked_cross_entropy
+from thoughtformer.text.corpus import Corpus
+from thoughtformer.text.packing import TokenisedCorpus
+from thoughtformer.train.arguments import hardware, training_arguments
+from thoughtformer.train.folder import RESULT_FILE, prepare_output, same_data, written_whole
+from thoughtformer.train.settings import RunSettings
+from thoughtformer.train.spans import FoldingSettings, fold_row
+from thoughtformer.train.trainer import ProgressCallback, WholeCheckpointTrainer
+
+__all__ = ["AdapterRecipe", "AdapterTrainingResult", "train_adapter"]
+
+STATE_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecipe(RunSettings):
+    """A sentinel adapter's training run; beside what `RunSettings` says:
+
+    Args:
+        adapter: the adapter's shape.
+        folding: how rows are folded.
+        row_tokens: real tokens of a row; a document is cut into rows, and a row never spans two.
+        min_row_tokens: shorter ends of documents are left out.
+        rows_learning_rate: of the sentinels' embeddings.
+        weight_decay: of LoRA's matrices.
+        teacher_weight: part of the loss that is the divergence from the base model's predictions without compression;
+            costs a further forward pass.
+    """
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    folding: FoldingSettings = field(default_factory=FoldingSettings)
+    min_row_tokens: int = 64
+    rows_per_step: int = 8
+    rows_per_batch: int = 4
+    learning_rate: float = 1e-3
+    rows_learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    teacher_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(
+            ("rows_learning_rate", self.rows_learning_rate > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("teacher_weight", 0 <= self.teacher_weight <= 1, "from 0 to 1"),
+            ("min_row_tokens", 2 <= self.min_row_tokens <= self.row_tokens, "2 or more, and at most row_tokens"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTrainingResult:
+    """What a finished run did; also in the output folder's training.json.
+
+    Fractions removed are means over the rows: asked for, reached at the end of each, and on average over its tokens.
+    """
+
+    steps: int
+    rows: int
+    corpus_tokens: int
+    trained_parameters: int
+    mean_loss: float
+    last_loss: float | None
+    nominal_removed: float
+    achieved_removed: float
+    average_removed: float
+    seconds: float
+    hardware: str
+    versions: dict[str, str]
+
+
+class DocumentRows(Dataset):
+    """Rows of one document each, of at most `row_tokens`."""
+
+    def __init__(self, corpus: TokenisedCorpus, recipe: AdapterRecipe) -> None:
+        self.corpus = corpus
+        bounds = []
+        for start, end in zip(corpus.starts[:-1].tolist(), corpus.starts[1:].tolist(), strict=True):
+            for first in range(start, end, recipe.row_tokens):
+                last = min(first + recipe.row_tokens, end)
+                if last - first >= recipe.min_row_tokens:
+                    bounds.append((first, last))
+        self.bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self.bounds[index]
+        return {"ids": self.corpus.tokens[start:end].astype(np.int64).tolist(), "index": index}
+
+
+@dataclass
+class FoldingCollator:
+    """Makes a batch of rows, each folded anew each time it is drawn.
+
+    The draw depends on the seed, the row and the number of batches made before it, so that a run can be repeated.
+    """
+
+    recipe: AdapterRecipe
+    vocab_size: int
+    epoch: Callable[[], float]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        num_summaries = self.recipe.adapter.num_sentinels
+        folded = []
+        for row in rows:
+            generator = np.random.default_rng([self.recipe.seed, int(self.epoch()), row["index"]])
+            folded.append(fold_row(row["ids"], self.recipe.folding, num_summaries, generator))
+        chunk = lay_out([row.reading for row in folded], vocab_size=self.vocab_size, num_summaries=num_summaries)
+        # Each real token is scored once, at the real token before it, sentinels between them or not.
+        labels = torch.full_like(chunk.input_ids, -100)
+        for row, columns, count in zip(range(len(rows)), chunk.token_column, chunk.num_new.tolist(), strict=True):
+            labels[row, columns[: count - 1]] = torch.tensor(rows[row]["ids"][1:])
+        entries = chunk.entries
+        return {
+            "input_ids": chunk.input_ids,
+            "entries": torch.stack([entries.position, entries.order, entries.span, entries.since, entries.until]),
+            "labels": labels,
+            "removed": torch.tensor([[row.nominal, row.achieved, row.average] for row in folded]),
+        }
+
+
+class AdapterTraining(nn.Module):
+    """What the Trainer sees: the loss of a batch; only the adapter learns."""
+
+    def __init__(self, compressed: CompressedModel, teacher_weight: float) -> None:
+        super().__init__()
+        assert compressed.adapter is not None
+        self.compressed = compressed
+        self.teacher_weight = teacher_weight
+        for parameter in compressed.model.parameters():
+            parameter.requires_grad_(False)
+        self.adapter_parameters = compressed.adapter.trainable()
+        for parameter in self.adapter_parameters:
+            parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        entries: Tensor,
+        labels: Tensor,
+        removed: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """The mean loss over scored tokens, or their sum over `num_items_in_batch`."""
+        compressed = self.compressed
+        backbone, adapter = compressed.backbone, cast(SentinelAdapter, compressed.adapter)
+        layout = Entries(*entries.cpu())
+        attend = AttendAtOnce(
+            _Laid(input_ids, layout),
+            None,
+            backbone.device,
+            execution="gathered",
+            see_earlier=adapter.config.see_earlier,
+        )
+        hidden = compressed.run(_Laid(input_ids, layout), attend)  # type: ignore[arg-type]
+        scored = labels != -100
+        count = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        states, targets = hidden[scored], labels[scored]
+        weights = torch.full_like(targets, 1.0, dtype=torch.float32) / count
+        loss = _cross_entropy(backbone, states, targets, weights)
+        if self.teacher_weight:
+            divergence = self._divergence(input_ids, layout, scored, states) / count
+            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence
+        return CausalLMOutput(loss=loss)
+
+    def _divergence(self, input_ids: Tensor, layout: Entries, scored: Tensor, states: Tensor) -> Tensor:
+        """KL(base without compression || compressed), summed over the scored tokens."""
+        backbone, adapter = self.compressed.backbone, cast(SentinelAdapter, self.compressed.adapter)
+        is_token = (layout.order == 0).to(input_ids.device)
+        count = is_token.sum(dim=1)
+        width = int(count.max())
+        where = torch.arange(width, device=input_ids.device) < count[:, None]
+        ids = torch.zeros(len(input_ids), width, dtype=torch.long, device=input_ids.device)
+        ids[where] = input_ids[is_token]
+        positions = torch.arange(width, device=input_ids.device).expand_as(ids)
+
+        def plain(layer: int, query: Tensor, key: Tensor, value: Tensor, *, original: Any, **_: Any) -> Tensor:
+            return original(query, key, value, None)  # rows are padded at the end, where causal attention ignores it
+
+        was_training = self.compressed.training
+        self.compressed.eval()
+        peft = adapter.peft
+        with torch.no_grad():
+            if peft is None:
+                hidden = backbone.forward(backbone.embed(ids), positions, plain)
+            else:
+                with peft.disable_adapter():
+                    hidden = backbone.forward(backbone.embed(ids), positions, plain)
+            padded = states.new_zeros(*input_ids.shape, hidden.shape[-1])
+            padded[is_token] = hidden[where].to(padded.dtype)
+            target = backbone.head()(padded[scored]).float().log_softmax(dim=-1)
+        self.compressed.train(was_training)
+        logits = backbone.head()(states).float().log_softmax(dim=-1)
+        return F.kl_div(logits, target, reduction="sum", log_target=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter's parameters, by name."""
+        adapter = cast(SentinelAdapter, self.compressed.adapter)
+        return {"rows": adapter.rows.detach(), **adapter.lora_state()}
+
+
+class _Laid:
+    """The part of a chunk that training needs."""
+
+    has_events = True
+
+    def __init__(self, input_ids: Tensor, entries: Entries) -> None:
+        self.input_ids = input_ids
+        self.entries = entries
+
+
+def _cross_entropy(
+    backbone: Backbone,
+    states: Float[Tensor, "scored hidden"],
+    targets: Tensor,
+    weights: Float[Tensor, " scored"],
+) -> Tensor:
+    head = backbone.head()
+    if isinstance(head, nn.Linear) and head.bias is None:
+        return chunked_cross_entropy(states, head.weight, targets, weights, lambda logits, part: None)[0]
+    return (F.cross_entropy(head(states).float(), targets, reduction="none") * weights).sum()
+
+
+class AdapterTrainer(WholeCheckpointTrainer):
+    """Saves the adapter alone; logs the fractions removed."""
+
+    def __init__(self, recipe: AdapterRecipe, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.removed = torch.zeros(4, dtype=torch.float64)  # nominal, achieved, average, rows, since the last log line
+        self.removed_in_all = torch.zeros(4, dtype=torch.float64)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, with a learning rate of their own for the sentinels' rows."""
+        if self.optimizer is None:
+            training = cast(AdapterTraining, self.model)
+            rows, *lora = training.adapter_parameters
+            groups = [{"params": [rows], "lr": self.recipe.rows_learning_rate, "weight_decay": 0.0}]
+            if lora:
+                groups.append({"params": lora, "weight_decay": self.recipe.weight_decay})
+            self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.98))
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The batch's part of the step's mean loss."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        removed = inputs["removed"].double().cpu()
+        self.removed += torch.cat([removed.sum(dim=0), torch.tensor([float(len(removed))], dtype=torch.float64)])
+        loss = outputs.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean fractions removed since the last line."""
+        if "loss" in logs and self.removed[3] > 0:
+            self._take_sums(logs)
+        super().log(logs, start_time)
+
+    def _take_sums(self, logs: dict[str, float]) -> None:
+        reduced = cast(Tensor, self.accelerator.reduce(self.removed.to(self.args.device), reduction="sum")).cpu()
+        nominal, achieved, average, rows = reduced.tolist()
+        logs |= {"removed_nominal": nominal / rows, "removed": achieved / rows, "removed_average": average / rows}
+        self.removed_in_all += reduced.to(torch.float64)
+        self.removed.zero_()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        training = cast(AdapterTraining, self.accelerator.unwrap_model(self.model))
+        save_file({name: tensor.contiguous().cpu() for name, tensor in training.state().items()}, folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        training = cast(AdapterTraining, self.model)
+        state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
+        with torch.no_grad():
+            for name, tensor in training.state().items():
+                tensor.copy_(state[name])
+
+
+def train_adapter(
+    recipe: AdapterRecipe,
+    base: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    column: str = "text",
+    half: bool = False,
+    on_tokenised: Callable[[int, int], None] | None = None,
+    on_start: Callable[[], None] | None = None,
+) -> AdapterTrainingResult:
+    """Trains sentinels for a base model and writes the adapter and its recipe to `out`.
+
+    Args:
+        recipe: the run.
+        base: the model, as `load_causal_lm` takes it.
+        data: sources as `Corpus` takes them.
+        out: a new or empty folder, unless `resume` or `overwrite` is set.
+        resume: go on from the last checkpoint in `out`, with exactly the steps that would have followed.
+        overwrite: remove the run that is in `out`.
+        column: where records of .jsonl, .parquet and `datasets` hold their text.
+        half: write the adapter in float16.
+        on_tokenised: told of each tokenised document: how many so far, and its bytes.
+        on_start: told when the text is ready and training starts.
+
+    Raises:
+        OutputError, CorpusError, ConfigError, CheckpointError, UnsupportedError: as their names say.
+    """
+    out = Path(out)
+    corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes)
+    model, tokenizer = load_causal_lm(base)
+    backbone = backbone_of(model)
+    if recipe.row_tokens > backbone.max_tokens:
+        raise ContextOverflowError(
+            f"row_tokens={recipe.row_tokens}, but the model was trained for {backbone.max_tokens} tokens. Lower it."
+        )
+    base_fingerprint = fingerprint(model)
+    arguments = training_arguments(recipe, out)
+    checkpoint = prepare_output(out, recipe, resume=resume, overwrite=overwrite)
+    with arguments.main_process_first(desc="tokenising"):
+        tokens = TokenisedCorpus.build(corpus, tokenizer, on_progress=on_tokenised)
+    rows = DocumentRows(tokens, recipe)
+    rows_at_once = recipe.rows_per_batch * arguments.world_size
+    if len(rows) < rows_at_once:
+        raise CorpusError(
+            f"the data makes {len(rows)} rows of {recipe.min_row_tokens} to {recipe.row_tokens} tokens, but "
+            f"{rows_at_once} are computed at once. Give more text, or lower rows_per_batch and rows_per_step."
+        )
+    same_data(out, tokens, resume=checkpoint is not None, is_first=arguments.should_save)
+    set_seed(recipe.seed)
+    adapter = SentinelAdapter(backbone, recipe.adapter, seed=recipe.seed)
+    method = Sentinel(num_sentinels=recipe.adapter.num_sentinels, see_earlier=recipe.adapter.see_earlier)
+    compressed = CompressedModel(model, method, adapter, backbone=backbone, base_fingerprint=base_fingerprint)
+    training = AdapterTraining(compressed, recipe.teacher_weight)
+    trainer = AdapterTrainer(
+        recipe,
+        model=training,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[ProgressCallback(recipe.rows_per_step * recipe.row_tokens)],
+    )
+    trainer.data_collator = FoldingCollator(recipe, backbone.vocab_size, lambda: trainer.state.epoch or 0.0)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if on_start is not None:
+        on_start()
+    started = time.monotonic()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.removed[3] > 0:
+        trainer._take_sums({})
+    sums = (trainer.removed_in_all / trainer.removed_in_all[3].clamp(min=1)).tolist()
+    result = AdapterTrainingResult(
+        steps=trainer.state.global_step,
+        rows=trainer.state.global_step * recipe.rows_per_step,
+        corpus_tokens=len(tokens.tokens),
+        trained_parameters=sum(parameter.numel() for parameter in training.adapter_parameters),
+        mean_loss=outcome.training_loss,
+        last_loss=next((line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line), None),
+        nominal_removed=sums[0],
+        achieved_removed=sums[1],
+        average_removed=sums[2],
+        seconds=time.monotonic() - started,
+        hardware=hardware(),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    if trainer.args.should_save:
+        with written_whole(out) as draft:
+            adapter.save(draft, fingerprint=base_fingerprint, half=half)
+            (draft / RESULT_FILE).write_text(json.dumps(result.__dict__, indent=2) + "\n", encoding="utf-8")
+    compressed.close()
+    return result

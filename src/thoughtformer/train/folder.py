@@ -1,0 +1,117 @@
+"""A run's folder: made ready, remembered, and never mixed with another run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import get_last_checkpoint
+
+from thoughtformer.errors import OutputError
+from thoughtformer.text.packing import TokenisedCorpus
+from thoughtformer.train.settings import RunSettings
+from thoughtformer.train.trainer import DRAFT_FOLDER
+
+__all__ = ["DATA_FILE", "RECIPE_FILE", "RESULT_FILE", "prepare_output", "same_data", "written_whole"]
+
+RECIPE_FILE = "recipe.json"
+RESULT_FILE = "training.json"
+DATA_FILE = "data.json"
+
+
+def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: bool) -> str | None:
+    """Makes the folder ready; returns the checkpoint to resume from."""
+    if resume and overwrite:
+        raise OutputError("--resume and --overwrite exclude each other: go on with the run, or remove it.")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder.")
+    is_used = out.is_dir() and any(out.iterdir())
+    holds_run = (out / RECIPE_FILE).exists()
+    if int(os.environ.get("RANK", "0")) != 0:
+        return get_last_checkpoint(str(out)) if resume and out.is_dir() else None
+    if is_used and overwrite:
+        if not holds_run:
+            raise OutputError(f"{out} holds files, but no training run to overwrite. Give an empty folder.")
+        for path in _run_files(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif is_used and not resume:
+        raise OutputError(
+            f"{out} is not empty. Go on with --resume, replace its run with --overwrite, or name another."
+        )
+    elif resume:
+        checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+        if checkpoint is None:
+            raise OutputError(f"{out} holds no checkpoint to resume from.")
+        _same_recipe(out, recipe)
+        return checkpoint
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECIPE_FILE).write_text(recipe.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"can't write to {out}: {error}") from None
+    return None
+
+
+def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: bool) -> None:
+    """Remembers which token file the run reads, or refuses to resume on another."""
+    file = out / DATA_FILE
+    identity = {"tokens": len(tokens.tokens), "documents": len(tokens), "key": tokens.folder.name}
+    if resume:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise OutputError(f"can't read {file}, which says what the run was trained on: {error}") from None
+        if before != identity:
+            raise OutputError(
+                f"the run in {out} reads other data: it had {before.get('documents')} documents of "
+                f"{before.get('tokens')} tokens, these are {identity['documents']} of {identity['tokens']}, or their "
+                "files have changed."
+            )
+    elif is_first:
+        file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+
+
+def _run_files(out: Path) -> Iterator[Path]:
+    names = {RECIPE_FILE, RESULT_FILE, DATA_FILE, "logs", DRAFT_FOLDER, "config.json", "generation_config.json"}
+    names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
+    names |= {"adapter_model.safetensors", "sentinel.json", "sentinel.safetensors"}
+    return (path for path in list(out.iterdir()) if path.name in names or path.name.startswith("checkpoint-"))
+
+
+def _same_recipe(out: Path, recipe: RunSettings) -> None:
+    """Refuses to resume with another recipe; how often to log and save may change."""
+    try:
+        before = json.loads((out / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise OutputError(f"can't read {out / RECIPE_FILE}, the recipe to resume: {error}") from None
+    now = recipe.to_dict()
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in ("log_every_steps", "save_every_steps")
+    ]
+    if differing:
+        raise OutputError(f"the run in {out} has another recipe: {'; '.join(differing)}.")
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write results to, whose files move to `out` at the end, or never."""
+    draft = out / DRAFT_FOLDER
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for path in draft.iterdir():
+            path.replace(out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"couldn't write the results to {out}: {error}. Its checkpoints are whole; make room and go on with --resume."
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
