@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thoughtformer.compression import CompressedModel, Context, compress
     from thoughtformer.decode import SamplingParams
     from thoughtformer.engine import Completion, Engine
     from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
@@ -22,22 +23,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Completion",
+    "CompressedModel",
+    "Context",
     "Engine",
     "GPTHFConfig",
     "GPTHFForCausalLM",
     "SamplingParams",
     "SentenceTokenizer",
     "__version__",
+    "compress",
     "load",
 ]
 
 _HOMES = {
     "Completion": "thoughtformer.engine",
+    "CompressedModel": "thoughtformer.compression",
+    "Context": "thoughtformer.compression",
     "Engine": "thoughtformer.engine",
     "GPTHFConfig": "thoughtformer.models",
     "GPTHFForCausalLM": "thoughtformer.models",
     "SamplingParams": "thoughtformer.decode",
     "SentenceTokenizer": "thoughtformer.text",
+    "compress": "thoughtformer.compression",
     "load": "thoughtformer.models.loading",
 }
 

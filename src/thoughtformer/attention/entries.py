@@ -90,7 +90,7 @@ def visible(query: Entries, key: Entries, *, see_earlier: bool = False) -> Bool[
 
 
 def entries_mask(query: Entries, key: Entries, *, see_earlier: bool = False) -> Bool[Tensor, "rows queries keys"]:
-    """`mask[r, i, j]`: whether query i of row r reads key j. Padded queries read everything, so that no row is empty."""
+    """`mask[r, i, j]`: whether query i of row r reads key j. Padded queries read all, so that no row is empty."""
     queries, keys = query.map(lambda field: field.unsqueeze(-1)), key.map(lambda field: field.unsqueeze(-2))
     return visible(queries, keys, see_earlier=see_earlier) | (queries.order == PADDING)
 

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from thoughtformer.cli.compress import compress_app
+from thoughtformer.cli.convert import convert_app
 from thoughtformer.cli.demo import demo
 from thoughtformer.cli.evaluate import evaluate
 from thoughtformer.cli.generate import generate
@@ -35,6 +37,8 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command("info")(info)
+app.add_typer(compress_app, name="compress")
+app.add_typer(convert_app, name="convert")
 
 
 def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thoughtformer.cli.options import AsJson, Extrapolate, Model, Threads, read_text, set_threads
 from thoughtformer.errors import InputError
+
+if TYPE_CHECKING:
+    from thoughtformer.decode import SamplingParams
 
 __all__ = ["generate"]
 
@@ -29,6 +32,11 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen become less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random stream; the same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; repeatable.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Fold the context of a plain model with these sentinels.")] = None,
+    context: Annotated[Path | None, typer.Option(help="Continue after a context of `compress context`.")] = None,
+    removed: Annotated[
+        float, typer.Option(help="With --adapter: fraction of the tokens seen that is not held.", min=0.0, max=0.99)
+    ] = 0.9,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -36,6 +44,8 @@ def generate(
     """Continue a text.
 
     Example: thoughtformer generate --prompt "The sea was calm that morning." --temperature 0.8 --top-p 0.95
+
+    Example: thoughtformer generate --model tiny-gpt --adapter tiny-gpt-sentinel --context book.ctx --prompt "He said"
     """
     if (prompt is None) == (file is None):
         raise InputError("give the text to continue as either --prompt TEXT or --file FILE.")
@@ -56,10 +66,14 @@ def generate(
         stop=stop or (),
     )
 
+    set_threads(threads)
+    if adapter is not None or context is not None:
+        _generate_compressed(text, params, model, adapter, context, removed, allow_extrapolation, as_json)
+        return
+
     from thoughtformer.engine import Engine
     from thoughtformer.models.loading import load
 
-    set_threads(threads)
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
     engine = Engine(loaded, tokenizer)
@@ -86,5 +100,79 @@ def generate(
             "kv_cache": completion.cache_bytes,
             "weights": sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters()),
         },
+    }
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def _generate_compressed(
+    text: str,
+    params: SamplingParams,
+    model: str,
+    adapter: str | None,
+    context: Path | None,
+    removed: float,
+    allow_extrapolation: bool,
+    as_json: bool,
+) -> None:
+    """The same for a causal LM whose context is folded; transformers' own generate writes."""
+    import time
+
+    import torch
+
+    from thoughtformer.cli.compress import open_compressed
+    from thoughtformer.compression.context import Context
+    from thoughtformer.text.plain import document_tokenizer
+
+    compressed, tokenizer = open_compressed(
+        "tiny-gpt" if model == "tiny-gpthf" else model,
+        adapter,
+        removed=removed,
+        span_tokens=None,
+        sentences=False,
+        max_bytes=None,
+        allow_extrapolation=allow_extrapolation,
+        context=context,
+    )
+    encoder = document_tokenizer(tokenizer)
+    ids = encoder.encode_document(text, complete=False, start=context is None).tolist()
+    settings: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "do_sample": params.temperature > 0,
+        "repetition_penalty": params.repetition_penalty,
+    }
+    if params.temperature > 0:
+        settings |= {"temperature": params.temperature, "top_k": params.top_k or 0, "top_p": params.top_p}
+        settings |= {"min_p": params.min_p or None}
+    if params.stop:
+        settings |= {"stop_strings": list(params.stop), "tokenizer": tokenizer}
+    torch.manual_seed(params.seed)
+    started = time.monotonic()
+    with compressed, torch.inference_mode():
+        held = (
+            Context(compressed, compressed.new_cache(1), []) if context is None else Context.load(compressed, context)
+        )
+        num_context = len(held.ids)
+        cache = held.cache
+        whole = torch.tensor([[*held.ids, *ids]])
+        if len(ids) == 0:
+            raise InputError("give at least one token of --prompt after the context.")
+        output = compressed.generate(  # type: ignore[attr-defined]
+            whole.to(compressed.device), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings
+        )
+        new = output[0, whole.shape[1] :].tolist()
+        entries, num_bytes = int(cache.num_entries[0]), cache.num_bytes()
+    written = encoder.decode(new)
+    for stop in params.stop:
+        written = written.split(stop)[0]
+    if not as_json:
+        print(written)
+        return
+    result = {
+        "text": written,
+        "ids": new,
+        "usage": {"context_tokens": num_context, "prompt_tokens": len(ids), "new_tokens": len(new)},
+        "entries": entries,
+        "bytes": {"kv_cache": num_bytes},
+        "seconds": time.monotonic() - started,
     }
     print(json.dumps(result, ensure_ascii=False))

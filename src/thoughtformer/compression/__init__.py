@@ -3,6 +3,7 @@
 from thoughtformer.compression.adapter import AdapterConfig, SentinelAdapter
 from thoughtformer.compression.combiner import Combiner
 from thoughtformer.compression.compressed import CompressedModel
+from thoughtformer.compression.context import Context
 from thoughtformer.compression.evicting import Full, Local, RandomEviction, Scattered, Truncation
 from thoughtformer.compression.heavy_hitters import HeavyHitters
 from thoughtformer.compression.method import Method, entries_held
@@ -16,8 +17,9 @@ from thoughtformer.compression.policies import (
     SentenceEnds,
 )
 from thoughtformer.compression.sentinel import Sentinel
+from thoughtformer.compression.settings import METHODS
 from thoughtformer.compression.streaming import StreamingLLM
-from thoughtformer.compression.switch import METHODS, compress
+from thoughtformer.compression.switch import compress
 
 __all__ = [
     "METHODS",
@@ -26,6 +28,7 @@ __all__ = [
     "Callback",
     "Combiner",
     "CompressedModel",
+    "Context",
     "EntryBudget",
     "EveryTokens",
     "Full",

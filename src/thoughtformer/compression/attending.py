@@ -27,14 +27,23 @@ def additive(mask: Bool[Tensor, "rows queries keys"], like: Tensor) -> Float[Ten
 
 
 class AttendAtOnce:
-    """A chunk whose rows have read nothing before; what later tokens may read goes to `slots`, if there are any."""
+    """Entries of rows that have read nothing before; what later tokens may read goes to `slots`, if there are any.
+
+    `has_events` is whether any of the entries is dropped or folded.
+    """
 
     def __init__(
-        self, chunk: Chunk, slots: EntrySlots | None, device: torch.device, *, execution: str, see_earlier: bool
+        self,
+        entries: Entries,
+        slots: EntrySlots | None,
+        device: torch.device,
+        *,
+        has_events: bool,
+        execution: str,
+        see_earlier: bool,
     ) -> None:
-        entries = chunk.entries
         self.num_entries = entries.order.shape[1]
-        self.is_plain = not chunk.has_events and not bool((entries.order == PADDING).any())
+        self.is_plain = not has_events and not bool((entries.order == PADDING).any())
         self.plan = self.mask = self.block_mask = None
         if not self.is_plain and execution == "gathered":
             self.plan = entries_plan(entries, see_earlier=see_earlier).to(device)
@@ -128,7 +137,7 @@ class AttendHeld:
             fields["count"] = torch.ones_like(self.row)
         self.slot = slots.extend_rows(self.row, fields)
         self.means: list[tuple[int, Tensor, int]] = []
-        num_rows, width = entries.order.shape
+        width = entries.order.shape[1]
         is_step = width == 1 and not chunk.has_events
         same_length = bool((slots.lengths == slots.longest).all())
         self.mask: Tensor | None = None

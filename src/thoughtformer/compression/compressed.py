@@ -145,9 +145,12 @@ class CompressedModel(nn.Module, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise UnsupportedError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a compressed model keeps its own cache."
+                f"cache_implementation={generation_config.cache_implementation!r}: a compressed model keeps a cache of "
+                "its own."
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, mode, batch_size, max_cache_length
+        )
         mask = model_kwargs.get("attention_mask")
         padding = int((mask == 0).sum(-1).min()) if mask is not None else 0
         if generation_config.max_length is not None:
@@ -295,10 +298,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         self._check_documents(ids, rows)
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.is_pooled or self.method.is_by_attention or isinstance(self.method, StreamingLLM)
-        if cache is None and needs_store:
-            store = self._new_store(batch)
-        else:
-            store = None if cache is None else cache.store
+        store = cache.store if cache is not None else self._new_store(batch) if needs_store else None
         # What nothing happens to is read in one piece, as the model underneath would read it.
         has_events = any(reading.events for reading in readings) or needs_store
         width = max((len(new) for new in ids), default=0)
@@ -336,7 +336,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         else:
             assert store is None or isinstance(store, EntrySlots)
             attend = self._attend_entries(chunk, store)
-        hidden = self.run(chunk, attend)
+        hidden = self.run(chunk.input_ids, chunk.entries.position, attend)
         if isinstance(attend, AttendHeavyHitters):
             attend.finish()
         elif isinstance(attend, AttendHeld):
@@ -358,14 +358,22 @@ class CompressedModel(nn.Module, GenerationMixin):
         if isinstance(method, StreamingLLM) and backbone.rotation is not None:
             sinks = (method.first_tokens, method.max_entries, backbone.rotation)
         if slots is None or (slots.longest == 0 and not method.is_pooled and sinks is None):
-            return AttendAtOnce(chunk, slots, backbone.device, execution=self.execution, see_earlier=see_earlier)
+            return AttendAtOnce(
+                chunk.entries,
+                slots,
+                backbone.device,
+                has_events=chunk.has_events,
+                execution=self.execution,
+                see_earlier=see_earlier,
+            )
         return AttendHeld(chunk, slots, backbone.device, see_earlier=see_earlier, pooled=method.is_pooled, sinks=sinks)
 
-    def run(self, chunk: Chunk, attend: Attend) -> Float[Tensor, "rows entries hidden"]:
-        """The model's final hidden states of a chunk's entries under some attention."""
+    def run(
+        self, input_ids: Int[Tensor, "rows entries"], position: Int[Tensor, "rows entries"], attend: Attend
+    ) -> Float[Tensor, "rows entries hidden"]:
+        """The model's final hidden states of tokens and sentinels under some attention."""
         backbone = self.backbone
-        input_ids = chunk.input_ids.to(backbone.device)
-        position_ids = chunk.entries.position.long().to(backbone.device)
+        input_ids, position_ids = input_ids.to(backbone.device), position.long().to(backbone.device)
         if self.adapter is None:
             return backbone.forward(backbone.embed(input_ids), position_ids, attend)
         is_sentinel = input_ids >= backbone.vocab_size
@@ -377,8 +385,9 @@ class CompressedModel(nn.Module, GenerationMixin):
         limit = self.backbone.max_tokens
         if num_tokens > limit and not self.allow_extrapolation:
             raise ContextOverflowError(
-                f"{what} {num_tokens} tokens, but the model was trained for {limit}. Compression shortens what is held, "
-                f"not the positions counted. Leave out {num_tokens - limit} tokens, or set allow_extrapolation=True."
+                f"{what} {num_tokens} tokens, but the model was trained for {limit}. Compression shortens what is "
+                "held, not the positions counted. "
+                f"Leave out {num_tokens - limit} tokens, or set allow_extrapolation=True."
             )
 
     def _check_documents(self, ids: Sequence[Sequence[int]], rows: Sequence[RowProgress]) -> None:
@@ -396,7 +405,8 @@ class CompressedModel(nn.Module, GenerationMixin):
     def _check_cache(self, cache: Any, batch: int) -> None:
         if not isinstance(cache, CompressedCache):
             raise InputError(
-                f"past_key_values is a {type(cache).__name__}; a compressed model reads a CompressedCache: new_cache(rows)."
+                f"past_key_values is a {type(cache).__name__}; a compressed model reads a CompressedCache: "
+                "new_cache(rows)."
             )
         if cache.num_rows != batch:
             raise InputError(f"past_key_values holds {cache.num_rows} rows, input_ids has {batch}.")

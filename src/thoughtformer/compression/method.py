@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,10 +51,10 @@ def read_ids(method: Method, row: RowProgress, ids: list[int]) -> RowReading:
     return RowReading(ids, first, events)
 
 
-def entries_held(method: Method, num_tokens: int, token_id: int = 0) -> list[int]:
+def entries_held(method: Method, ids: Sequence[int]) -> list[int]:
     """Entries that each token of a text can read, itself included, by the schedule alone."""
     row, held = RowProgress(), []
-    for _ in range(num_tokens):
+    for token_id in ids:
         held.append(row.num_held + 1)
         read_ids(method, row, [token_id])
     return held

@@ -174,7 +174,7 @@ class SentenceEnds(Policy):
     def for_tokenizer(cls, tokenizer: Any, ends: str = ".!?\n", **settings: Any) -> SentenceEnds:
         """The policy for a tokenizer: tokens whose text ends with one of `ends`, quotes after it allowed."""
         ids = range(len(tokenizer))
-        texts = (tokenizer.decode([token_id]).rstrip("\"'”’) ") for token_id in ids)
+        texts = (tokenizer.decode([token_id]).rstrip("\"'\u201d\u2019) ") for token_id in ids)
         return cls(
             end_ids=frozenset(i for i, text in zip(ids, texts, strict=True) if text.endswith(tuple(ends))), **settings
         )

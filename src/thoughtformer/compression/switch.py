@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from thoughtformer.compression.adapter import SentinelAdapter, read_adapter_manifest
-from thoughtformer.compression.combiner import Combiner
 from thoughtformer.compression.compressed import CompressedModel
-from thoughtformer.compression.evicting import Full, Local, RandomEviction, Scattered, Truncation
-from thoughtformer.compression.heavy_hitters import HeavyHitters
 from thoughtformer.compression.method import Method
 from thoughtformer.compression.sentinel import Sentinel
-from thoughtformer.compression.streaming import StreamingLLM
+from thoughtformer.compression.settings import METHODS
 from thoughtformer.errors import ConfigError, nearest
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.loading import resolve
 
-__all__ = ["METHODS", "compress"]
-
-#: Every method by name.
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        Full,
-        Truncation,
-        Local,
-        Scattered,
-        RandomEviction,
-        StreamingLLM,
-        HeavyHitters,
-        Combiner,
-        Sentinel,
-    )
-}
+__all__ = ["compress"]
 
 
 def compress(
@@ -71,10 +53,10 @@ def compress(
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}.{nearest(method, METHODS)}")
         kind = METHODS[method]
-        unknown = settings.keys() - kind.__dataclass_fields__.keys()
-        if unknown:
-            name = min(unknown)
-            raise ConfigError(f"{method} has no setting {name!r}.{nearest(name, kind.__dataclass_fields__)}")
+        known = [field.name for field in fields(kind)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"{method} has no setting {name!r}.{nearest(name, known)}")
         if kind is Sentinel and isinstance(adapter, str | Path):
             # What the adapter was trained for, unless it is asked for and so checked below.
             values = read_adapter_manifest(resolve(adapter))

@@ -244,8 +244,8 @@ class TransformersBackbone(Backbone):
 
 
 def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return eager if backend == "eager" and eager is not None else ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
+    eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
+    return eager if backend == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
 
 
 def _implementation(backend: str) -> Callable[..., Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from thoughtformer.errors import ConfigError, nearest
-from thoughtformer.recipes.tiny import tiny_gpt, tiny_gpthf
+from thoughtformer.recipes.tiny import tiny_gpt, tiny_gpt_sentinel, tiny_gpthf
 from thoughtformer.train.recipe import Recipe
 
-__all__ = ["RECIPES", "recipe", "tiny_gpt", "tiny_gpthf"]
+__all__ = ["RECIPES", "recipe", "tiny_gpt", "tiny_gpt_sentinel", "tiny_gpthf"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"tiny-gpthf": tiny_gpthf, "tiny-gpt": tiny_gpt}
 

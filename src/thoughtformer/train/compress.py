@@ -33,6 +33,7 @@ from thoughtformer.models.loading import load_causal_lm
 from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
+from thoughtformer.text.plain import document_tokenizer
 from thoughtformer.train.arguments import hardware, training_arguments
 from thoughtformer.train.folder import RESULT_FILE, prepare_output, same_data, written_whole
 from thoughtformer.train.settings import RunSettings
@@ -179,13 +180,14 @@ class AdapterTraining(nn.Module):
         backbone, adapter = compressed.backbone, cast(SentinelAdapter, compressed.adapter)
         layout = Entries(*entries.cpu())
         attend = AttendAtOnce(
-            _Laid(input_ids, layout),
+            layout,
             None,
             backbone.device,
+            has_events=True,
             execution="gathered",
             see_earlier=adapter.config.see_earlier,
         )
-        hidden = compressed.run(_Laid(input_ids, layout), attend)  # type: ignore[arg-type]
+        hidden = compressed.run(input_ids, layout.position, attend)
         scored = labels != -100
         count = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         states, targets = hidden[scored], labels[scored]
@@ -230,16 +232,6 @@ class AdapterTraining(nn.Module):
         """The adapter's parameters, by name."""
         adapter = cast(SentinelAdapter, self.compressed.adapter)
         return {"rows": adapter.rows.detach(), **adapter.lora_state()}
-
-
-class _Laid:
-    """The part of a chunk that training needs."""
-
-    has_events = True
-
-    def __init__(self, input_ids: Tensor, entries: Entries) -> None:
-        self.input_ids = input_ids
-        self.entries = entries
 
 
 def _cross_entropy(
@@ -355,7 +347,7 @@ def train_adapter(
     arguments = training_arguments(recipe, out)
     checkpoint = prepare_output(out, recipe, resume=resume, overwrite=overwrite)
     with arguments.main_process_first(desc="tokenising"):
-        tokens = TokenisedCorpus.build(corpus, tokenizer, on_progress=on_tokenised)
+        tokens = TokenisedCorpus.build(corpus, document_tokenizer(tokenizer), on_progress=on_tokenised)
     rows = DocumentRows(tokens, recipe)
     rows_at_once = recipe.rows_per_batch * arguments.world_size
     if len(rows) < rows_at_once:

@@ -111,7 +111,8 @@ def written_whole(out: Path) -> Iterator[Path]:
             path.replace(out / path.name)
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"couldn't write the results to {out}: {error}. Its checkpoints are whole; make room and go on with --resume."
+            f"couldn't write the results to {out}: {error}. Its checkpoints are whole; make room and go on with "
+            "--resume."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

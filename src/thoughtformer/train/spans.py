@@ -50,7 +50,7 @@ class FoldingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedRow:
-    """A row's reading, with the fraction removed that was asked for, that was reached at the row's end, and on average."""
+    """A row's reading, with the fractions removed: asked for, reached at the row's end, and on average."""
 
     reading: RowReading
     nominal: float
@@ -96,7 +96,7 @@ def random_spans(
 
 
 def _log_uniform(low: int, high: int, generator: np.random.Generator) -> int:
-    return int(round(float(np.exp(generator.uniform(np.log(low), np.log(high))))))
+    return round(float(np.exp(generator.uniform(np.log(low), np.log(high)))))
 
 
 def fold_row(

@@ -1,0 +1,334 @@
+"""`thoughtformer compress`: train sentinels, compare methods, keep contexts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thoughtformer.cli.options import AsJson, Column, Data, Extrapolate, Threads, read_text, set_threads
+from thoughtformer.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from thoughtformer.compression import CompressedModel
+
+__all__ = ["compress_app", "open_compressed"]
+
+compress_app = typer.Typer(help="Fold the context of a causal LM: train sentinels, compare methods, keep contexts.")
+
+Base = Annotated[str, typer.Option("--model", "-m", help="tiny-gpt, or a folder with a causal LM of transformers.")]
+Adapter = Annotated[str | None, typer.Option(help="tiny-gpt-sentinel, or a folder that `compress train` wrote.")]
+Removed = Annotated[float, typer.Option(help="Fraction of the tokens seen that is not held.", min=0.0, max=0.99)]
+Span = Annotated[int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)]
+Every = Annotated[bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")]
+MaxBytes = Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)]
+
+
+@compress_app.command("train")
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter: new or empty, or see --resume.")],
+    model: Base = "tiny-gpt",
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe in a YAML or JSON file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: max_steps=500, adapter.num_sentinels=2.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write the adapter in float16.")] = False,
+    column: Column = "text",
+    threads: Threads = None,
+) -> None:
+    """Train sentinels, and LoRA, for a model; the same command runs under torchrun.
+
+    Example: thoughtformer compress train --model tiny-gpt --data books/ --out runs/sentinel --set max_steps=500
+    """
+    from rich.console import Console
+
+    from thoughtformer.recipes import tiny_gpt_sentinel
+    from thoughtformer.train.compress import AdapterRecipe, train_adapter
+
+    recipe = tiny_gpt_sentinel() if model == "tiny-gpt" else AdapterRecipe()
+    recipe = (AdapterRecipe.from_file(config) if config is not None else recipe).with_settings(settings or [])
+    set_threads(threads)
+    console = Console(stderr=True, highlight=False)
+    num_bytes = 0
+
+    def on_tokenised(documents: int, size: int) -> None:
+        nonlocal num_bytes
+        num_bytes += size
+        status.update(f"tokenising: {documents:,} documents, {num_bytes / 1e6:,.1f} MB")
+
+    status = console.status("reading the data")
+    with status:
+        result = train_adapter(
+            recipe,
+            model,
+            data,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            column=column,
+            half=half,
+            on_tokenised=on_tokenised,
+            on_start=status.stop,
+        )
+    console.print(
+        f"{out}: {result.steps:,} steps, {result.rows:,} rows, loss {result.last_loss or result.mean_loss:.4f}, "
+        f"{result.trained_parameters:,} parameters trained; removed: asked for {result.nominal_removed:.3f}, reached "
+        f"{result.achieved_removed:.3f} at the rows' ends and {result.average_removed:.3f} on average"
+    )
+
+
+def _numbers(text: str, name: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--{name} {text!r}: write numbers with commas between, e.g. 0.5,0.9.") from None
+
+
+@compress_app.command("eval")
+def evaluate(
+    data: Data,
+    model: Base = "tiny-gpt",
+    adapter: Adapter = None,
+    methods: Annotated[str, typer.Option(help="all, or names with commas between.")] = "all",
+    removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
+    context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
+    num_blocks: Annotated[int, typer.Option(help="Blocks a seed.", min=1)] = 16,
+    seeds: Annotated[str, typer.Option(help="Each draws blocks of its own, and a random method's numbers.")] = "0,1,2",
+    span_tokens: Span = None,
+    with_adapter: Annotated[
+        bool, typer.Option("--with-adapter", help="Run all methods on the adapter's LoRA: what training alone brought.")
+    ] = False,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks computed together; changes no figure.", min=1)] = 8,
+    column: Column = "text",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods at equal numbers of entries held, on the same scored tokens: the second half of each block.
+
+    Example: thoughtformer compress eval --model tiny-gpt --adapter tiny-gpt-sentinel --data valid.txt --json
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from thoughtformer.compression import METHODS
+    from thoughtformer.errors import nearest
+    from thoughtformer.evaluate.compression import sample_blocks, summarise
+    from thoughtformer.models.loading import load_causal_lm
+    from thoughtformer.text.corpus import Corpus
+    from thoughtformer.text.plain import document_tokenizer
+
+    names = [name for name in METHODS if name != "sentinel" or adapter] if methods == "all" else methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--methods: unknown method {name!r}.{nearest(name, METHODS)}")
+    if adapter is None and ("sentinel" in names or with_adapter):
+        raise InputError("give the sentinels' --adapter.")
+    fractions, seed_numbers = _numbers(removed, "removed", float), _numbers(seeds, "seeds", int)
+    if not fractions or not seed_numbers:
+        raise InputError("give at least one fraction and one seed.")
+    for fraction in fractions:
+        if not 0 < fraction < 1:
+            raise InputError(f"--removed {fraction}: fractions lie between 0 and 1.")
+    set_threads(threads)
+    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes)
+    loaded, tokenizer = load_causal_lm(model)
+    samples = sample_blocks(
+        corpus,
+        document_tokenizer(tokenizer),
+        context_tokens=context_tokens if context_tokens is not None else loaded.config.max_position_embeddings,
+        num_blocks=num_blocks,
+        seeds=seed_numbers,
+    )
+    console, scores = Console(stderr=True, highlight=False), []
+    with console.status("evaluating") as status:
+        for score in _scores(
+            loaded,
+            adapter,
+            names,
+            fractions,
+            samples,
+            span_tokens=span_tokens,
+            lora=with_adapter,
+            batch_size=batch_size,
+        ):
+            scores.append(score)
+            status.update(f"evaluating: {score.method} at {score.removed:.0%}, seed {score.seed}")
+    summary = list(summarise(scores))
+    if as_json:
+        values = {"model": model, "adapter": adapter, "data": data, "with_adapter": with_adapter}
+        print(json.dumps({**values, "summary": summary, "scores": [asdict(score) for score in scores]}))
+        return
+    table = Table(title=f"bits per byte, {len(seed_numbers)} samples of {num_blocks} blocks")
+    for heading in ("method", "removed", "bits per byte", "spread", "entries", "peak"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for line in summary:
+        table.add_row(
+            line["method"],
+            f"{line['achieved_removed']:.1%}",
+            f"{line['bits_per_byte']:.4f}",
+            f"{line['bits_per_byte_std']:.4f}",
+            f"{line['mean_entries']:.1f}",
+            str(line["peak_entries"]),
+        )
+    Console().print(table)
+
+
+def _scores(
+    loaded: Any,
+    adapter: str | None,
+    names: list[str],
+    fractions: list[float],
+    samples: dict[int, Any],
+    *,
+    span_tokens: int | None,
+    lora: bool,
+    batch_size: int,
+) -> Iterator[Any]:
+    from thoughtformer.compression import compress
+    from thoughtformer.compression.adapter import SentinelAdapter, read_adapter_manifest
+    from thoughtformer.evaluate.compression import equal_methods, score_method
+    from thoughtformer.models.backbone import backbone_of
+    from thoughtformer.models.fingerprint import fingerprint
+    from thoughtformer.models.loading import resolve
+
+    sentinels: dict[str, Any] = {}
+    if adapter is not None:
+        manifest = read_adapter_manifest(resolve(adapter))
+        sentinels = {name: manifest[name] for name in ("num_sentinels", "see_earlier")}
+    injected = None
+    if lora and adapter is not None:
+        injected = SentinelAdapter.load(backbone_of(loaded), resolve(adapter), fingerprint=fingerprint(loaded))
+    try:
+        for seed, blocks in samples.items():
+            for fraction in [0.0, *fractions] if "full" in names else fractions:
+                chosen = ["full"] if fraction == 0 else [name for name in names if name != "full"]
+                solved = equal_methods(chosen, fraction, blocks, seed=seed, span_tokens=span_tokens, **sentinels)
+                for name, method in solved.items():
+                    own = None if name != "sentinel" else injected if injected is not None else adapter
+                    compressed = compress(loaded, method, adapter=own)
+                    yield score_method(compressed, blocks, removed=fraction, seed=seed, batch_size=batch_size)
+                    if compressed.adapter is not injected:
+                        compressed.close()
+    finally:
+        if injected is not None:
+            injected.remove()
+
+
+def open_compressed(
+    model: str,
+    adapter: str | None,
+    *,
+    removed: float,
+    span_tokens: int | None,
+    sentences: bool,
+    max_bytes: int | None,
+    allow_extrapolation: bool,
+    context: Path | None = None,
+) -> tuple[CompressedModel, Any]:
+    """A compressed model as the command line describes it, and its tokenizer; a context says itself how it was made."""
+    from thoughtformer.compression import ByteBudget, RemovedFraction, SentenceEnds, Sentinel, compress
+    from thoughtformer.compression.adapter import read_adapter_manifest
+    from thoughtformer.compression.context import read_manifest
+    from thoughtformer.compression.method import Method
+    from thoughtformer.compression.settings import method_from
+    from thoughtformer.evaluate.compression import span_for
+    from thoughtformer.models.loading import load_causal_lm, resolve
+
+    if sentences and max_bytes is not None:
+        raise ConfigError("--sentences and --max-bytes exclude each other.")
+    loaded, tokenizer = load_causal_lm(model)
+    if context is not None:
+        manifest = read_manifest(context)
+        method: Method = method_from(manifest["method"], manifest["settings"])
+        if method.needs_adapter and adapter is None:
+            raise InputError(f"{context} was folded with sentinels: give the --adapter that it was made with.")
+    else:
+        if adapter is None:
+            raise InputError("give the sentinels' --adapter, e.g. --adapter tiny-gpt-sentinel with --model tiny-gpt.")
+        trained = read_adapter_manifest(resolve(adapter))
+        count = trained["num_sentinels"]
+        span = span_tokens if span_tokens is not None else span_for(removed, count)
+        if sentences:
+            policy: Any = SentenceEnds.for_tokenizer(tokenizer)
+        elif max_bytes is not None:
+            policy = ByteBudget(max_bytes=max_bytes, span_tokens=span)
+        else:
+            policy = RemovedFraction(removed=removed, span_tokens=span)
+        method = Sentinel(policy=policy, num_sentinels=count, see_earlier=trained["see_earlier"])
+    compressed = compress(
+        loaded,
+        method,
+        adapter=adapter if method.needs_adapter else None,
+        allow_extrapolation=allow_extrapolation,
+    )
+    return compressed, tokenizer
+
+
+@compress_app.command("context")
+def context(
+    file: Annotated[Path, typer.Option("--file", "-f", help="UTF-8 text to read.")],
+    out: Annotated[Path, typer.Option(help="File for the context, e.g. book.ctx.")],
+    model: Base = "tiny-gpt",
+    adapter: Adapter = None,
+    append: Annotated[Path | None, typer.Option(help="Read on from this context instead of anew.")] = None,
+    removed: Removed = 0.9,
+    span_tokens: Span = None,
+    sentences: Every = False,
+    max_bytes: MaxBytes = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    allow_extrapolation: Extrapolate = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a text once and keep it compressed, to be asked many times with `generate --context`.
+
+    Example: thoughtformer compress context --adapter tiny-gpt-sentinel --file chapter.txt --out chapter.ctx
+    """
+    from thoughtformer.errors import OutputError
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
+    text = read_text(file)
+    from thoughtformer.compression.context import Context
+    from thoughtformer.text.plain import document_tokenizer
+
+    set_threads(threads)
+    compressed, tokenizer = open_compressed(
+        model,
+        adapter,
+        removed=removed,
+        span_tokens=span_tokens,
+        sentences=sentences,
+        max_bytes=max_bytes,
+        allow_extrapolation=allow_extrapolation,
+        context=append,
+    )
+    with compressed:
+        ids = document_tokenizer(tokenizer).encode_document(text, complete=False, start=append is None).tolist()
+        if append is None:
+            held = Context.read(compressed, ids)
+        else:
+            held = Context.load(compressed, append)
+            held.append(ids)
+        held.save(out)
+    tokens, entries = len(held.ids), int(held.cache.num_entries[0])
+    result = {
+        "tokens": tokens,
+        "entries": entries,
+        "removed": 1 - entries / tokens,
+        "cache_bytes": held.num_bytes(),
+        "file_bytes": out.stat().st_size,
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    share, size = result["removed"], result["file_bytes"]
+    print(f"{out}: {tokens:,} tokens in {entries:,} entries ({share:.1%} removed), {size:,} bytes")
