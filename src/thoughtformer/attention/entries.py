@@ -42,7 +42,8 @@ class Entries:
     """What the rule needs to know of each entry; all of one shape, (rows, entries) unless said otherwise.
 
     Attributes:
-        position: number of its row's earlier tokens; a sentinel copies its span's last.
+        position: number of its row's earlier tokens; `OPEN` copies the position before its span (0 at the start),
+            summaries the span's last.
         order: `TOKEN`, `OPEN`, `OPEN + i` for a span's summary number i, or `PADDING`.
         span: which of the row's spans a sentinel and the tokens it reads belong to; -1 for none.
         since: first position whose token may read it.

@@ -139,11 +139,14 @@ def _row(
     if folds and num_summaries:
         size = 1 + num_summaries
         number = np.repeat([number for number, _ in folds], size)
+        start = np.repeat([event.start for _, event in folds], size)
         end = np.repeat([event.end for _, event in folds], size)
         at = np.repeat([event.at for _, event in folds], size)
         order = np.tile(np.arange(OPEN, OPEN + size), len(folds))
         since = np.where(order == OPEN, FOREVER, at + 1)
-        sentinels = np.stack([end, order, number, since, np.full_like(end, FOREVER)]).astype(np.int32)
+        # The opening copies the position before its span, summaries the span's last.
+        position = np.where(order == OPEN, np.maximum(start - 1, 0), end)
+        sentinels = np.stack([position, order, number, since, np.full_like(end, FOREVER)]).astype(np.int32)
         where = at - first + 1
         ids = np.insert(ids, where, vocab_size + order - OPEN)
         fields = np.insert(fields, where, sentinels, axis=1)

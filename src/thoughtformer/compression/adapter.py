@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -96,8 +97,16 @@ class SentinelAdapter(nn.Module):
             task_type="CAUSAL_LM",
         )
         was_training = backbone.model.training
-        peft = get_peft_model(backbone.model, lora, adapter_name=ADAPTER)
+        # peft freezes what it doesn't train, and leaves it frozen.
+        self._frozen = [p for p in backbone.model.parameters() if p.requires_grad]
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that transformers has renamed; users can't change it.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            peft = get_peft_model(backbone.model, lora, adapter_name=ADAPTER)
         peft.train(was_training)
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(self.rows.dtype)
         # Not registered as a part: the adapter's own parameters are the rows and LoRA's, not the whole model's.
         object.__setattr__(self, "peft", peft)
         self._hooks = []
@@ -140,6 +149,8 @@ class SentinelAdapter(nn.Module):
             for hook in self._hooks:
                 hook.remove()
             self.peft.unload()
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
             object.__setattr__(self, "peft", None)
 
     def lora_state(self) -> dict[str, Tensor]:

@@ -73,6 +73,9 @@ class AttendAtOnce:
     ) -> Float[Tensor, "batch heads seq head_dim"]:
         if self.slots is not None:
             self.slots.write(layer, self.row, self.slot, key[self.row, :, self.column], value[self.row, :, self.column])
+        if self.is_plain and self.slots is not None:
+            # As transformers' cache hands them on: the same bits.
+            return original(query, key.contiguous(), value.contiguous(), None)
         if self.is_plain:
             return original(query, key, value, None)
         if self.mask is not None:

@@ -112,6 +112,14 @@ class CompressedModel(nn.Module, GenerationMixin):
 
     # What transformers asks of a model that generates.
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
     @property
     def device(self) -> torch.device:
         return self.model.device

@@ -48,7 +48,7 @@ class Context:
         context.append(ids)
         return context
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def append(self, ids: Sequence[int] | Int[Tensor, " tokens"]) -> None:
         """Reads on."""
         new = torch.as_tensor(ids, dtype=torch.long).reshape(1, -1)

@@ -272,6 +272,10 @@ def _implementation(backend: str) -> Callable[..., Any]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
         def original(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            if backend == "eager" and key.shape[2] > query.shape[2]:
+                # Held keys are strided, and products of strided matrices differ in the last bit from those of
+                # transformers' own cache.
+                key, value = key.contiguous(), value.contiguous()
             if mask is None and backend == "eager":
                 shape = (query.shape[2], key.shape[2])
                 hidden = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1 + shape[1] - shape[0])

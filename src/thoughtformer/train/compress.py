@@ -162,7 +162,7 @@ class AdapterTraining(nn.Module):
         self.compressed = compressed
         self.teacher_weight = teacher_weight
         for parameter in compressed.model.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False)  # a model without LoRA is not frozen by peft
         self.adapter_parameters = compressed.adapter.trainable()
         for parameter in self.adapter_parameters:
             parameter.requires_grad_(True)

@@ -1,0 +1,203 @@
+"""Every method: read at once == token by token with eviction, whatever the batch, the chunks, or what came between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lms import DIFFERENT, TINY_METHODS, random_ids, step_by_step, tiny_compressed, tiny_lm
+from thoughtformer.compression import METHODS, Context, Local, entries_held
+from thoughtformer.errors import CheckpointError, InputError
+
+LENGTH = 70
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.fixture(params=list(TINY_METHODS))
+def method(request):
+    """Each method in turn."""
+    return TINY_METHODS[request.param]
+
+
+@pytest.fixture(params=DIFFERENT)
+def family(request):
+    """Each kind of architecture in turn."""
+    return request.param
+
+
+def test_every_method_is_tested():
+    assert {method.name for method in TINY_METHODS.values()} == set(METHODS)
+
+
+@torch.no_grad()
+def test_at_once_equals_step_by_step(family, method):
+    """Also: the cache holds as many entries as the schedule says, in as many bytes as the formula says."""
+    ids = random_ids(2, LENGTH)
+    compressed = tiny_compressed(tiny_lm(family), method)
+    at_once = compressed(ids, use_cache=False).logits
+    cache = compressed.new_cache(2)
+    close(step_by_step(compressed, ids, cache), at_once)
+    held = entries_held(method, [*ids[0].tolist(), 5])
+    # A full H2O store makes room when the next token comes.
+    assert cache.num_entries.tolist() == [held[-1] - (0 if method.is_by_attention else 1)] * 2
+    assert cache.num_bytes() == compressed.cache_bytes(int(cache.num_entries.max()), 2)
+    assert cache.get_seq_length() == LENGTH
+    if method.name != "full":
+        assert int(cache.num_entries.max()) < LENGTH
+
+
+@torch.no_grad()
+def test_compression_changes_something(family, method):
+    """Else all other tests here would pass with the method switched off."""
+    if method.name == "full":
+        pytest.skip("changes nothing")
+    ids = random_ids(1, LENGTH)
+    compressed = tiny_compressed(tiny_lm(family), method)
+    # With the adapter's LoRA, nothing folded.
+    base = compressed.model(ids).logits
+    assert (compressed(ids).logits - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("execution", ["dense", "flex"])
+@torch.no_grad()
+def test_executions_agree(execution, method):
+    if method.is_by_attention or method.is_pooled or method.name == "streaming":
+        pytest.skip("runs one way")
+    if execution == "flex":
+        # torch says that uncompiled FlexAttention is slow; compiling takes minutes.
+        pytest.importorskip("torch.nn.attention.flex_attention")
+    ids = random_ids(3, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    compressed = tiny_compressed(tiny_lm(), method)
+    gathered = compressed(ids, attention_mask=mask, use_cache=False).logits
+    compressed.execution = execution
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        other = compressed(ids, attention_mask=mask, use_cache=False).logits
+    close(other, gathered)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 32])
+@torch.no_grad()
+def test_chunked_prefill_then_steps(prefill_tokens, method):
+    """A long prompt in bounded pieces, then decoding."""
+    ids = random_ids(2, LENGTH)
+    compressed = tiny_compressed(tiny_lm(), method)
+    at_once = compressed(ids, use_cache=False).logits
+    compressed.prefill_tokens = prefill_tokens
+    cache = compressed.new_cache(2)
+    first = compressed(ids[:, :50], past_key_values=cache).logits
+    second = compressed(ids[:, 50:60], past_key_values=cache).logits
+    close(torch.cat([first, second, step_by_step(compressed, ids[:, 60:], cache)], dim=1), at_once)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_their_neighbours(family, method):
+    """Ragged rows, padded at the left, prefilled and decoded: each as if it were alone."""
+    compressed = tiny_compressed(tiny_lm(family), method)
+    lengths = [40, 9, 27]
+    ids, mask = random_ids(3, 40, seed=3), torch.zeros(3, 40, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 40 - length :] = 1
+    more = random_ids(3, 12, seed=4)
+    cache = compressed.new_cache(3)
+    prompt = compressed(ids, attention_mask=mask, past_key_values=cache).logits
+    steps = step_by_step(compressed, more, cache)
+    for row, length in enumerate(lengths):
+        alone = torch.cat([ids[row, 40 - length :], more[row]])[None]
+        expected = compressed(alone, use_cache=False).logits[0]
+        close(prompt[row, 40 - length :], expected[:length])
+        close(steps[row], expected[length:])
+
+
+@torch.no_grad()
+def test_a_row_of_the_future_is_unread(method):
+    """Changing a later token changes no earlier logits."""
+    compressed = tiny_compressed(tiny_lm(), method)
+    ids = random_ids(1, LENGTH)
+    other = ids.clone()
+    other[0, 50:] = (other[0, 50:] + 1) % 30 + 3
+    close(compressed(other).logits[:, :50], compressed(ids).logits[:, :50])
+
+
+@torch.no_grad()
+def test_fork_select_save_load_append(method, tmp_path):
+    """What was forked, reordered, or written and read goes on as if nothing had happened."""
+    compressed = tiny_compressed(tiny_lm(), method)
+    ids = random_ids(2, LENGTH)
+    at_once = compressed(ids, use_cache=False).logits
+    cache = compressed.new_cache(2)
+    compressed(ids[:, :45], past_key_values=cache)
+    fork = cache.fork()
+    step_by_step(compressed, random_ids(2, 8, seed=9), cache)
+    fork.select([1, 0, 1])
+    close(step_by_step(compressed, ids[[1, 0, 1], 45:], fork), at_once[[1, 0, 1], 45:])
+
+    context = Context.read(compressed, ids[0, :45])
+    context.save(tmp_path / "a.ctx")
+    loaded = Context.load(compressed, tmp_path / "a.ctx")
+    assert loaded.num_bytes() == context.num_bytes()
+    assert loaded.ids == ids[0, :45].tolist()
+    loaded.append(ids[0, 45:55])
+    close(step_by_step(compressed, ids[:1, 55:], loaded.cache), at_once[:1, 55:])
+    close(step_by_step(compressed, ids[:1, 45:], context.cache), at_once[:1, 45:])
+
+
+@torch.no_grad()
+def test_a_failed_pass_leaves_the_cache_as_it_was(family, monkeypatch):
+    compressed = tiny_compressed(tiny_lm(family), TINY_METHODS["sentinel"])
+    ids = random_ids(2, LENGTH)
+    at_once = compressed(ids, use_cache=False).logits
+    compressed.prefill_tokens = 8
+    cache = compressed.new_cache(2)
+    compressed(ids[:, :40], past_key_values=cache)
+    before = cache.num_bytes()
+    calls = []
+
+    def failing(*args, forward=compressed.backbone.forward):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed.backbone, "forward", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            compressed(ids[:, 40:60], past_key_values=cache)
+    assert cache.num_bytes() == before
+    close(step_by_step(compressed, ids[:, 40:], cache), at_once[:, 40:])
+
+
+@torch.no_grad()
+def test_caches_and_contexts_of_others_are_refused(tmp_path):
+    ids = random_ids(1, 40)
+    one = tiny_compressed(tiny_lm("llama"), TINY_METHODS["sentinel"])
+    other = tiny_compressed(tiny_lm("qwen2"), TINY_METHODS["sentinel"])
+    local = tiny_compressed(tiny_lm("llama"), Local(removed=0.5))
+    cache = one.new_cache(1)
+    one(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="model was"):
+        other(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="method was 'sentinel', is 'local'"):
+        local(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="2 rows"):
+        one(ids, past_key_values=one.new_cache(2))
+
+    path = tmp_path / "a.ctx"
+    Context.read(one, ids[0]).save(path)
+    with pytest.raises(CheckpointError, match="model was"):
+        Context.load(other, path)
+    with pytest.raises(CheckpointError, match="span_tokens"):
+        Context.load(tiny_compressed(tiny_lm("llama"), TINY_METHODS["sentinel_lag16"]), path)
+    content = path.read_bytes()
+    for name, damaged in (("short", content[:-200]), ("header", content[:20]), ("foreign", b"PK" + content)):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="truncated"):
+            Context.load(one, tmp_path / name)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ctx", "foreign", "header", "short"]
