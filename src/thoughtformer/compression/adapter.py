@@ -169,10 +169,11 @@ class SentinelAdapter(nn.Module):
         try:
             if self.peft is not None:
                 lora = self.peft.peft_config[ADAPTER]
-                was = lora.inference_mode
-                lora.inference_mode = True
+                was = lora.inference_mode, lora.base_model_name_or_path
+                # Where the base lay on this machine is nobody else's business; its fingerprint tells it.
+                lora.inference_mode, lora.base_model_name_or_path = True, None
                 lora.save_pretrained(str(folder))
-                lora.inference_mode = was
+                lora.inference_mode, lora.base_model_name_or_path = was
                 state = {
                     name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.lora_state().items()
                 }

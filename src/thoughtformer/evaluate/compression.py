@@ -162,9 +162,10 @@ def _solved(
         "random": lambda entries: RandomEviction(max_entries=entries, seed=seed, recent_tokens=min(16, entries // 4)),
         "truncation": lambda entries: Truncation(piece_tokens=entries),
     }
-    by_fraction: dict[str, Callable[[float], Method]] = {
+    by_fraction: dict[str, Callable[[Any], Method]] = {
         "local": lambda fraction: Local(removed=fraction),
-        "scattered": lambda fraction: Scattered(removed=fraction, seed=seed),
+        # Several draws a seed: in short blocks a fraction alone moves the mean in steps of more than one per cent.
+        "scattered": lambda fraction: Scattered(removed=fraction[0], seed=seed + 1000 * fraction[1]),
         "combiner": lambda fraction: Combiner(policy=policy(fraction, 1)),
         "sentinel": lambda fraction: Sentinel(
             policy=policy(fraction, num_sentinels), num_sentinels=num_sentinels, see_earlier=see_earlier
@@ -180,7 +181,9 @@ def _solved(
     else:
         make = by_fraction[name]
         choices = [removed + shift / 1000 for shift in range(-50, 41) if 0 <= removed + shift / 1000 < 1]
-        if name in ("combiner", "sentinel", "local"):
+        if name == "scattered":
+            choices = [(fraction, draw) for draw in range(3) for fraction in choices]
+        else:
             choices = _around(make, target, one, sorted(choices, reverse=True))
     best = min((make(choice) for choice in choices), key=lambda method: abs(mean_entries(method, one)[0] - target))
     found = mean_entries(best, one)[0]

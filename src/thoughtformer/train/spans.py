@@ -8,7 +8,7 @@ import numpy as np
 
 from thoughtformer.attention.schedule import Event, RowProgress, RowReading
 from thoughtformer.compression.method import check_count, check_fraction, read_ids
-from thoughtformer.compression.policies import RemovedFraction
+from thoughtformer.compression.policies import EveryTokens, Policy, RemovedFraction
 from thoughtformer.compression.sentinel import Sentinel
 from thoughtformer.errors import ConfigError
 
@@ -23,8 +23,10 @@ class FoldingSettings:
         min_removed, max_removed: the fraction removed, uniform between these.
         min_span_tokens, max_span_tokens: longest span of a row, log-uniform between these.
         max_lag_tokens: tokens between a span and its folding; 0 in a third of the rows, else log-uniform up to this.
-        policy_fraction: part of the rows that are folded as in use, oldest spans first (`RemovedFraction`); in the
-            others spans lie anywhere.
+        every_fraction: part of the rows in which every span is folded as soon as its lag is over (`EveryTokens`),
+            whatever that removes: most has to be learned from these.
+        policy_fraction: part of the rows that are folded as in use, oldest spans first (`RemovedFraction`); in what
+            is left spans lie anywhere.
         first_tokens: that stay raw in rows folded as in use.
     """
 
@@ -33,13 +35,19 @@ class FoldingSettings:
     min_span_tokens: int = 4
     max_span_tokens: int = 48
     max_lag_tokens: int = 128
-    policy_fraction: float = 0.75
+    every_fraction: float = 0.5
+    policy_fraction: float = 0.3
     first_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name in ("min_removed", "max_removed"):
             check_fraction(name, getattr(self, name))
-        check_fraction("policy_fraction", self.policy_fraction, below_one=False)
+        for name in ("every_fraction", "policy_fraction"):
+            check_fraction(name, getattr(self, name), below_one=False)
+        if self.every_fraction + self.policy_fraction > 1:
+            raise ConfigError(
+                f"every_fraction={self.every_fraction} and policy_fraction={self.policy_fraction} are parts of one."
+            )
         check_count("min_span_tokens", self.min_span_tokens, 2)
         check_count("max_span_tokens", self.max_span_tokens, self.min_span_tokens)
         check_count("max_lag_tokens", self.max_lag_tokens, 0)
@@ -105,23 +113,29 @@ def fold_row(
     """One row's ids with spans folded as the settings draw them."""
     num_tokens = len(ids)
     removed = float(generator.uniform(settings.min_removed, settings.max_removed))
-    span = _log_uniform(settings.min_span_tokens, settings.max_span_tokens, generator)
+    drawn_span = max(_log_uniform(settings.min_span_tokens, settings.max_span_tokens, generator), num_summaries + 1)
     # Spans must be long enough for the ratio, with some tokens to spare.
     least = int(np.ceil(num_summaries / max(1 - removed, 0.02) * 1.15)) + 1
-    span = max(span, num_summaries + 1, least)
+    span = max(drawn_span, least)
     lag = 0
     if settings.max_lag_tokens and generator.uniform() > 1 / 3:
         lag = _log_uniform(1, settings.max_lag_tokens, generator)
-    if generator.uniform() < settings.policy_fraction:
-        policy = RemovedFraction(
-            removed=removed,
-            span_tokens=span,
-            first_tokens=settings.first_tokens,
-            recent_tokens=lag,
-            start_tokens=int(generator.integers(0, 65)),
-        )
+    kind = generator.uniform()
+    raw = {
+        "first_tokens": settings.first_tokens,
+        "recent_tokens": lag,
+        "start_tokens": int(generator.integers(0, 65)),
+    }
+    if kind < settings.every_fraction + settings.policy_fraction:
+        policy: Policy
+        if kind < settings.every_fraction:
+            policy = EveryTokens(span_tokens=drawn_span, **raw)
+            nominal = 1 - num_summaries / drawn_span
+        else:
+            policy, nominal = RemovedFraction(removed=removed, span_tokens=span, **raw), removed
         reading = read_ids(Sentinel(policy=policy, num_sentinels=num_summaries), RowProgress(), ids)
     else:
+        nominal = removed
         reading = RowReading(ids, 0, _anywhere(num_tokens, removed, span, lag, num_summaries, generator))
     change = np.zeros(num_tokens + 1)
     for event in reading.events:
@@ -129,7 +143,7 @@ def fold_row(
     held = np.arange(1, num_tokens + 2) + change.cumsum()
     return FoldedRow(
         reading=reading,
-        nominal=removed,
+        nominal=nominal,
         achieved=1 - (held[-1] - 1) / num_tokens,
         average=1 - held[:-1].sum() / np.arange(1, num_tokens + 1).sum(),
     )

@@ -1,0 +1,314 @@
+"""Spans, policies, fingerprints, equal budgets, recall, and checkpoints of llama2.c, each against the obvious."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lms import TINY_METHODS, random_ids, tiny_compressed, tiny_lm
+from prose import prose, tiny_pair
+from thoughtformer.attention.schedule import RowProgress
+from thoughtformer.compression import METHODS, EveryTokens, RemovedFraction, Sentinel, compress, entries_held
+from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.settings import method_from, settings_of
+from thoughtformer.errors import CheckpointError, ConfigError, CorpusError, OutputError, TokenizerError
+from thoughtformer.evaluate.compression import Blocks, equal_methods, mean_entries, sample_blocks, score_method
+from thoughtformer.evaluate.recall import plant_facts, score_recall
+from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.models.llama2c import convert_llama2c, load_llama2c, load_llama2c_tokenizer
+from thoughtformer.train.spans import FoldingSettings, fold_row, random_spans
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.floats(0, 0.97),
+    st.integers(2, 40),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+)
+def test_random_spans_remove_exactly(num_tokens, removed, longest, k, seed):
+    generator = np.random.default_rng(seed)
+    num_removed = int(removed * num_tokens)
+    most = longest - k
+    if most < 1 and num_removed:
+        with pytest.raises(ConfigError, match="not shortened"):
+            random_spans(num_tokens, num_removed, longest, k, generator)
+        return
+    if num_removed and num_removed + math.ceil(num_removed / most) * k > num_tokens:
+        with pytest.raises(ConfigError, match="would cover"):
+            random_spans(num_tokens, num_removed, longest, k, generator)
+        return
+    spans = random_spans(num_tokens, num_removed, longest, k, generator)
+    lengths = [end - start + 1 for start, end in spans]
+    assert sum(length - k for length in lengths) == num_removed
+    assert all(k < length <= longest for length in lengths)
+    assert all(before[1] < after[0] for before, after in zip(spans, spans[1:]))
+    assert not spans or (spans[0][0] >= 0 and spans[-1][1] < num_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(16, 300), st.integers(1, 3), st.integers(0, 10_000))
+def test_folded_rows_count_what_they_say(num_tokens, k, seed):
+    """Reached and average fractions against a count of what each token can read; spans never overlap."""
+    folded = fold_row([5] * num_tokens, FoldingSettings(), k, np.random.default_rng(seed))
+    gone, held = set(), []
+    events = {}
+    for event in folded.reading.events:
+        events.setdefault(event.at, []).append(event)
+    entries = 0
+    for position in range(num_tokens):
+        entries += 1
+        held.append(entries)
+        for event in events.get(position, []):
+            span = set(range(event.start, event.end + 1))
+            assert not span & gone
+            assert event.end <= position
+            gone |= span
+            entries -= len(span) - k
+    assert folded.achieved == pytest.approx(1 - entries / num_tokens)
+    assert folded.average == pytest.approx(1 - sum(held) / sum(range(1, num_tokens + 1)))
+
+
+def test_removed_fraction_keeps_its_promise():
+    """Beyond the tokens that stay raw, a token never reads more than its part of the tokens seen and one span."""
+    for removed, span in ((0.3, 8), (0.5, 8), (0.7, 8), (0.9, 16)):
+        method = Sentinel(policy=RemovedFraction(removed=removed, span_tokens=span))
+        held = entries_held(method, [5] * 2000)
+        for position in range(400, 2000):
+            assert held[position] <= max((1 - removed) * (position + 1), 20 + position / span) + span + 1
+        assert 1 - sum(held[1000:]) / sum(range(1001, 2001)) == pytest.approx(removed, abs=0.01)
+
+
+def test_the_default_policy():
+    """90% removed, from the 64th token on, 4 first tokens and 16 recent ones raw; nine times smaller at 4,096."""
+    method = Sentinel()
+    assert (method.policy.first_tokens, method.policy.recent_tokens, method.policy.start_tokens) == (4, 16, 64)
+    held = entries_held(method, [5] * 4097)
+    assert held[:64] == list(range(1, 65))
+    assert held[64] < 64
+    assert 4096 / (held[4096] - 1) >= 9
+    row = RowProgress()
+    events = read_ids(method, row, [5] * 300).events
+    assert events[0].start == 4 and all(event.at - event.end >= 16 for event in events)
+
+
+def test_every_tokens_and_settings_round_trip():
+    method = Sentinel(policy=EveryTokens(span_tokens=10, recent_tokens=3, first_tokens=1, start_tokens=0))
+    reading = read_ids(method, RowProgress(), [5] * 40)
+    assert [(event.start, event.end, event.at) for event in reading.events] == [(1, 10, 13), (11, 20, 23), (21, 30, 33)]
+    for each in (*TINY_METHODS.values(), method):
+        assert method_from(each.name, settings_of(each)) == each
+    with pytest.raises(ConfigError, match="Did you mean 'local'"):
+        method_from("locale", {})
+    assert set(METHODS) == {method.name for method in TINY_METHODS.values()}
+
+
+def test_fingerprints():
+    """The same in every precision, another for a changed weight."""
+    model = tiny_lm(dtype=torch.float32)
+    before = fingerprint(model)
+    assert fingerprint(tiny_lm(dtype=torch.float32)) == before
+    assert fingerprint(tiny_lm(dtype=torch.float32).to(torch.bfloat16)) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 0.05
+    assert fingerprint(model) != before
+    assert fingerprint(tiny_lm("qwen2", dtype=torch.float32)) != before
+
+
+def blocks(num: int = 2, length: int = 192) -> Blocks:
+    return Blocks(ids=random_ids(num, length).tolist(), first_scored=length // 2, num_bytes=1000)
+
+
+@pytest.mark.parametrize("removed", [0.3, 0.5, 0.7])
+def test_methods_are_equal_within_one_per_cent(removed):
+    names = [name for name in METHODS if name != "full"]
+    solved = equal_methods(names, removed, blocks(), seed=0)
+    seen = np.arange(97, 193).mean()
+    assert list(solved) == names
+    for name, method in solved.items():
+        assert mean_entries(method, blocks())[0] == pytest.approx((1 - removed) * seen, rel=0.01), name
+
+
+def test_what_can_not_be_equal_says_so():
+    with pytest.raises(ConfigError, match="combiner can't hold"):
+        equal_methods(["combiner"], 0.9, blocks(), seed=0, span_tokens=4)
+
+
+@torch.no_grad()
+def test_scores_are_the_models_own():
+    """The scored tokens' mean loss, by hand from all logits."""
+    sample = blocks()
+    for name in ("full", "sentinel", "h2o"):
+        compressed = tiny_compressed(tiny_lm(), TINY_METHODS[name])
+        score = score_method(compressed, sample, removed=0.5, seed=0, batch_size=1)
+        ids = torch.tensor(sample.ids)
+        logits = compressed(ids, use_cache=False).logits.log_softmax(-1)
+        chosen = logits[:, 95:-1].gather(2, ids[:, 96:, None])
+        assert score.loss_nats == pytest.approx(-float(chosen.mean()), abs=1e-6)
+        assert score.bits_per_byte == pytest.approx(-float(chosen.sum()) / math.log(2) / 1000, abs=1e-6)
+        assert score.num_tokens == 192
+        compressed.close()
+
+
+def test_samples_are_disjoint_and_repeatable():
+    _, tokenizer = tiny_pair(plain=True)
+    texts = [prose(5000, seed=seed) for seed in range(3)]
+    settings_ = {"context_tokens": 64, "num_blocks": 4, "seeds": [0, 1, 2]}
+    samples = sample_blocks(texts, tokenizer, **settings_)
+    again = sample_blocks(texts, tokenizer, **settings_)
+    assert samples == again
+    every = [tuple(ids) for sample in samples.values() for ids in sample.ids]
+    assert len(set(every)) == 12
+    for sample in samples.values():
+        assert sample.num_bytes == sum(len(tokenizer.decode(ids[32:]).encode()) for ids in sample.ids)
+    with pytest.raises(CorpusError, match="blocks"):
+        sample_blocks(texts, tokenizer, context_tokens=64, num_blocks=4000, seeds=[0])
+
+
+@torch.no_grad()
+def test_recall_is_what_reading_the_fact_gains():
+    model, tokenizer = tiny_pair(plain=True)
+    fillers = [tokenizer.encode_document(prose(2000, seed=seed), complete=True).tolist() for seed in range(3)]
+    fillers = [[token for token in ids if token != tokenizer.bos_token_id] for ids in fillers]
+    texts = plant_facts(fillers, tokenizer, distances=[10, 60], context_tokens=200, num_asked=3)
+    assert len(texts) == 6
+    for text in texts:
+        assert len(text.planted) == len(text.without) == 200
+        assert text.planted[-3:] == text.without[-3:]
+        end = len(text.planted) - 3 - text.distance
+        assert sum(a != b for a, b in zip(text.planted, text.without)) <= 3
+        assert text.planted[:end] != text.without[:end] or text.planted == text.without
+    with compress(model, "full") as compressed:
+        scores = score_recall(compressed, texts, removed=0.0, batch_size=2)
+    assert [(score.distance, score.num_texts) for score in scores] == [(10, 3), (60, 3)]
+    with compress(model, "truncation", piece_tokens=1) as compressed:
+        # Nothing before a token can be read, so nothing is gained.
+        for score in score_recall(compressed, texts, removed=1.0):
+            assert score.gained_nats == pytest.approx(0, abs=1e-9)
+    with pytest.raises(CorpusError, match="fit"):
+        plant_facts(fillers, tokenizer, distances=[190], context_tokens=200)
+
+
+def write_llama2c(path, *, tied: bool, seed: int = 0):
+    """A random checkpoint in llama2.c's format; returns its header and tensors."""
+    generator = np.random.default_rng(seed)
+    width, mlp, layers, heads, kv_heads, vocab, context = 16, 24, 2, 4, 2, 300, 32
+    kv = width // heads * kv_heads
+    shapes = [
+        ("embed", (vocab, width)), ("attention_norm", (layers, width)), ("wq", (layers, width, width)),
+        ("wk", (layers, kv, width)), ("wv", (layers, kv, width)), ("wo", (layers, width, width)),
+        ("mlp_norm", (layers, width)), ("w1", (layers, mlp, width)), ("w2", (layers, width, mlp)),
+        ("w3", (layers, mlp, width)), ("norm", (width,)), ("cos", (context, 2)), ("sin", (context, 2)),
+    ]  # fmt: skip
+    shapes += [] if tied else [("head", (vocab, width))]
+    tensors = {name: generator.normal(0, 0.5, shape).astype("<f4") for name, shape in shapes}
+    header = struct.pack("<7i", width, mlp, layers, heads, kv_heads, vocab if tied else -vocab, context)
+    path.write_bytes(header + b"".join(tensor.tobytes() for tensor in tensors.values()))
+    return tensors
+
+
+def naive_llama2c(tensors, ids, heads=4, kv_heads=2):
+    """The forward pass of llama2.c, position after position: pairs side by side, one vector at a time."""
+    tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    layers, width = tensors["attention_norm"].shape
+    size = width // heads
+    keys, values = [[] for _ in range(layers)], [[] for _ in range(layers)]
+
+    def norm(x, weight):
+        return weight * x / np.sqrt((x * x).mean() + 1e-5)
+
+    def turn(vector, position):
+        turned = vector.copy()
+        for i in range(0, len(vector), 2):
+            angle = position * 10000.0 ** (-(i % size) / size)
+            a, b = vector[i], vector[i + 1]
+            turned[i], turned[i + 1] = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+        return turned
+
+    logits = []
+    for position, token in enumerate(ids):
+        x = tensors["embed"][token].copy()
+        for layer in range(layers):
+            h = norm(x, tensors["attention_norm"][layer])
+            query = turn(tensors["wq"][layer] @ h, position)
+            keys[layer].append(turn(tensors["wk"][layer] @ h, position))
+            values[layer].append(tensors["wv"][layer] @ h)
+            out = np.zeros(width)
+            for head in range(heads):
+                own, shared = slice(head * size, (head + 1) * size), head // (heads // kv_heads)
+                part = slice(shared * size, (shared + 1) * size)
+                scores = np.array([query[own] @ key[part] / np.sqrt(size) for key in keys[layer]])
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out[own] = sum(weight * value[part] for weight, value in zip(weights, values[layer]))
+            x = x + tensors["wo"][layer] @ out
+            h = norm(x, tensors["mlp_norm"][layer])
+            gate = tensors["w1"][layer] @ h
+            x = x + tensors["w2"][layer] @ (gate / (1 + np.exp(-gate)) * (tensors["w3"][layer] @ h))
+        logits.append(tensors.get("head", tensors["embed"]) @ norm(x, tensors["norm"]))
+    return torch.tensor(np.stack(logits))
+
+
+def write_llama2c_tokenizer(path):
+    """Three special pieces, 256 bytes, some letters, and words by falling score."""
+    letters = [" ", *"abcdehlot", "\u00e9"]
+    merged = ["he", "ll", " he", "llo", " hello", "to", " t", " b", "ab"]
+    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    pieces += [f"~{number}" for number in range(300 - len(pieces))]
+    content = struct.pack("<i", 10)
+    for number, piece in enumerate(pieces):
+        content += struct.pack("<fi", -float(number), len(piece.encode())) + piece.encode()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@torch.no_grad()
+def test_llama2c_against_a_naive_reference(tied, tmp_path):
+    tensors = write_llama2c(tmp_path / "model.bin", tied=tied)
+    ids = [1, 7, 200, 45, 45, 9, 299, 12, 3]
+    logits = load_llama2c(tmp_path / "model.bin").double()(torch.tensor([ids])).logits[0]
+    # transformers computes rotations and norms in float32.
+    torch.testing.assert_close(logits, naive_llama2c(tensors, ids), rtol=0, atol=2e-4)
+
+    write_llama2c_tokenizer(tmp_path / "tok.bin")
+    convert_llama2c(tmp_path / "model.bin", tmp_path / "tok.bin", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").double()
+    assert torch.equal(model(torch.tensor([ids])).logits[0], logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hello to ab\u00e9z").input_ids) == [
+        "<s>", " hello", " ", "to", " ", "ab", "\u00e9", "<0x7A>",
+    ]  # fmt: skip
+    assert (
+        tokenizer.decode(tokenizer("hello to ab\u00e9z\n").input_ids, skip_special_tokens=True)
+        == "hello to ab\u00e9z\n"
+    )
+    with pytest.raises(OutputError, match="exists"):
+        convert_llama2c(tmp_path / "model.bin", tmp_path / "tok.bin", tmp_path / "out")
+
+
+def test_damaged_llama2c_files_are_refused(tmp_path):
+    write_llama2c(tmp_path / "model.bin", tied=True)
+    write_llama2c_tokenizer(tmp_path / "tok.bin")
+    for name, change in (("short", lambda c: c[:-4]), ("long", lambda c: c + b"1234"), ("tiny", lambda c: c[:10])):
+        (tmp_path / name).write_bytes(change((tmp_path / "model.bin").read_bytes()))
+        with pytest.raises(CheckpointError, match=str(tmp_path / name)):
+            load_llama2c(tmp_path / name)
+    (tmp_path / "t").write_bytes((tmp_path / "tok.bin").read_bytes()[:-3])
+    with pytest.raises(TokenizerError, match="truncated"):
+        load_llama2c_tokenizer(tmp_path / "t")
+    with pytest.raises(CheckpointError, match="can't read"):
+        load_llama2c(tmp_path / "none")
+
+
+def test_replacing_settings_is_checked():
+    with pytest.raises(ConfigError, match="span_tokens"):
+        replace(RemovedFraction(), span_tokens=1)
