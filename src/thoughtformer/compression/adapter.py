@@ -79,8 +79,10 @@ class SentinelAdapter(nn.Module):
         noise = torch.randn(1 + config.num_sentinels, backbone.embedding_dim, generator=generator)
         rows = embeddings.mean(dim=0).cpu() + 0.1 * embeddings.std(dim=0).cpu() * noise
         self.rows = nn.Parameter(rows.to(embeddings.device, torch.promote_types(embeddings.dtype, torch.float32)))
-        self._sentinel: Tensor | None = None
+        self._sentinels: Tensor | None = None
+        self._leading = torch.Size()
         self.peft: PeftModel | None = None
+        self._lora: list[nn.Parameter] = []
         if config.lora_rank:
             self._add_lora(backbone)
 
@@ -104,30 +106,47 @@ class SentinelAdapter(nn.Module):
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             peft = get_peft_model(backbone.model, lora, adapter_name=ADAPTER)
         peft.train(was_training)
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(self.rows.dtype)
+        self._lora = [parameter for name, parameter in peft.named_parameters() if "lora_" in name]
+        for parameter in self._lora:
+            parameter.data = parameter.data.to(self.rows.dtype)
         # Not registered as a part: the adapter's own parameters are the rows and LoRA's, not the whole model's.
         object.__setattr__(self, "peft", peft)
+        self._layers = [module for module in backbone.model.modules() if isinstance(module, LoraLayer)]
         self._hooks = []
         if config.sentinels_only:
-            for module in backbone.model.modules():
-                if isinstance(module, LoraLayer):
-                    self._hooks.append(module.lora_B[ADAPTER].register_forward_hook(self._mask))
+            for layer in self._layers:
+                self._hooks.append(layer.lora_A[ADAPTER].register_forward_pre_hook(self._take))
+                self._hooks.append(layer.lora_B[ADAPTER].register_forward_hook(self._put))
 
-    def _mask(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if self._sentinel is None:
-            return torch.zeros_like(output)
-        return output * self._sentinel.view(*output.shape[:-1], 1).to(output.dtype)
+    def _take(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """LoRA's input: the sentinels' states alone."""
+        (states,) = inputs
+        self._leading = states.shape[:-1]
+        index = torch.zeros(0, dtype=torch.long, device=states.device) if self._sentinels is None else self._sentinels
+        return (states.reshape(-1, states.shape[-1]).index_select(0, index),)
+
+    def _put(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """LoRA's output: nothing for tokens."""
+        index = torch.zeros(0, dtype=torch.long, device=output.device) if self._sentinels is None else self._sentinels
+        whole = output.new_zeros(self._leading.numel(), output.shape[-1]).index_copy(0, index, output)
+        return whole.view(*self._leading, output.shape[-1])
 
     @contextmanager
     def acting_on(self, sentinel: Bool[Tensor, "rows entries"]) -> Iterator[None]:
-        """For the length of one forward pass, says which entries are sentinels."""
-        self._sentinel = sentinel
+        """For the length of one forward pass: where LoRA acts on sentinels only, says which entries are sentinels."""
+        if not self.config.sentinels_only or self.peft is None:
+            yield
+            return
+        self._sentinels = sentinel.reshape(-1).nonzero().squeeze(1)
+        is_idle = len(self._sentinels) == 0
+        for layer in self._layers:
+            layer._disable_adapters = is_idle  # its public setter also changes what requires gradients
         try:
             yield
         finally:
-            self._sentinel = None
+            self._sentinels = None
+            for layer in self._layers:
+                layer._disable_adapters = False
 
     def embed(
         self, backbone: Backbone, input_ids: Int[Tensor, "rows entries"]
@@ -140,8 +159,7 @@ class SentinelAdapter(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """The sentinels' rows and LoRA's matrices."""
-        lora = [] if self.peft is None else [p for n, p in self.peft.named_parameters() if "lora_" in n]
-        return [self.rows, *lora]
+        return [self.rows, *self._lora]
 
     def remove(self) -> None:
         """Takes LoRA out of the model, which is then just what it was."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -92,6 +91,8 @@ class CompressedModel(nn.Module, GenerationMixin):
         self.config = model.config
         self.generation_config = copy.deepcopy(model.generation_config)
         self.base_fingerprint = fingerprint(model) if base_fingerprint is None else base_fingerprint
+        self._adapter_version: tuple[int, str] | None = None
+        self._is_closed = False
         self.train(model.training)
 
     # The life of the wrapper.
@@ -174,8 +175,22 @@ class CompressedModel(nn.Module, GenerationMixin):
     def identity(self) -> dict[str, Any]:
         """What a cache belongs to: the weights, the adapter's sentinels, and what their entries are."""
         kind = "attention" if self.method.is_by_attention else "pooled" if self.method.is_pooled else "entries"
-        adapter = None if self.adapter is None else fingerprint(_Parameters(self.adapter.trainable()))
-        return {"model": self.base_fingerprint, "adapter": adapter, "method": self.method.name, "kind": kind}
+        return {
+            "model": self.base_fingerprint,
+            "adapter": self._adapter_name(),
+            "method": self.method.name,
+            "kind": kind,
+        }
+
+    def _adapter_name(self) -> str | None:
+        """The adapter's fingerprint, taken anew only when a parameter has changed."""
+        if self.adapter is None:
+            return None
+        parameters = self.adapter.trainable()
+        version = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
+        if self._adapter_version is None or self._adapter_version[0] != version:
+            self._adapter_version = (version, fingerprint(_Parameters(parameters)))
+        return self._adapter_version[1]
 
     def new_cache(self, num_rows: int) -> CompressedCache:
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
@@ -293,7 +308,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         With a cache, at most `prefill_tokens` columns are computed at once. A pass that fails leaves the cache as it
         was; an H2O cache is emptied, because it has overwritten what it dropped.
         """
-        if getattr(self, "_is_closed", False):
+        if self._is_closed:
             raise InputError(
                 "this compressed model was closed: its adapter is gone. Call thoughtformer.compress again."
             )
@@ -384,9 +399,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         input_ids, position_ids = input_ids.to(backbone.device), position.long().to(backbone.device)
         if self.adapter is None:
             return backbone.forward(backbone.embed(input_ids), position_ids, attend)
-        is_sentinel = input_ids >= backbone.vocab_size
-        masked = self.adapter.acting_on(is_sentinel) if self.adapter.config.sentinels_only else nullcontext()
-        with masked:
+        with self.adapter.acting_on(input_ids >= backbone.vocab_size):
             return backbone.forward(self.adapter.embed(backbone, input_ids), position_ids, attend)
 
     def _check_length(self, num_tokens: int, what: str) -> None:
