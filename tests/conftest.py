@@ -7,7 +7,8 @@ from jaxtyping import install_import_hook
 # Before the first import of the package: shapes are checked in the tests, and cost users nothing. Configurations are
 # left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
 CHECKED = ["attention", "cache", "decode", "engine", "models.causal_lm", "models.layers", "models.modeling_gpthf"]
-CHECKED += ["models.loss", "models.penalty", "text.packing"]
+CHECKED += ["models.loss", "models.padding", "models.penalty", "text.packing"]
+CHECKED += ["compression.attending", "compression.compressed", "compression.heavy_hitters"]
 with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
     import thoughtformer.models
 

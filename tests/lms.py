@@ -40,7 +40,8 @@ from thoughtformer.compression import (
 from thoughtformer.models.backbone import backbone_of
 
 VOCAB = 40
-_SHAPE = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 200}
+# Three layers: what <CL> reads reaches later tokens through <CR> in the third.
+_SHAPE = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 200}
 _LLAMA = _SHAPE | {"hidden_size": 32, "intermediate_size": 40, "num_key_value_heads": 2}
 
 #: A configuration by family, grouped heads where the family has them.
@@ -51,7 +52,7 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=8),
     "gpt_neox": lambda: GPTNeoXConfig(**_SHAPE, hidden_size=32, intermediate_size=40, rotary_pct=0.5),
     "phi": lambda: PhiConfig(**_SHAPE, hidden_size=32, intermediate_size=40),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=200),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=200),
     "opt": lambda: OPTConfig(**_SHAPE, hidden_size=32, ffn_dim=40, word_embed_proj_dim=16),
 }
 #: Families that differ in what a compressed model must get right; "plain" is this package's GPT.
@@ -61,7 +62,7 @@ DIFFERENT = ("plain", "llama", "gpt_neox", "gpt2", "opt")
 def tiny_lm(family: str = "llama", *, backend: str = "sdpa", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model whose attention is far from uniform, so that a wrong mask shows."""
     if family == "plain":
-        settings = {"num_encoder_layers": 0, "num_body_layers": 2, "num_key_value_heads": 2}
+        settings = {"num_encoder_layers": 0, "num_body_layers": 3, "num_key_value_heads": 2}
         return tiny_model("causal", hidden_size=32, sentence_end_token_id=None, bos_token_id=None, **settings).to(dtype)
     config = CONFIGS[family]()
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None

@@ -1,4 +1,4 @@
-"""Language models that fold each sentence of context into one vector: exact, cached, measured.
+"""Folding the context of language models: exact, cached, measured.
 
 Importing registers the models and the tokenizer with transformers' Auto classes, and has no other effect. The names
 below load when first used.

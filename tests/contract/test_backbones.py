@@ -151,6 +151,6 @@ def test_the_probe_notices_layers_that_do_not_ask(monkeypatch):
     model = tiny_lm("llama")
     bypassed = model.model.layers[1].self_attn
     monkeypatch.setattr(bypassed, "forward", lambda hidden_states, **_: (hidden_states, None))
-    with pytest.raises(UnsupportedError, match="1 of 2 layers"):
+    with pytest.raises(UnsupportedError, match="2 of 3 layers"):
         backbone_of(model)
     assert backbones.SUPPORTED_MODELS

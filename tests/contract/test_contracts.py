@@ -11,7 +11,9 @@ import torch
 import thoughtformer
 from conftest import END, START, VISIBILITIES
 from thoughtformer.attention import BODY_RULES, OwnSentence, RowCounters, dense_mask, read_structure
-from thoughtformer.models.loading import ASSETS, BUNDLED, load
+from thoughtformer.compression.adapter import read_adapter_manifest
+from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.models.loading import ASSETS, BUNDLED, BUNDLED_ADAPTERS, load
 
 RULES = {**BODY_RULES, "own_sentence": OwnSentence}
 # `a b .` `c d .` `e`, as visibility.py draws it
@@ -110,3 +112,21 @@ def test_bundled_pair_has_equal_parameters():
     counts = [sum(parameter.numel() for parameter in load(name)[0].parameters()) for name in BUNDLED]
     assert abs(counts[0] - counts[1]) <= 0.01 * counts[1]
     assert 5_000_000 <= counts[0] <= 8_000_000
+
+
+@pytest.mark.parametrize("name", BUNDLED_ADAPTERS)
+def test_bundled_adapters_are_as_promised(name):
+    """At most 2 MB, made for the bundled GPT, with a card; the README's lines run."""
+    folder = ASSETS / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 2_000_000
+    assert (folder / "README.md").exists()
+    assert not list(folder.glob("*.bin"))
+    model, tokenizer = load("tiny-gpt")
+    assert read_adapter_manifest(folder)["base"] == fingerprint(model)
+    inputs = tokenizer("The sea was calm that morning. The old man " * 12, return_tensors="pt")
+    before = model(**inputs).logits
+    with thoughtformer.compress(model, "sentinel", adapter=name) as compressed:
+        output = compressed.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True, do_sample=False)
+    held = int(output.past_key_values.num_entries[0])
+    assert held < 0.5 * output.sequences.shape[1]
+    assert torch.equal(model(**inputs).logits, before)

@@ -119,7 +119,7 @@ def test_budgets_and_sentences():
     """Policies hold what they promise at every step, and reading at once folds alike."""
     model = tiny_lm()
     ids = random_ids(1, 100)
-    per_entry = 2 * 2 * 2 * 8 * 8  # keys and values, layers, heads, width, float64
+    per_entry = 2 * 3 * 2 * 8 * 8  # keys and values, layers, heads, width, float64
     for chosen in (
         ByteBudget(max_bytes=40 * per_entry, span_tokens=8, recent_tokens=4, start_tokens=0),
         SentenceEnds(end_ids=frozenset({7, 9, 21}), min_tokens=3, max_tokens=12, recent_tokens=4, start_tokens=0),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lms import DIFFERENT, TINY_METHODS, random_ids, step_by_step, tiny_compressed, tiny_lm
+from thoughtformer.cache.compressed import BLOCK_ENTRIES, EntrySlots
 from thoughtformer.compression import METHODS, Context, Local, entries_held
 from thoughtformer.errors import CheckpointError, InputError
 
@@ -201,3 +202,24 @@ def test_caches_and_contexts_of_others_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match="truncated"):
             Context.load(one, tmp_path / name)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ctx", "foreign", "header", "short"]
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_bounded_memory(monkeypatch):
+    """While 190 tokens are read in pieces of 16, no more is allotted than what is kept, one piece and its sentinels."""
+    compressed = tiny_compressed(tiny_lm(), TINY_METHODS["sentinel_lag0"], prefill_tokens=16)
+    cache, allotted = compressed.new_cache(2), []
+    extend = EntrySlots.extend_rows
+
+    def watched(slots, *args):
+        result = extend(slots, *args)
+        allotted.append(slots.capacity)
+        return result
+
+    monkeypatch.setattr(EntrySlots, "extend_rows", watched)
+    compressed(random_ids(2, 190), past_key_values=cache)
+    kept = int(cache.num_entries.max())
+    assert kept < 60
+    sentinels = 2 * (16 // 5 + 1)
+    assert max(allotted) <= -(-(kept + 16 + sentinels) // BLOCK_ENTRIES) * BLOCK_ENTRIES
+    assert len(allotted) == 12

@@ -25,7 +25,7 @@ EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="thoughtformer",
-    help="Language models that fold each sentence of context into one vector.",
+    help="Language models that fold their context: GPTHF, and sentinel tokens for any causal LM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
