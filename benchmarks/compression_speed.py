@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from thoughtformer.cache.gpthf import distinct_storage_bytes
+from thoughtformer.cache import distinct_storage_bytes
 from thoughtformer.compression import AdapterConfig, RemovedFraction, Sentinel, SentinelAdapter, compress
 from thoughtformer.evaluate.compression import span_for
 from thoughtformer.models.backbone import backbone_of

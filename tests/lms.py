@@ -63,7 +63,9 @@ def tiny_lm(family: str = "llama", *, backend: str = "sdpa", dtype: torch.dtype 
     """A random model whose attention is far from uniform, so that a wrong mask shows."""
     if family == "plain":
         settings = {"num_encoder_layers": 0, "num_body_layers": 3, "num_key_value_heads": 2}
-        return tiny_model("causal", hidden_size=32, sentence_end_token_id=None, bos_token_id=None, **settings).to(dtype)
+        return tiny_model(
+            "causal", hidden_size=32, sentence_end_token_id=None, bos_token_id=None, eos_token_id=None, **settings
+        ).to(dtype)
     config = CONFIGS[family]()
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).to(dtype).eval()

@@ -94,6 +94,7 @@ def test_chunked_prefill_then_steps(prefill_tokens, method):
     compressed.prefill_tokens = prefill_tokens
     cache = compressed.new_cache(2)
     first = compressed(ids[:, :50], past_key_values=cache).logits
+    assert cache.num_bytes() == compressed.cache_bytes(int(cache.num_entries.max()), 2)
     second = compressed(ids[:, 50:60], past_key_values=cache).logits
     close(torch.cat([first, second, step_by_step(compressed, ids[:, 60:], cache)], dim=1), at_once)
 
@@ -139,6 +140,16 @@ def test_fork_select_save_load_append(method, tmp_path):
     step_by_step(compressed, random_ids(2, 8, seed=9), cache)
     fork.select([1, 0, 1])
     close(step_by_step(compressed, ids[[1, 0, 1], 45:], fork), at_once[[1, 0, 1], 45:])
+
+    # Rows of unlike length, each with a past of its own.
+    mask = torch.ones_like(ids[:, :45])
+    mask[0, :20] = 0
+    ragged = compressed.new_cache(2)
+    compressed(ids[:, :45], attention_mask=mask, past_key_values=ragged)
+    ragged.reorder_cache(torch.tensor([1, 0]))
+    steps = step_by_step(compressed, ids[[1, 0], 45:], ragged)
+    close(steps[0], at_once[1, 45:])
+    close(steps[1], compressed(ids[:1, 20:], use_cache=False).logits[0, 25:])
 
     context = Context.read(compressed, ids[0, :45])
     context.save(tmp_path / "a.ctx")

@@ -56,6 +56,11 @@ class RowReading(NamedTuple):
     first_position: int
     events: Sequence[Event]
 
+    def piece(self, start: int, end: int) -> RowReading:
+        """The part of it whose tokens have these numbers among the new ones."""
+        first, ids = self.first_position + start, self.ids[start:end]
+        return RowReading(ids, first, [event for event in self.events if first <= event.at < first + len(ids)])
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from thoughtformer.cache.gpthf import GPTHFCache, distinct_storage_bytes
+from thoughtformer.cache.gpthf import GPTHFCache
+from thoughtformer.cache.rows import distinct_storage_bytes
 from thoughtformer.cache.stage import StageCache, stage_bytes
 
 __all__ = ["GPTHFCache", "StageCache", "distinct_storage_bytes", "stage_bytes"]

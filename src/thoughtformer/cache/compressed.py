@@ -9,11 +9,10 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import Cache
 
 from thoughtformer.attention.entries import OPEN, Entries
 from thoughtformer.attention.schedule import Chunk, RowProgress
-from thoughtformer.cache.gpthf import distinct_storage_bytes
+from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
 from thoughtformer.cache.slots import RowSlots
 from thoughtformer.errors import UnsupportedError
 
@@ -77,18 +76,16 @@ class EntrySlots(RowSlots):
         self.fit()
 
 
-class CompressedCache(Cache):
+class CompressedCache(RowsCache):
     """The generation state of some rows of a compressed model.
 
-    `get_seq_length` is the logical length, columns given to the model with padding; what is still held is in
-    `num_entries`. Keys keep the rotation of their own position wherever they are stored.
+    What is still held is in `num_entries`. Keys keep the rotation of their own position wherever they are stored.
     """
 
     def __init__(self, store: Store, rows: list[RowProgress], identity: dict[str, Any]) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.store = store
         self.rows = rows
-        self.num_columns = 0
         #: Which model, adapter and method wrote it: it can be read by no other.
         self.identity = identity
 
@@ -96,10 +93,6 @@ class CompressedCache(Cache):
     def num_rows(self) -> int:
         """Rows held."""
         return len(self.rows)
-
-    @property
-    def batch_size(self) -> int:  # transformers' name for it
-        return self.num_rows
 
     @property
     def num_tokens(self) -> Int[Tensor, " rows"]:
@@ -116,20 +109,6 @@ class CompressedCache(Cache):
         """Nothing has been read yet."""
         return not any(row.num_tokens for row in self.rows)
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: what is held changes shape."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: what was dropped is gone, so no number of tokens can be taken back."""
-        return False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, padding included: the logical length, whatever is still held."""
-        return self.num_columns
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Entries held by the longest row with the new ones, and how many columns fewer that is than were seen."""
         physical = int(self.num_entries.max()) if self.num_rows else 0
@@ -143,29 +122,33 @@ class CompressedCache(Cache):
         """Bytes of keys and values that some later token can read."""
         return int(self.num_entries.sum()) * bytes_per_entry
 
-    def fork(self) -> CompressedCache:
-        """A copy that shares no storage with this one."""
-        return copy.deepcopy(self)
-
     def select(self, rows: Int[Tensor, " selected"] | Sequence[int]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once."""
         rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
         self.store.select(rows)
         self.rows = [self.rows[row].copy() for row in rows.tolist()]
 
-    # transformers' names for the same, called by beam search and contrastive search.
+    def snapshot(self, *, whole: bool) -> Any:
+        """What `restore` needs to undo a forward pass, or, if `whole`, several.
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues from what row `beam_idx[i]` held."""
-        self.select(beam_idx)
+        One pass needs lengths and fields alone: keys and values behind the lengths don't matter. A full heavy-hitter
+        store overwrites what it drops, and copying it at every step would double what it costs: it is not kept.
+        """
+        if whole:
+            return copy.deepcopy(self.store)
+        return (self.store.lengths, self.store.entries.clone()) if isinstance(self.store, EntrySlots) else None
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows."""
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times, copies side by side."""
-        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
+    def restore(self, snapshot: Any) -> None:
+        """Undoes a pass that failed; a store of which nothing was kept is emptied."""
+        if snapshot is None:
+            self.reset()
+        elif isinstance(snapshot, tuple):
+            assert isinstance(self.store, EntrySlots)
+            self.store.lengths, entries = snapshot
+            self.store.entries[:, :, : entries.shape[2]] = entries
+            self.store.fit()
+        else:
+            self.store = snapshot
 
     def reset(self) -> None:
         """Forgets everything; the rows stay."""

@@ -6,42 +6,32 @@ GPT's body holds every token. State belongs to a row; rows never read each other
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import Cache
 
 from thoughtformer.attention import RowCounters, TokenStructure
+from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
 from thoughtformer.cache.stage import StageCache
 from thoughtformer.errors import InputError, UnsupportedError
 
-__all__ = ["GPTHFCache", "distinct_storage_bytes"]
+__all__ = ["GPTHFCache"]
 
 
-def distinct_storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once: a view keeps all of its storage alive."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-class GPTHFCache(Cache):
+class GPTHFCache(RowsCache):
     """The generation state of some rows.
 
     A forward pass commits what it wrote, unless `autocommit` is off: then steps pile up, masked instead of dropped,
-    until `commit` (of all, or of each row's first few tokens) or `rollback`. `get_seq_length` counts the columns
-    given to the model, padding included, as transformers expects; `num_tokens` counts each row's own tokens.
+    until `commit` (of all, or of each row's first few tokens) or `rollback`. `num_tokens` counts each row's own tokens.
     """
 
     def __init__(self, stages: list[StageCache], num_rows: int) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.stages = stages
         self.counters = RowCounters.zeros(num_rows)
         self.num_tokens = torch.zeros(num_rows, dtype=torch.long)
-        self.num_columns = 0
         self.autocommit = True
         self._pending: list[TokenStructure] = []
         self._committed = (self.counters, self.num_tokens, self.num_columns)
@@ -52,27 +42,9 @@ class GPTHFCache(Cache):
         return len(self.counters)
 
     @property
-    def batch_size(self) -> int:  # transformers' name for it
-        return self.num_rows
-
-    @property
     def is_fresh(self) -> bool:
         """Nothing has been read yet."""
         return not bool(self.num_tokens.any())
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: what is held changes shape."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: a closed sentence's tokens are gone, so no number of tokens can be taken back."""
-        return False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, padding included: the logical length, whatever is still held."""
-        return self.num_columns
 
     def num_bytes(self) -> int:
         """Bytes of all distinct storages held, keys, values and bookkeeping."""
@@ -115,10 +87,6 @@ class GPTHFCache(Cache):
         self._pending = []
         self.commit()
 
-    def fork(self) -> GPTHFCache:
-        """A copy that shares no storage with this one."""
-        return copy.deepcopy(self)
-
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once. Nothing may be uncommitted."""
         if self._pending:
@@ -129,20 +97,6 @@ class GPTHFCache(Cache):
         self.counters = self.counters.map(lambda field: field[rows])
         self.num_tokens = self.num_tokens[rows]
         self._committed = (self.counters, self.num_tokens, self.num_columns)
-
-    # transformers' names for the same, called by beam search and contrastive search.
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues from what row `beam_idx[i]` held."""
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows."""
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times, copies side by side."""
-        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forgets everything; the rows stay."""

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Column, Data, Extrapolate, Threads, read_text, set_threads
+from thoughtformer.cli.options import (
+    AsJson,
+    Column,
+    Data,
+    Extrapolate,
+    Threads,
+    TokenisingStatus,
+    read_text,
+    set_threads,
+)
 from thoughtformer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -47,24 +56,13 @@ def train(
 
     Example: thoughtformer compress train --model tiny-gpt --data books/ --out runs/sentinel --set max_steps=500
     """
-    from rich.console import Console
-
     from thoughtformer.recipes import tiny_gpt_sentinel
     from thoughtformer.train.compress import AdapterRecipe, train_adapter
 
     recipe = tiny_gpt_sentinel() if model == "tiny-gpt" else AdapterRecipe()
     recipe = (AdapterRecipe.from_file(config) if config is not None else recipe).with_settings(settings or [])
     set_threads(threads)
-    console = Console(stderr=True, highlight=False)
-    num_bytes = 0
-
-    def on_tokenised(documents: int, size: int) -> None:
-        nonlocal num_bytes
-        num_bytes += size
-        status.update(f"tokenising: {documents:,} documents, {num_bytes / 1e6:,.1f} MB")
-
-    status = console.status("reading the data")
-    with status:
+    with TokenisingStatus() as status:
         result = train_adapter(
             recipe,
             model,
@@ -74,10 +72,10 @@ def train(
             overwrite=overwrite,
             column=column,
             half=half,
-            on_tokenised=on_tokenised,
+            on_tokenised=status.told,
             on_start=status.stop,
         )
-    console.print(
+    status.console.print(
         f"{out}: {result.steps:,} steps, {result.rows:,} rows, loss {result.last_loss or result.mean_loss:.4f}, "
         f"{result.trained_parameters:,} parameters trained; removed: asked for {result.nominal_removed:.3f}, reached "
         f"{result.achieved_removed:.3f} at the rows' ends and {result.average_removed:.3f} on average"

@@ -48,3 +48,30 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+class TokenisingStatus:
+    """A line on standard error that says how much text was read; `told` and `stop` are for a training run to call."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self._status = self.console.status("reading the data")
+        self._num_bytes = 0
+
+    def told(self, documents: int, size: int) -> None:
+        """One more document, of so many bytes."""
+        self._num_bytes += size
+        self._status.update(f"tokenising: {documents:,} documents, {self._num_bytes / 1e6:,.1f} MB")
+
+    def stop(self) -> None:
+        """The text is ready."""
+        self._status.stop()
+
+    def __enter__(self) -> TokenisingStatus:
+        self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._status.stop()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import Column, Data, Threads, set_threads
+from thoughtformer.cli.options import Column, Data, Threads, TokenisingStatus, set_threads
 from thoughtformer.errors import ConfigError
 
 __all__ = ["train"]
@@ -39,21 +39,10 @@ def train(
     chosen = named_recipe(recipe) if recipe is not None else Recipe.from_file(config or "")
     chosen = chosen.with_settings(settings or [])
 
-    from rich.console import Console
-
     from thoughtformer.train.run import train as run
 
     set_threads(threads)
-    console = Console(stderr=True, highlight=False)
-    num_bytes = 0
-
-    def on_tokenised(documents: int, size: int) -> None:
-        nonlocal num_bytes
-        num_bytes += size
-        status.update(f"tokenising: {documents:,} documents, {num_bytes / 1e6:,.1f} MB")
-
-    status = console.status("reading the data")
-    with status:
+    with TokenisingStatus() as status:
         result = run(
             chosen,
             data,
@@ -61,10 +50,10 @@ def train(
             resume=resume,
             overwrite=overwrite,
             column=column,
-            on_tokenised=on_tokenised,
+            on_tokenised=status.told,
             on_start=status.stop,
         )
-    console.print(
+    status.console.print(
         f"{out}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.last_loss or result.mean_loss:.4f}, "
         f"{result.seconds / 60:.1f} minutes"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from thoughtformer.attention.schedule import Chunk, RowProgress, RowReading, lay_out
@@ -20,6 +19,7 @@ from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.attending import EXECUTIONS, AttendAtOnce, AttendHeld
 from thoughtformer.compression.combiner import Combiner
+from thoughtformer.compression.generating import GeneratingView
 from thoughtformer.compression.heavy_hitters import AttendHeavyHitters, HeavyHitters, HeavyHitterStore
 from thoughtformer.compression.method import Method, read_ids
 from thoughtformer.compression.sentinel import Sentinel
@@ -32,7 +32,7 @@ from thoughtformer.models.padding import kept_columns, real_tokens
 __all__ = ["CompressedModel"]
 
 
-class CompressedModel(nn.Module, GenerationMixin):
+class CompressedModel(GeneratingView):
     """Reads and writes with `model`, of whose context `method` keeps a part.
 
     A context manager: leaving it takes the adapter out of the model, which is then just what it was. The model itself
@@ -50,11 +50,6 @@ class CompressedModel(nn.Module, GenerationMixin):
         UnsupportedError: an architecture, attention backend, or combination that can't be exact.
     """
 
-    main_input_name = "input_ids"
-    base_model_prefix = ""
-    _is_stateful = True  # what was dropped is gone: transformers then refuses to go back (assisted decoding, lookup)
-    _supports_cache_class = True
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -67,7 +62,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         allow_extrapolation: bool = False,
         base_fingerprint: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.backbone = backbone_of(model) if backbone is None else backbone
         if execution not in EXECUTIONS:
             raise ConfigError(f"execution={execution!r}.{nearest(execution, EXECUTIONS)}")
@@ -82,14 +77,11 @@ class CompressedModel(nn.Module, GenerationMixin):
                 bytes_per_entry=self.backbone.kv_bytes_per_entry(), num_summaries=method.num_summaries
             )
             method = replace(method, policy=policy)
-        self.model = model
         self.adapter = adapter
         self.method = method
         self.execution = execution
         self.prefill_tokens = prefill_tokens
         self.allow_extrapolation = allow_extrapolation or bool(getattr(model.config, "allow_extrapolation", False))
-        self.config = model.config
-        self.generation_config = copy.deepcopy(model.generation_config)
         self.base_fingerprint = fingerprint(model) if base_fingerprint is None else base_fingerprint
         self._adapter_version: tuple[int, str] | None = None
         self._is_closed = False
@@ -110,64 +102,6 @@ class CompressedModel(nn.Module, GenerationMixin):
         if self.adapter is not None:
             self.adapter.remove()
         self._is_closed = True
-
-    # What transformers asks of a model that generates.
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def name_or_path(self) -> str:
-        return str(self.model.name_or_path)
-
-    def can_generate(self) -> bool:
-        """True."""
-        return True
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The model's own; sentinels are embedded by the adapter."""
-        return self.model.get_input_embeddings()  # type: ignore[return-value]
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The model's own."""
-        return self.model.get_output_embeddings()  # type: ignore[return-value]
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise UnsupportedError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a compressed model keeps a cache of "
-                "its own."
-            )
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, mode, batch_size, max_cache_length
-        )
-        mask = model_kwargs.get("attention_mask")
-        padding = int((mask == 0).sum(-1).min()) if mask is not None else 0
-        if generation_config.max_length is not None:
-            self._check_length(generation_config.max_length - padding, "prompt and new tokens come to")
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows)
 
     # Caches.
 
@@ -317,7 +251,7 @@ class CompressedModel(nn.Module, GenerationMixin):
         rows = [RowProgress() for _ in range(batch)] if cache is None else [row.copy() for row in cache.rows]
         ids = [row_ids[row_real].tolist() for row_ids, row_real in zip(input_ids.cpu(), real, strict=True)]
         longest = max((row.num_tokens + len(new) for row, new in zip(rows, ids, strict=True)), default=0)
-        self._check_length(longest, "the text comes to")
+        self.check_length(longest, "the text comes to")
         self._check_documents(ids, rows)
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.is_pooled or self.method.is_by_attention or isinstance(self.method, StreamingLLM)
@@ -326,12 +260,12 @@ class CompressedModel(nn.Module, GenerationMixin):
         has_events = any(reading.events for reading in readings) or needs_store
         width = max((len(new) for new in ids), default=0)
         step = self.prefill_tokens if cache is not None and has_events else max(width, 1)
-        backup = None if cache is None else copy.deepcopy(store) if width > step else _snapshot(store)
+        backup = None if cache is None else cache.snapshot(whole=width > step)
         parts: list[list[Tensor]] = [[] for _ in range(batch)]
         token_wanted = [row_wanted[row_real] for row_wanted, row_real in zip(wanted, real, strict=True)]
         try:
             for start in range(0, width, step):
-                pieces = [_piece(reading, start, start + step) for reading in readings]
+                pieces = [reading.piece(start, start + step) for reading in readings]
                 hidden, chunk = self._compute(pieces, store)
                 for row, part in enumerate(token_wanted):
                     part = part[start : start + step]
@@ -339,7 +273,7 @@ class CompressedModel(nn.Module, GenerationMixin):
                     parts[row].append(hidden[row, columns.to(hidden.device)])
         except BaseException:
             if cache is not None:
-                _restore(cache, backup)
+                cache.restore(backup)
             raise
         if cache is not None:
             cache.rows = rows
@@ -402,7 +336,8 @@ class CompressedModel(nn.Module, GenerationMixin):
         with self.adapter.acting_on(input_ids >= backbone.vocab_size):
             return backbone.forward(self.adapter.embed(backbone, input_ids), position_ids, attend)
 
-    def _check_length(self, num_tokens: int, what: str) -> None:
+    def check_length(self, num_tokens: int, what: str) -> None:
+        """Raises `ContextOverflowError` past the trained length; `what` names the text."""
         limit = self.backbone.max_tokens
         if num_tokens > limit and not self.allow_extrapolation:
             raise ContextOverflowError(
@@ -447,13 +382,6 @@ class _Parameters(nn.Module):
         self.all = nn.ParameterList(parameters)
 
 
-def _piece(reading: RowReading, start: int, end: int) -> RowReading:
-    """The part of a reading whose tokens have these numbers among the new ones."""
-    first = reading.first_position + start
-    ids = reading.ids[start:end]
-    return RowReading(ids, first, [event for event in reading.events if first <= event.at < first + len(ids)])
-
-
 def _check_positions(position_ids: Tensor | None, real: Tensor, cache: CompressedCache | None) -> None:
     if position_ids is None:
         return
@@ -465,26 +393,3 @@ def _check_positions(position_ids: Tensor | None, real: Tensor, cache: Compresse
             "position_ids must number each row's tokens in order from what its cache has read; a compressed model "
             "counts them itself."
         )
-
-
-def _snapshot(store: Any) -> Any:
-    """Enough of a store to undo one chunk: lengths and fields; keys and values behind the lengths don't matter.
-
-    A full heavy-hitter store overwrites what it drops; copying it at every step would double what it costs.
-    """
-    return (store.lengths, store.entries.clone()) if isinstance(store, EntrySlots) else None
-
-
-def _restore(cache: CompressedCache, backup: Any) -> None:
-    if backup is None:
-        cache.reset()
-        return
-    if not isinstance(backup, tuple):
-        cache.store = backup
-        return
-    store = cache.store
-    assert isinstance(store, EntrySlots)
-    lengths, entries = backup
-    store.lengths = lengths
-    store.entries[:, :, : entries.shape[2]] = entries
-    store.fit()

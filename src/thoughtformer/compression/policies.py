@@ -72,7 +72,7 @@ class RemovedFraction(Policy):
 
     name = "removed"
     removed: float = 0.9
-    span_tokens: int = 16
+    span_tokens: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()

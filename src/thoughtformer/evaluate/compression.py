@@ -111,9 +111,8 @@ def mean_entries(method: Method, blocks: Blocks) -> tuple[float, int]:
 
 
 def span_for(removed: float, num_summaries: int) -> int:
-    """Tokens a span for a fraction removed: short where little is removed, long enough where much is."""
-    shortest = 1.6 * num_summaries / (1 - removed)
-    return max(num_summaries + 1, round(max(8.0, shortest)))
+    """Tokens a span for a fraction removed: the best of some by the bundled adapter's loss (docs/log.md)."""
+    return max(num_summaries + 1, 16, round(3.2 * num_summaries / (1 - removed)))
 
 
 def equal_methods(
@@ -148,51 +147,67 @@ def _solved(
     see_earlier: bool,
     span_tokens: int | None,
 ) -> Method:
-    length = len(blocks.ids[0])
     # All methods but those that read ids hold the same in every block.
     one = replace(blocks, ids=blocks.ids[:1])
+    budgets = list(range(6, len(blocks.ids[0]) + 1))
+    fractions = [removed + shift / 1000 for shift in range(40, -51, -1) if 0 <= removed + shift / 1000 < 1]
 
-    def policy(fraction: float, num_summaries: int) -> RemovedFraction:
-        span = span_for(removed, num_summaries) if span_tokens is None else span_tokens
-        return RemovedFraction(removed=fraction, span_tokens=span)
+    def nearest_of(make: Callable[[Any], Method], choices: list[Any]) -> Method:
+        return min((make(choice) for choice in choices), key=lambda method: abs(mean_entries(method, one)[0] - target))
 
-    by_budget: dict[str, Callable[[int], Method]] = {
-        "streaming": lambda entries: StreamingLLM(max_entries=entries),
-        "h2o": lambda entries: HeavyHitters(max_entries=entries),
-        "random": lambda entries: RandomEviction(max_entries=entries, seed=seed, recent_tokens=min(16, entries // 4)),
-        "truncation": lambda entries: Truncation(piece_tokens=entries),
-    }
-    by_fraction: dict[str, Callable[[Any], Method]] = {
-        "local": lambda fraction: Local(removed=fraction),
-        # Several draws a seed: in short blocks a fraction alone moves the mean in steps of more than one per cent.
-        "scattered": lambda fraction: Scattered(removed=fraction[0], seed=seed + 1000 * fraction[1]),
-        "combiner": lambda fraction: Combiner(policy=policy(fraction, 1)),
-        "sentinel": lambda fraction: Sentinel(
-            policy=policy(fraction, num_sentinels), num_sentinels=num_sentinels, see_earlier=see_earlier
-        ),
-    }
-    if name == "full":
-        return Full()
-    if name in by_budget:
-        choices: Iterable[Any] = range(6, length + 1)
-        make: Callable[[Any], Method] = by_budget[name]
-        if name != "truncation":  # more is more: search where it crosses
-            choices = _around(make, target, one, list(choices))
-    else:
-        make = by_fraction[name]
-        choices = [removed + shift / 1000 for shift in range(-50, 41) if 0 <= removed + shift / 1000 < 1]
-        if name == "scattered":
-            choices = [(fraction, draw) for draw in range(3) for fraction in choices]
+    def crossing(make: Callable[[Any], Method], choices: list[Any]) -> Method:
+        return nearest_of(make, _around(make, target, one, choices))
+
+    def folding(num_summaries: int, make: Callable[[RemovedFraction], Method]) -> Iterator[Method]:
+        # In short blocks whole spans move the mean by more than one per cent: neighbouring lengths are tried as well.
+        wanted = span_for(removed, num_summaries) if span_tokens is None else span_tokens
+        shifts = [0] if span_tokens is not None else sorted(range(-8, 9), key=abs)
+        spans = [wanted + shift for shift in shifts]
+        for span in spans:
+            if span > num_summaries:
+                yield crossing(
+                    lambda fraction, span=span: make(RemovedFraction(removed=fraction, span_tokens=span)), fractions
+                )
+
+    def candidates() -> Iterator[Method]:
+        if name == "full":
+            yield Full()
+        elif name == "truncation":
+            yield nearest_of(lambda tokens: Truncation(piece_tokens=tokens), budgets)
+        elif name == "local":
+            yield crossing(lambda fraction: Local(removed=fraction), fractions)
+        elif name == "scattered":
+            for draw in range(3):
+                yield nearest_of(
+                    lambda fraction, draw=draw: Scattered(removed=fraction, seed=seed + 1000 * draw), fractions
+                )
+        elif name == "random":
+            yield crossing(
+                lambda entries: RandomEviction(max_entries=entries, seed=seed, recent_tokens=min(16, entries // 4)),
+                budgets,
+            )
+        elif name == "streaming":
+            yield crossing(lambda entries: StreamingLLM(max_entries=entries), budgets)
+        elif name == "h2o":
+            yield crossing(lambda entries: HeavyHitters(max_entries=entries), budgets)
+        elif name == "combiner":
+            yield from folding(1, lambda policy: Combiner(policy=policy))
         else:
-            choices = _around(make, target, one, sorted(choices, reverse=True))
-    best = min((make(choice) for choice in choices), key=lambda method: abs(mean_entries(method, one)[0] - target))
-    found = mean_entries(best, one)[0]
-    if abs(found / target - 1) > TOLERANCE:
-        raise ConfigError(
-            f"{name} can't hold {target:.1f} entries on average ({removed:.0%} removed of {length} tokens): the "
-            f"closest setting holds {found:.1f}."
-        )
-    return best
+            yield from folding(
+                num_sentinels,
+                lambda policy: Sentinel(policy=policy, num_sentinels=num_sentinels, see_earlier=see_earlier),
+            )
+
+    closest = 0.0
+    for method in candidates():
+        found = mean_entries(method, one)[0]
+        if name == "full" or abs(found / target - 1) <= TOLERANCE:
+            return method
+        closest = min(closest, found, key=lambda held: abs(held - target))
+    raise ConfigError(
+        f"{name} can't hold {target:.1f} entries on average ({removed:.0%} removed of {len(blocks.ids[0])} tokens): "
+        f"the closest setting holds {closest:.1f}."
+    )
 
 
 def _around(make: Callable[[Any], Method], target: float, blocks: Blocks, choices: list[Any]) -> list[Any]:

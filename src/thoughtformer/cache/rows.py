@@ -1,0 +1,80 @@
+"""What this package's caches share: rows that transformers may reorder, and a length apart from what is held."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache
+
+__all__ = ["RowsCache", "distinct_storage_bytes"]
+
+
+def distinct_storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once: a view keeps all of its storage alive."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+RowsCacheKind = TypeVar("RowsCacheKind", bound="RowsCache")
+
+
+class RowsCache(Cache):
+    """The generation state of some rows, of which entries are dropped for good.
+
+    `get_seq_length` is the logical length, columns given to the model with padding, as transformers expects.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.num_columns = 0
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows held."""
+
+    @abstractmethod
+    def select(self, rows: Int[Tensor, " selected"]) -> None:
+        """Keeps the given rows, in that order; a row may be named more than once."""
+
+    @property
+    def batch_size(self) -> int:  # transformers' name for it
+        return self.num_rows
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: what is held changes shape."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what was dropped is gone, so no number of tokens can be taken back."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included, whatever is still held."""
+        return self.num_columns
+
+    def fork(self: RowsCacheKind) -> RowsCacheKind:
+        """A copy that shares no storage with this one."""
+        return copy.deepcopy(self)
+
+    # transformers' names for selecting rows, called by beam search and contrastive search.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues from what row `beam_idx[i]` held."""
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows."""
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, copies side by side."""
+        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
