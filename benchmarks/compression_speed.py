@@ -85,7 +85,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    span = arguments.span_tokens if arguments.span_tokens is not None else span_for(arguments.removed, 1)
+    span = (
+        arguments.span_tokens
+        if arguments.span_tokens is not None
+        else span_for(arguments.removed, 1, arguments.context)
+    )
     policy = RemovedFraction(removed=arguments.removed, span_tokens=span)
     adapter: Any
     if arguments.random:

@@ -253,7 +253,9 @@ def open_compressed(
             raise InputError("give the sentinels' --adapter, e.g. --adapter tiny-gpt-sentinel with --model tiny-gpt.")
         trained = read_adapter_manifest(resolve(adapter))
         count = trained["num_sentinels"]
-        span = span_tokens if span_tokens is not None else span_for(removed, count)
+        span = (
+            span_tokens if span_tokens is not None else span_for(removed, count, loaded.config.max_position_embeddings)
+        )
         if sentences:
             policy: Any = SentenceEnds.for_tokenizer(tokenizer)
         elif max_bytes is not None:

@@ -110,9 +110,11 @@ def mean_entries(method: Method, blocks: Blocks) -> tuple[float, int]:
     return float(np.mean(held)), int(np.max(held))
 
 
-def span_for(removed: float, num_summaries: int) -> int:
-    """Tokens a span for a fraction removed: the best of some by the bundled adapter's loss (docs/log.md)."""
-    return max(num_summaries + 1, 16, round(3.2 * num_summaries / (1 - removed)))
+def span_for(removed: float, num_summaries: int, context_tokens: int) -> int:
+    """Tokens a span: the best of some by the bundled adapter's loss (docs/log.md), shorter in short contexts."""
+    wanted = max(32.0, 4 * num_summaries / (1 - removed))
+    least = max(1.6 * num_summaries / (1 - removed), num_summaries + 1)
+    return round(max(min(wanted, context_tokens / 16), least))
 
 
 def equal_methods(
@@ -160,7 +162,7 @@ def _solved(
 
     def folding(num_summaries: int, make: Callable[[RemovedFraction], Method]) -> Iterator[Method]:
         # In short blocks whole spans move the mean by more than one per cent: neighbouring lengths are tried as well.
-        wanted = span_for(removed, num_summaries) if span_tokens is None else span_tokens
+        wanted = span_for(removed, num_summaries, len(blocks.ids[0])) if span_tokens is None else span_tokens
         shifts = [0] if span_tokens is not None else sorted(range(-8, 9), key=abs)
         spans = [wanted + shift for shift in shifts]
         for span in spans:

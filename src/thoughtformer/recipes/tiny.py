@@ -39,11 +39,17 @@ def tiny_gpt() -> Recipe:
 
 
 def tiny_gpt_sentinel() -> AdapterRecipe:
-    """The sentinels of the bundled plain GPT: LoRA on every linear layer, one summary a span (docs/log.md)."""
+    """The sentinels of the bundled plain GPT: LoRA on sentinels alone, taught by the base model (docs/log.md)."""
     return AdapterRecipe(
-        adapter=AdapterConfig(lora_rank=32, lora_alpha=64.0, lora_dropout=0.0, lora_layers="all"),
-        folding=FoldingSettings(min_removed=0.2),
+        adapter=AdapterConfig(lora_rank=32, lora_alpha=64.0, lora_dropout=0.0, lora_layers="all", sentinels_only=True),
+        folding=FoldingSettings(
+            min_span_tokens=6, max_span_tokens=32, max_lag_tokens=48, every_fraction=0.8, policy_fraction=0.1
+        ),
+        teacher_weight=1.0,
+        learning_rate=3e-3,
+        rows_learning_rate=1e-2,
+        rows_per_step=4,
         max_bytes=36_000_000,
-        max_steps=680,
+        max_steps=620,
         save_every_steps=40,
     )
