@@ -208,7 +208,7 @@ def _solved(
         closest = min(closest, found, key=lambda held: abs(held - target))
     raise ConfigError(
         f"{name} can't hold {target:.1f} entries on average ({removed:.0%} removed of {len(blocks.ids[0])} tokens): "
-        f"the closest setting holds {closest:.1f}."
+        f"the closest setting holds {closest:.1f}. Take longer blocks, or another fraction."
     )
 
 
