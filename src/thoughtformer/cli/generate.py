@@ -124,7 +124,7 @@ def _generate_compressed(
     from thoughtformer.text.plain import document_tokenizer
 
     compressed, tokenizer = open_compressed(
-        "tiny-gpt" if model == "tiny-gpthf" else model,
+        model,
         adapter,
         removed=removed,
         span_tokens=None,
