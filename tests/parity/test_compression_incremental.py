@@ -7,7 +7,7 @@ import torch
 
 from lms import DIFFERENT, TINY_METHODS, random_ids, step_by_step, tiny_compressed, tiny_lm
 from thoughtformer.cache.compressed import BLOCK_ENTRIES, EntrySlots
-from thoughtformer.compression import METHODS, Context, Local, entries_held
+from thoughtformer.compression import METHODS, Context, HeavyHitters, Local, entries_held
 from thoughtformer.errors import CheckpointError, InputError
 
 LENGTH = 70
@@ -234,3 +234,23 @@ def test_a_long_prompt_is_read_in_bounded_memory(monkeypatch):
     sentinels = 2 * (16 // 5 + 1)
     assert max(allotted) <= -(-(kept + 16 + sentinels) // BLOCK_ENTRIES) * BLOCK_ENTRIES
     assert len(allotted) == 12
+
+
+@torch.no_grad()
+def test_logits_at_chosen_columns():
+    """In the order asked for, columns named twice or padded in some row included."""
+    compressed = tiny_compressed(tiny_lm(), TINY_METHODS["sentinel"])
+    ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :5] = 0
+    whole = compressed(ids, attention_mask=mask, use_cache=False).logits
+    for columns in ([29], [20, 3, 29], [7, 7, 2]):
+        some = compressed(ids, attention_mask=mask, use_cache=False, logits_to_keep=torch.tensor(columns)).logits
+        close(some, whole[:, columns])
+
+
+@torch.no_grad()
+def test_a_cache_of_another_h2o_budget_is_refused():
+    model = tiny_lm()
+    cache = tiny_compressed(model, HeavyHitters(max_entries=14)).new_cache(1)
+    with pytest.raises(InputError, match="at most 14"):
+        tiny_compressed(model, HeavyHitters(max_entries=10))(random_ids(1, 5), past_key_values=cache)

@@ -74,7 +74,7 @@ class SentinelAdapter(nn.Module):
         self.config = config
         self.vocab_size = backbone.vocab_size
         embeddings = cast(nn.Embedding, backbone.model.get_input_embeddings()).weight.detach()
-        # Around the mean embedding, as far from it as tokens are: where the model's layers are used to work.
+        # Close to the mean embedding, and not all alike: where the model's layers are used to work.
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1 + config.num_sentinels, backbone.embedding_dim, generator=generator)
         rows = embeddings.mean(dim=0).cpu() + 0.1 * embeddings.std(dim=0).cpu() * noise

@@ -108,7 +108,9 @@ class CompressedModel(GeneratingView):
     @property
     def identity(self) -> dict[str, Any]:
         """What a cache belongs to: the weights, the adapter's sentinels, and what their entries are."""
-        kind = "attention" if self.method.is_by_attention else "pooled" if self.method.is_pooled else "entries"
+        kind = "pooled" if self.method.is_pooled else "entries"
+        if isinstance(self.method, HeavyHitters):
+            kind = f"at most {self.method.max_entries} a head"
         return {
             "model": self.base_fingerprint,
             "adapter": self._adapter_name(),
@@ -201,7 +203,8 @@ class CompressedModel(GeneratingView):
             raise InputError("input_ids are needed: a method decides on token ids.")
         batch, seq = input_ids.shape
         real = real_tokens(input_ids, attention_mask)
-        keep = kept_columns(logits_to_keep, seq)
+        asked = kept_columns(logits_to_keep, seq)
+        keep = asked.unique()  # hidden states come in the text's order
         if labels is not None and len(keep) != seq:
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
@@ -220,6 +223,8 @@ class CompressedModel(GeneratingView):
             padded = logits.new_zeros(batch, len(keep), logits.shape[-1])
             padded[wanted[:, keep].to(logits.device)] = logits
             logits = padded
+        if not torch.equal(asked, keep):
+            logits = logits[:, torch.searchsorted(keep, asked).to(logits.device)]
         loss = None
         if labels is not None:
             predicted = real.clone()

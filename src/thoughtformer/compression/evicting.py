@@ -96,7 +96,7 @@ class RandomEviction(Method):
         check_count("max_entries", self.max_entries, self.first_tokens + self.recent_tokens + 1)
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
-        # Notes: a heap of (draw, position) as position + draw / 2, flattened; the smallest draw goes first.
+        # Notes: a heap of pairs (draw, position), flattened; the smallest draw goes first.
         leaving = row.num_tokens - 1 - self.recent_tokens
         heap = [(row.notes[i], row.notes[i + 1]) for i in range(0, len(row.notes), 2)]
         if leaving >= self.first_tokens:
