@@ -126,7 +126,7 @@ class DocumentRows(Dataset):
 class FoldingCollator:
     """Makes a batch of rows, each folded anew each time it is drawn.
 
-    The draw depends on the seed, the row and the number of batches made before it, so that a run can be repeated.
+    The draw depends on the seed, the epoch and the row alone, so that a run can be repeated and resumed.
     """
 
     recipe: AdapterRecipe
@@ -191,11 +191,13 @@ class AdapterTraining(nn.Module):
         scored = labels != -100
         count = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         states, targets = hidden[scored], labels[scored]
-        weights = torch.full_like(targets, 1.0, dtype=torch.float32) / count
-        loss = _cross_entropy(backbone, states, targets, weights)
+        loss = states.new_zeros(())
+        if self.teacher_weight < 1:
+            weights = torch.full_like(targets, 1.0, dtype=torch.float32) / count
+            loss = loss + (1 - self.teacher_weight) * _cross_entropy(backbone, states, targets, weights)
         if self.teacher_weight:
             divergence = self._divergence(input_ids, layout, scored, states) / count
-            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence
+            loss = loss + self.teacher_weight * divergence
         return CausalLMOutput(loss=loss)
 
     def _divergence(self, input_ids: Tensor, layout: Entries, scored: Tensor, states: Tensor) -> Tensor:
