@@ -43,6 +43,8 @@ class VisibilityRule(ABC):
     name: ClassVar[str]
     #: Cache entries are allotted in blocks of this many: small where few are held, large where all are.
     block_entries: ClassVar[int] = 16
+    #: Every token of a document stays readable to its end, so that a cache's size is known in advance.
+    keeps_all: ClassVar[bool] = False
     #: A sentence end's output doesn't depend on this stage's states of other tokens in its sentence.
     ends_suffice: ClassVar[bool] = False
 
@@ -89,6 +91,7 @@ class Causal(VisibilityRule):
 
     name = "causal"
     block_entries = 64
+    keeps_all = True
 
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
         return _earlier(query, key)

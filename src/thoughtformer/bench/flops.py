@@ -1,11 +1,13 @@
 """FLOPs by torch's counter, with its gap on CPUs closed.
 
-torch counts 0 for the CPU's flash attention kernel; its formula is registered here for the counter alone. A multiply
-and an add are two. Only products count: norms, rotations and softmax, a few per cent of a small model, do not.
+torch counts 0 for the CPU's flash attention kernel, and for products on packed weights; their formulas are registered
+here for the counter alone. A multiply and an add are two. Only products count: norms, rotations and softmax, a few per
+cent of a small model, do not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.linear import can_pack
 
 __all__ = ["CountedFlops", "count_flops", "generation_flops", "regular_ids"]
 
@@ -26,14 +29,23 @@ class CountedFlops:
     total: int = 0
 
 
+# The counter has replaced tensors by their shapes.
+
+
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)  # the counter has replaced tensors by their shapes
+    return sdpa_flop_count(query, key, value)
+
+
+def _packed_linear_flops(states: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(states) * weight[0]
 
 
 @contextmanager
 def count_flops() -> Iterator[CountedFlops]:
     """Counts the FLOPs of products inside the block."""
-    formula = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+    formula: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+    if can_pack():
+        formula[torch.ops.mkldnn._linear_pointwise] = _packed_linear_flops
     counted = CountedFlops()
     with FlopCounterMode(display=False, custom_mapping=formula) as counter:
         yield counted

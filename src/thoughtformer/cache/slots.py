@@ -34,7 +34,7 @@ def slots_bytes(
 class RowSlots:
     """Entries of each row, in slots 0 to `lengths[row]` in any order, with named integer fields each.
 
-    Rows share one tensor a layer, allotted in whole blocks for the longest row.
+    Rows share one tensor a layer, allotted in whole blocks for the longest row, and for `reserve_entries` at least.
     """
 
     def __init__(
@@ -48,10 +48,12 @@ class RowSlots:
         dtype: torch.dtype,
         device: torch.device,
         block_entries: int,
+        reserve_entries: int = 0,
     ) -> None:
         self.fields = fields
         self.block_entries = block_entries
-        shape = (num_rows, num_kv_heads, allotted(0, block_entries), head_dim)
+        self.reserve_entries = reserve_entries
+        shape = (num_rows, num_kv_heads, allotted(reserve_entries, block_entries), head_dim)
         # Zeroed, not empty: slots past a row's length are masked, but 0 times not-a-number is not 0.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -137,8 +139,8 @@ class RowSlots:
         self.fit()
 
     def fit(self) -> None:
-        """Allots exactly the blocks that the entries need."""
-        capacity = allotted(self.longest, self.block_entries)
+        """Allots exactly the blocks that the entries, or the reserve, need."""
+        capacity = allotted(max(self.longest, self.reserve_entries), self.block_entries)
         if capacity != self.capacity:
             self._resize(capacity)
 

@@ -55,6 +55,7 @@ class StageCache(RowSlots):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        reserve_tokens: int = 0,
     ) -> None:
         super().__init__(
             FIELDS,
@@ -65,6 +66,7 @@ class StageCache(RowSlots):
             dtype=dtype,
             device=device,
             block_entries=rule.block_entries,
+            reserve_entries=reserve_tokens if rule.keeps_all else 0,
         )
         self.rule = rule
         self._committed = self.lengths

@@ -18,6 +18,8 @@ from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import RowSampler, SamplingParams, TextStream
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.layers import compile_steps
+from thoughtformer.models.linear import pack_weights
 from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["Completion", "Engine", "StreamEvent", "Usage"]
@@ -90,12 +92,26 @@ class Engine:
         model: in evaluation mode.
         tokenizer: the model's own.
         max_rows: prompts that share a batch; more wait for the next.
+        pack: on CPUs, give the weights a second copy that is 2 to 3 times as fast to read for few rows.
+        compile: compile decoding of a single row; its first step then takes many seconds.
     """
 
-    def __init__(self, model: GPTHFForCausalLM, tokenizer: SentenceTokenizer, *, max_rows: int = 32) -> None:
+    def __init__(
+        self,
+        model: GPTHFForCausalLM,
+        tokenizer: SentenceTokenizer,
+        *,
+        max_rows: int = 32,
+        pack: bool = True,
+        compile: bool = False,
+    ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model.eval()
+        if pack:
+            pack_weights(self.model)
+        if compile:
+            compile_steps(self.model)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
 
@@ -140,7 +156,9 @@ class Engine:
         ids = torch.tensor([token for row in rows for token in row.ids], device=self.model.device)
         wanted = torch.zeros(len(ids), dtype=torch.bool)
         wanted[lengths.cumsum(0) - 1] = True
-        cache = self.model.new_cache(len(rows))
+        cache = self.model.new_cache(
+            len(rows), reserve_tokens=max(len(row.ids) + row.params.max_new_tokens for row in rows)
+        )
         logits, _ = self.model.ragged_logits(
             ids, torch.arange(len(rows)).repeat_interleave(lengths), cache, wanted=wanted
         )

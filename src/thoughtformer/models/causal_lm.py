@@ -14,6 +14,7 @@ from thoughtformer.attention import TokenStructure
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.models.linear import PackableLinear
 from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel, RaggedOutput
 from thoughtformer.models.outputs import GPTHFCausalLMOutput
@@ -37,7 +38,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPTHFConfig) -> None:
         super().__init__(config)
         self.model = GPTHFModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = PackableLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -46,9 +47,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def new_cache(self, num_rows: int) -> GPTHFCache:
-        """An empty cache for `num_rows` rows."""
-        return self.model.new_cache(num_rows)
+    def new_cache(self, num_rows: int, *, reserve_tokens: int = 0) -> GPTHFCache:
+        """An empty cache for `num_rows` rows, as of `GPTHFModel.new_cache`."""
+        return self.model.new_cache(num_rows, reserve_tokens=reserve_tokens)
 
     def ragged_logits(
         self,
@@ -231,7 +232,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
                 f"by {needed - limit}, shorten the prompt, or set config.allow_extrapolation=True."
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows)
+        model_kwargs["past_key_values"] = self.new_cache(rows, reserve_tokens=needed)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from thoughtformer.attention import rotate
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.models.linear import PackableLinear
 
-__all__ = ["Attend", "Layer"]
+__all__ = ["Angles", "Attend", "Layer", "compile_steps"]
+
+#: Cosine and sine of each token's rotation.
+Angles = tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]
 
 #: Given one layer's rotated queries, rotated keys, and values, the attention output of every token.
 Attend = Callable[
@@ -33,23 +40,29 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, False)
+        self.qkv_proj = PackableLinear(
+            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, False
+        )
+        self.o_proj = PackableLinear(self.num_heads * self.head_dim, config.hidden_size, False)
 
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "tokens hidden"],
-        angles: tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]],
-        attend: Attend,
-    ) -> Float[Tensor, "tokens hidden"]:
+    def project(
+        self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles
+    ) -> tuple[
+        Float[Tensor, "tokens heads head_dim"],
+        Float[Tensor, "tokens kv_heads head_dim"],
+        Float[Tensor, "tokens kv_heads head_dim"],
+    ]:
+        """Rotated queries, rotated keys, and values."""
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv_proj(hidden_states).view(hidden_states.shape[0], heads, self.head_dim)
         cos, sin = (angle.to(qkv.dtype) for angle in angles)
         # Queries and keys turn alike, so they turn together.
         turned = rotate(qkv[:, : self.num_heads + self.num_kv_heads], cos, sin)
-        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        output = attend(query, key, qkv[:, self.num_heads + self.num_kv_heads :])
-        return self.o_proj(output.reshape(hidden_states.shape[0], self.num_heads * self.head_dim))
+        return turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, self.num_heads + self.num_kv_heads :]
+
+    def output(self, attended: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens hidden"]:
+        """All heads' attention outputs, mixed."""
+        return self.o_proj(attended.reshape(attended.shape[0], self.num_heads * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -58,8 +71,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTHFConfig) -> None:
         super().__init__()
         assert config.intermediate_size is not None
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, False)
+        self.gate_up_proj = PackableLinear(config.hidden_size, 2 * config.intermediate_size, False)
+        self.down_proj = PackableLinear(config.intermediate_size, config.hidden_size, False)
 
     def forward(self, hidden_states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
@@ -69,6 +82,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-normalised attention and SwiGLU, both residual."""
 
+    #: Whether a single token passes the compiled parts.
+    compiles_steps = False
+
     def __init__(self, config: GPTHFConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -76,14 +92,49 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "tokens hidden"],
-        angles: tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]],
-        attend: Attend,
+    def before_attention(
+        self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles
+    ) -> tuple[
+        Float[Tensor, "tokens heads head_dim"],
+        Float[Tensor, "tokens kv_heads head_dim"],
+        Float[Tensor, "tokens kv_heads head_dim"],
+    ]:
+        """Queries, keys and values."""
+        return self.attention.project(self.attention_norm(hidden_states), angles)
+
+    def after_attention(
+        self, hidden_states: Float[Tensor, "tokens hidden"], attended: Float[Tensor, "tokens heads head_dim"]
     ) -> Float[Tensor, "tokens hidden"]:
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), angles, attend)
+        """The layer's output."""
+        hidden_states = hidden_states + self.attention.output(attended)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+    def forward(
+        self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles, attend: Attend
+    ) -> Float[Tensor, "tokens hidden"]:
+        if self.compiles_steps and hidden_states.shape[0] == 1 and not torch.is_grad_enabled():
+            before, after = compiled_parts()
+            return after(self, hidden_states, attend(*before(self, hidden_states, angles)))
+        return self.after_attention(hidden_states, attend(*self.before_attention(hidden_states, angles)))
+
+
+@cache
+def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What comes before and after attention, compiled for one token: one compilation serves all layers of a shape.
+
+    Attention stays out: what it reads changes shape at every step, and its kernel can't be improved on by fusing.
+    """
+    return (
+        torch.compile(Layer.before_attention, dynamic=False),
+        torch.compile(Layer.after_attention, dynamic=False),
+    )
+
+
+def compile_steps(module: nn.Module, *, enabled: bool = True) -> None:
+    """Compiles the layers in `module` for decoding one token at a time; the first step then takes many seconds."""
+    for part in module.modules():
+        if isinstance(part, Layer):
+            part.compiles_steps = enabled
 
 
 def residual_projections(layer: Layer) -> tuple[Tensor, Tensor]:

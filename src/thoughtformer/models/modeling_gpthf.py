@@ -113,8 +113,12 @@ class GPTHFModel(GPTHFPreTrainedModel):
     def _stage_list(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))
 
-    def new_cache(self, num_rows: int) -> GPTHFCache:
-        """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
+    def new_cache(self, num_rows: int, *, reserve_tokens: int = 0) -> GPTHFCache:
+        """An empty cache for `num_rows` rows, in the model's dtype and on its device.
+
+        A stage that holds every token allots room for `reserve_tokens` of each row at once, and doesn't copy itself to
+        grow until they are full. Stages that fold hold too little for that to matter.
+        """
         config = self.config
         stages = [
             StageCache(
@@ -125,12 +129,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 head_dim=config.head_dim,
                 dtype=self.dtype,
                 device=self.device,
+                reserve_tokens=reserve_tokens,
             )
             for stage in self._stage_list()
         ]
         return GPTHFCache(stages, num_rows)
 
-    def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int) -> int:
+    def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int, *, reserve_tokens: int = 0) -> int:
         """What `num_bytes()` of a committed cache must be, given each stage's longest row in entries."""
         config = self.config
         stages = sum(
@@ -138,7 +143,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 stage.rule,
                 num_layers=len(stage.layers),
                 num_rows=num_rows,
-                longest_row_entries=longest_row_entries[stage.name],
+                longest_row_entries=max(longest_row_entries[stage.name], reserve_tokens if stage.rule.keeps_all else 0),
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 dtype=self.dtype,

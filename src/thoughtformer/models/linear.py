@@ -1,0 +1,103 @@
+"""Linear layers that may keep a second copy of their weight, in the layout that the processor reads fastest.
+
+PyTorch's `linear` on CPUs calls a general matrix product, which for a few rows reads weights at a third of the memory's
+rate (docs/log.md). oneDNN's product on a weight laid out in blocks comes near that rate, and is a little faster for
+many rows too. PyTorch brings oneDNN along for its compiler; its operators are probed here, never assumed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PackableLinear", "can_pack", "pack_weights", "unpack_weights"]
+
+#: Rows that the blocked layout is made for. 8 was as good as the exact number from 1 to 4,096 rows.
+PACKED_FOR_ROWS = 8
+
+
+@cache
+def can_pack() -> bool:
+    """Whether this build of PyTorch has oneDNN's prepacked product, and it gives the same result."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, states = torch.randn(24, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    try:
+        with torch.inference_mode():
+            product = _product(states, _packed(weight), None)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.allclose(product, F.linear(states, weight), atol=1e-5)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+
+
+def _product(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+
+
+class PackableLinear(nn.Linear):
+    """`nn.Linear`, whose weight `pack` copies into oneDNN's layout for use outside training.
+
+    The copy is used for float32 on CPUs where no gradient and no autocast is asked for, and only while the weight is
+    the very one that was packed: after a step of training, or another `load_state_dict`, the layer is plain again.
+    """
+
+    _packed: Tensor | None = None
+    _packed_from: tuple[int, int] | None = None
+
+    def pack(self) -> None:
+        """Makes the copy, of as many bytes as the weight; nothing where it can't be used."""
+        if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu" and can_pack():
+            # Anew even where one is held: the weight may have changed.
+            with torch.inference_mode():
+                self._packed = _packed(self.weight)
+            self._packed_from = self._weight_version()
+
+    def unpack(self) -> None:
+        """Drops the copy."""
+        self._packed = self._packed_from = None
+
+    def _weight_version(self) -> tuple[int, int]:
+        # A weight made in inference mode counts no versions, and can't be trained either.
+        return self.weight.data_ptr(), -1 if self.weight.is_inference() else self.weight._version
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and input.shape[0] == 1 and not torch.is_grad_enabled():
+            # Compiled, this is one pass over the weight at the memory's rate, fused with what comes before and after.
+            product = (self.weight * input).sum(dim=-1)[None]
+            return product if self.bias is None else product + self.bias
+        packed = self._packed
+        if (
+            packed is None
+            or torch.is_grad_enabled()
+            or input.dtype != torch.float32
+            or self._packed_from != self._weight_version()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return F.linear(input, self.weight, self.bias)
+        return _product(input, packed, self.bias)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles of the module start without: the layout is opaque to both.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_packed_from")}
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Packs every `PackableLinear` in `module`."""
+    for part in module.modules():
+        if isinstance(part, PackableLinear):
+            part.pack()
+
+
+def unpack_weights(module: nn.Module) -> None:
+    """Drops the copies of every `PackableLinear` in `module`."""
+    for part in module.modules():
+        if isinstance(part, PackableLinear):
+            part.unpack()

@@ -1,0 +1,147 @@
+"""Packed weights: the same products, never a stale copy, nothing left in what is saved."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from thoughtformer import Engine, load
+from thoughtformer.bench import count_flops
+from thoughtformer.models.linear import PackableLinear, can_pack, pack_weights, unpack_weights
+
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch can't pack weights")
+
+
+@pytest.fixture
+def linear() -> PackableLinear:
+    """A layer of odd sizes, in evaluation."""
+    torch.manual_seed(0)
+    return PackableLinear(37, 91, bias=True).requires_grad_(False)
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(1, 37), (2, 37), (64, 37), (3, 5, 37), (0, 37)])
+@torch.inference_mode()
+def test_packed_product_is_the_product(linear, shape):
+    states = torch.randn(shape)
+    plain = linear(states)
+    linear.pack()
+    assert linear._packed is not None
+    torch.testing.assert_close(linear(states), plain)
+
+
+@needs_packing
+def test_the_copy_is_really_used(linear):
+    linear.pack()
+    linear._packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(91, 37), 8)
+    with torch.no_grad():
+        assert torch.equal(linear(torch.randn(2, 37)), linear.bias.expand(2, 91))
+    assert linear(torch.randn(2, 37)).std() > 0.1  # gradients are on
+
+
+@needs_packing
+@pytest.mark.parametrize("change", ["in place", "data", "load"])
+def test_a_changed_weight_is_never_served_from_the_copy(linear, change):
+    linear.pack()
+    new = torch.randn(91, 37)
+    with torch.no_grad():
+        if change == "in place":
+            linear.weight.copy_(new)
+        elif change == "data":
+            linear.weight.data = new
+        else:
+            linear.load_state_dict({"weight": new, "bias": linear.bias})
+        states = torch.randn(4, 37)
+        torch.testing.assert_close(linear(states), torch.nn.functional.linear(states, new, linear.bias))
+
+
+@needs_packing
+def test_other_types_autocast_and_gradients_take_the_plain_route(linear):
+    linear.pack()
+    states = torch.randn(2, 37)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert linear(states).dtype == torch.bfloat16
+    states.requires_grad_()
+    linear(states).sum().backward()
+    assert states.grad is not None
+    with torch.no_grad():
+        assert linear.double()(torch.randn(2, 37, dtype=torch.float64)).dtype == torch.float64
+
+
+@needs_packing
+def test_copies_and_state_hold_no_packed_weight(linear):
+    linear.pack()
+    assert set(linear.state_dict()) == {"weight", "bias"}
+    assert copy.deepcopy(linear)._packed is None
+    linear.unpack()
+    assert linear._packed is None
+
+
+def test_double_stays_plain():
+    model = tiny_model("hybrid")
+    pack_weights(model)
+    assert model.lm_head._packed is None
+
+
+@needs_packing
+def test_an_engine_writes_the_same_packed_or_not():
+    model, tokenizer = load("tiny-gpthf")
+    prompts = ["The sea was calm.", "It was late. Her uncle had"]
+    plain = [done.ids for done in Engine(model, tokenizer, pack=False).generate(prompts)]
+    assert model.lm_head._packed is None
+    packed = [done.ids for done in Engine(model, tokenizer).generate(prompts)]
+    assert model.lm_head._packed is not None
+    assert packed == plain
+    unpack_weights(model)
+    assert model.lm_head._packed is None
+
+
+@needs_packing
+@torch.inference_mode()
+def test_packed_products_are_counted(linear):
+    linear.pack()
+    with count_flops() as counted:
+        linear(torch.randn(3, 5, 37))
+    assert counted.total == 2 * 15 * 37 * 91
+
+
+#: Run apart: the shape checks of conftest.py can't be compiled.
+COMPILED = """
+import torch
+from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+from thoughtformer.models.layers import compile_steps
+
+torch.manual_seed(0)
+config = GPTHFConfig(
+    vocab_size=40, hidden_size=32, num_encoder_layers=2, num_body_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.4,
+)
+model = GPTHFForCausalLM(config).double().eval()
+ids = torch.randint(0, 40, (40,))
+ids[::7] = 1
+
+@torch.inference_mode()
+def steps():
+    cache = model.new_cache(1)
+    return torch.cat([model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids])
+
+plain = steps()
+compile_steps(model)
+with torch._dynamo.config.patch(error_on_recompile=True):
+    compiled = steps()
+assert not torch.equal(compiled, plain), "the compiled parts were not used"
+torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_step_is_the_step():
+    """Float64, 1e-9; one compilation serves every layer and step."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
