@@ -1,54 +1,15 @@
-"""The plain GPT is a Llama: transformers' own model with the same weights gives the same logits."""
+"""The plain GPT is a Llama: in transformers, from a folder, and in a GGUF file."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import random_text, tiny_model
-from thoughtformer.models import GPTHFForCausalLM
-
-
-def as_llama(model: GPTHFForCausalLM) -> LlamaForCausalLM:
-    """transformers' Llama with this model's weights."""
-    config = model.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_body_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    )
-    sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-    state = {
-        "model.embed_tokens.weight": model.model.embed_tokens.weight,
-        "lm_head.weight": model.lm_head.weight,
-        "model.norm.weight": model.model.norm.weight,
-    }
-    for number, layer in enumerate(model.model.stages[0].layers):
-        query, key, value = layer.attention.qkv_proj.weight.split(sizes)
-        gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
-        own = {
-            "self_attn.q_proj": query,
-            "self_attn.k_proj": key,
-            "self_attn.v_proj": value,
-            "self_attn.o_proj": layer.attention.o_proj.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": layer.mlp.down_proj.weight,
-            "input_layernorm": layer.attention_norm.weight,
-            "post_attention_layernorm": layer.mlp_norm.weight,
-        }
-        state |= {f"model.layers.{number}.{name}.weight": weight for name, weight in own.items()}
-    llama.load_state_dict(state)
-    return llama.double().eval()
+from thoughtformer import load
+from thoughtformer.errors import OutputError, UnsupportedError
+from thoughtformer.models.export import as_llama, export_llama, write_gguf
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["plain_heads", "grouped_heads"])
@@ -62,3 +23,61 @@ def test_logits_equal_llama(kv_heads):
     # transformers computes rotations in float32.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def test_llama_shares_the_weights():
+    model = tiny_model("causal", num_encoder_layers=0, sentence_end_token_id=None)
+    llama = as_llama(model)
+    with torch.no_grad():
+        model.model.stages[0].layers[0].attention.qkv_proj.weight.zero_()
+    assert not llama.model.layers[0].self_attn.q_proj.weight.any()
+
+
+def test_exported_folder_reads_and_writes_the_same(tmp_path):
+    model, tokenizer = load("tiny-gpt")
+    export_llama(model, tokenizer, tmp_path / "llama")
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+    plain = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    text = "The lamp went out. Nobody said a word,\n\nand <|endoftext|> is text? Yes."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert plain("The lamp went out.")["input_ids"] == tokenizer("The lamp went out.")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(llama(ids).logits, model(ids).logits, rtol=0, atol=2e-4)
+    with pytest.raises(OutputError, match="exists"):
+        export_llama(model, tokenizer, tmp_path / "llama")
+
+
+def test_gguf_holds_the_weights(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = load("tiny-gpt")
+    write_gguf(model, tokenizer, tmp_path / "tiny.gguf")
+    reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    llama = as_llama(model)
+    layer = llama.model.layers[2]
+    assert len(tensors) == 2 + 9 * model.config.num_body_layers
+    assert torch.equal(tensors["token_embd.weight"], llama.model.embed_tokens.weight)
+    assert torch.equal(tensors["blk.2.ffn_gate.weight"], layer.mlp.gate_proj.weight)
+    assert torch.equal(tensors["blk.2.attn_v.weight"], layer.self_attn.v_proj.weight)
+    # llama.cpp turns neighbours: row 2i of a head is row i here, row 2i + 1 is row i + head_dim / 2.
+    head_dim = model.config.head_dim
+    query = layer.self_attn.q_proj.weight.view(-1, head_dim, model.config.hidden_size)
+    stored = tensors["blk.2.attn_q.weight"].view_as(query)
+    assert torch.equal(stored[:, 0::2], query[:, : head_dim // 2])
+    assert torch.equal(stored[:, 1::2], query[:, head_dim // 2 :])
+    assert reader.get_field("llama.rope.dimension_count").contents() == head_dim
+    names = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert names[:3] == ["<|endoftext|>", "<|endofsentence|>", "<|padding|>"]
+    assert len(names) == model.config.vocab_size
+
+
+def test_what_folds_has_no_counterpart(tmp_path):
+    model, tokenizer = load("tiny-gpthf")
+    with pytest.raises(UnsupportedError, match="plain GPT"):
+        as_llama(model)
+    with pytest.raises(UnsupportedError, match="plain GPT"):
+        write_gguf(model, tokenizer, tmp_path / "no.gguf")
+    plain, _ = load("tiny-gpt")
+    with pytest.raises(UnsupportedError, match="sentence ends"):
+        export_llama(plain, tokenizer, tmp_path / "no")
+    assert not list(tmp_path.iterdir())

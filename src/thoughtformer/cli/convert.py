@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from thoughtformer.cli.options import Model
+
 __all__ = ["convert_app"]
 
-convert_app = typer.Typer(help="Bring checkpoints of other formats into a folder that transformers loads.")
+convert_app = typer.Typer(help="Bring in checkpoints of other formats, and export plain GPTs to them.")
 
 
 @convert_app.callback()
 def _group() -> None:
-    """Bring checkpoints of other formats into a folder that transformers loads."""
+    """Bring in checkpoints of other formats, and export plain GPTs to them."""
 
 
 @convert_app.command("llama2c")
@@ -31,3 +33,35 @@ def llama2c(
 
     convert_llama2c(weights, tokenizer, out)
     print(f"{out}: a Llama of transformers")
+
+
+@convert_app.command("llama")
+def llama(
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    model: Model = "tiny-gpt",
+) -> None:
+    """Export a plain GPT as a Llama, for transformers, vLLM and others.
+
+    Example: thoughtformer convert llama --model tiny-gpt --out tiny-llama
+    """
+    from thoughtformer.models.export import export_llama
+    from thoughtformer.models.loading import load
+
+    export_llama(*load(model), out)
+    print(f"{out}: a Llama of transformers")
+
+
+@convert_app.command("gguf")
+def gguf(
+    out: Annotated[Path, typer.Option(help="New file.")],
+    model: Model = "tiny-gpt",
+) -> None:
+    """Export a plain GPT to GGUF in float32, for llama.cpp.
+
+    Example: thoughtformer convert gguf --model tiny-gpt --out tiny-gpt.gguf
+    """
+    from thoughtformer.models.export import write_gguf
+    from thoughtformer.models.loading import load
+
+    write_gguf(*load(model), out)
+    print(f"{out}: a model of llama.cpp")

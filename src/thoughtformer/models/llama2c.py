@@ -6,9 +6,7 @@ vocabulary says that the head is not tied), then all weights in float32, tensor 
 
 from __future__ import annotations
 
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from thoughtformer.errors import CheckpointError, OutputError, TokenizerError
+from thoughtformer.errors import CheckpointError, TokenizerError
+from thoughtformer.models.writing import new_folder
 
 __all__ = ["convert_llama2c", "load_llama2c", "load_llama2c_tokenizer"]
 
@@ -176,19 +175,6 @@ def convert_llama2c(weights: str | Path, tokenizer: str | Path, out: str | Path)
         raise TokenizerError(
             f"{tokenizer} has {len(fast)} pieces, {weights} {model.config.vocab_size}: they don't belong together."
         )
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists. Name a new or empty folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"can't write to {out.parent}: {error}") from None
-    try:
+    with new_folder(Path(out)) as draft:
         model.save_pretrained(draft)
         fast.save_pretrained(draft)
-        draft.replace(out)
-    except OSError as error:
-        raise OutputError(f"couldn't write {out}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
