@@ -192,3 +192,28 @@ def test_structure_in_chunks_equals_at_once(text):
             counters = counters.after(parts[-1])
         for name in ("document", "sentence", "offset", "position", "is_end"):
             assert torch.cat([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist(), name
+
+
+def test_a_reserve_is_held_from_the_start_and_given_back():
+    """Where all is held, one allotment serves until it is full; formula, select and logits go with it."""
+    model = tiny_model("causal", num_encoder_layers=0)
+    cache = model.new_cache(2)
+    cache.reserve(100)
+    storage = cache.stages[0].keys[0].data_ptr()
+    ids = torch.stack([random_text(100, seed=seed) for seed in (1, 2)])
+    with torch.no_grad():
+        steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(90)], dim=1)
+        torch.testing.assert_close(steps, model(ids[:, :90]).logits, rtol=0, atol=1e-9)
+    assert cache.stages[0].keys[0].data_ptr() == storage
+    assert cache.num_bytes() == model.model.cache_bytes({"body": 90}, num_rows=2, reserve_tokens=100)
+    cache.select(torch.tensor([1]))
+    assert cache.num_bytes() == model.model.cache_bytes({"body": 90}, num_rows=1, reserve_tokens=100)
+    cache.reserve(0)
+    assert cache.num_bytes() == model.model.cache_bytes({"body": 90}, num_rows=1)
+
+
+def test_what_folds_reserves_nothing():
+    model = tiny_model("hybrid")
+    cache, plain = model.new_cache(1), model.new_cache(1)
+    cache.reserve(1000)
+    assert cache.num_bytes() == plain.num_bytes()

@@ -52,6 +52,15 @@ class GPTHFCache(RowsCache):
         counters = [getattr(self.counters, field.name) for field in fields(self.counters)]
         return distinct_storage_bytes([*tensors, *counters, self.num_tokens])
 
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for rows of `num_tokens` in all, where every token is held, so that growing copies nothing.
+
+        Stages that fold hold too little for that to matter. Room that an earlier call made and this one doesn't need is
+        given back.
+        """
+        for stage in self.stages:
+            stage.reserve(num_tokens)
+
     def record(self, tokens: TokenStructure, after: RowCounters, num_columns: int) -> None:
         """Moves the counters past `tokens`, to `after`; with `autocommit`, commits them."""
         self.counters = after

@@ -48,12 +48,11 @@ class RowSlots:
         dtype: torch.dtype,
         device: torch.device,
         block_entries: int,
-        reserve_entries: int = 0,
     ) -> None:
         self.fields = fields
         self.block_entries = block_entries
-        self.reserve_entries = reserve_entries
-        shape = (num_rows, num_kv_heads, allotted(reserve_entries, block_entries), head_dim)
+        self.reserve_entries = 0
+        shape = (num_rows, num_kv_heads, allotted(0, block_entries), head_dim)
         # Zeroed, not empty: slots past a row's length are masked, but 0 times not-a-number is not 0.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -85,17 +84,26 @@ class RowSlots:
             row: each new entry's row, never decreasing.
             values: every field of the new entries.
         """
+        num_rows = len(self.lengths)
+        if len(row) == num_rows and (num_rows == 1 or bool((row == torch.arange(num_rows)).all())):
+            # One entry a row: the decode step. Same answer as below, without the running sums.
+            slot = self.lengths
+            self.lengths = slot + 1
+        else:
+            slot = self._slots_behind(row)
+        capacity = allotted(max(self.longest - 1, 0), self.block_entries)
+        if capacity > self.capacity:
+            self._resize(capacity)
+        self.entries[:, row, slot] = torch.stack([values[name] for name in self.fields]).to(torch.int32)
+        return slot
+
+    def _slots_behind(self, row: Int[Tensor, " new"]) -> Int[Tensor, " new"]:
         index = torch.arange(len(row))
         is_first = torch.ones(len(row), dtype=torch.bool)
         is_first[1:] = row[1:] != row[:-1]
         row_start = torch.cummax(torch.where(is_first, index, 0), dim=0).values
         slot = self.lengths[row] + index - row_start
         self.lengths = self.lengths.index_add(0, row, torch.ones_like(slot))
-        capacity = allotted(max(self.longest - 1, 0), self.block_entries)
-        if capacity > self.capacity:
-            self._resize(capacity)
-        for number, name in enumerate(self.fields):
-            self.entries[number, row, slot] = values[name].to(torch.int32)
         return slot
 
     def write(

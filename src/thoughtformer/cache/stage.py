@@ -55,7 +55,6 @@ class StageCache(RowSlots):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        reserve_tokens: int = 0,
     ) -> None:
         super().__init__(
             FIELDS,
@@ -66,10 +65,15 @@ class StageCache(RowSlots):
             dtype=dtype,
             device=device,
             block_entries=rule.block_entries,
-            reserve_entries=reserve_tokens if rule.keeps_all else 0,
         )
         self.rule = rule
         self._committed = self.lengths
+
+    def reserve(self, num_tokens: int) -> None:
+        """Allots room for `num_tokens` of each row at once, if the rule keeps them all; gives back what is more."""
+        if self.rule.keeps_all:
+            self.reserve_entries = num_tokens
+            self.fit()
 
     def structure(self, slots: int) -> TokenStructure:
         """What is known of the first `slots` entries of each row, shape (rows, slots)."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -70,20 +69,16 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """The likeliest token, whatever came before."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.ignore_end_of_text
+        return self.temperature == 0 and self.repetition_penalty == 1
 
 
 class RowSampler:
-    """Chooses one row's tokens."""
+    """Chooses one row's tokens; leaving out the end of text, where asked for, is the caller's part."""
 
-    def __init__(
-        self, params: SamplingParams, exempt: Sequence[int], end_of_text: int | None, device: torch.device
-    ) -> None:
+    def __init__(self, params: SamplingParams, exempt: Sequence[int], device: torch.device) -> None:
         self.params = params
         self.generator = torch.Generator(device=device).manual_seed(params.seed)
         self.processors = LogitsProcessorList()
-        if params.ignore_end_of_text and end_of_text is not None:
-            self.processors.append(SuppressTokensLogitsProcessor([end_of_text], device=str(device)))
         if params.repetition_penalty != 1:
             self.processors.append(ExemptingRepetitionPenalty(params.repetition_penalty, exempt))
         if params.temperature == 0:

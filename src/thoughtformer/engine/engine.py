@@ -85,6 +85,11 @@ class _Row:
     text: list[str] = field(default_factory=list)
 
 
+def _most_tokens(rows: list[_Row]) -> int:
+    """Tokens of the row that may grow longest."""
+    return max(row.num_prompt_tokens + row.params.max_new_tokens for row in rows)
+
+
 class Engine:
     """Continues prompts with a GPTHF or its plain GPT.
 
@@ -156,19 +161,26 @@ class Engine:
         ids = torch.tensor([token for row in rows for token in row.ids], device=self.model.device)
         wanted = torch.zeros(len(ids), dtype=torch.bool)
         wanted[lengths.cumsum(0) - 1] = True
-        cache = self.model.new_cache(
-            len(rows), reserve_tokens=max(len(row.ids) + row.params.max_new_tokens for row in rows)
-        )
+        cache = self.model.new_cache(len(rows))
+        cache.reserve(_most_tokens(rows))
         logits, _ = self.model.ragged_logits(
             ids, torch.arange(len(rows)).repeat_interleave(lengths), cache, wanted=wanted
         )
-        return logits.float(), cache
+        return self._choices(logits, rows), cache
 
     @torch.inference_mode()
     def _step(self, rows: list[_Row], cache: GPTHFCache) -> Float[Tensor, "rows vocab"]:
         ids = torch.tensor([row.ids[-1] for row in rows], device=self.model.device)
         logits, _ = self.model.ragged_logits(ids, torch.arange(len(rows)), cache, num_columns=1)
-        return logits.float()
+        return self._choices(logits, rows)
+
+    def _choices(self, logits: Float[Tensor, "rows vocab"], rows: list[_Row]) -> Float[Tensor, "rows vocab"]:
+        """What each row may choose from."""
+        logits, end = logits.float(), self.model.config.bos_token_id
+        ignoring = [index for index, row in enumerate(rows) if row.params.ignore_end_of_text]
+        if ignoring and end is not None:
+            logits[ignoring, end] = float("-inf")
+        return logits
 
     def _run_batch(self, rows: list[_Row], started: float) -> Iterator[StreamEvent]:
         logits, cache = self._prefill(rows)
@@ -189,6 +201,7 @@ class Engine:
             if len(writing) < len(rows):
                 rows = [rows[index] for index in writing]
                 cache.select(torch.tensor(writing))
+                cache.reserve(_most_tokens(rows))
             logits = self._step(rows, cache)
 
     def _accept(self, row: _Row, token: int) -> str:
@@ -225,7 +238,7 @@ class Engine:
         for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
             self._check(ids, param, number)
-            sampler = RowSampler(param, exempt, config.bos_token_id, self.model.device)
+            sampler = RowSampler(param, exempt, self.model.device)
             stream = TextStream(self.tokenizer.backend_tokenizer, param.stop)
             rows.append(_Row(number, ids, len(ids), param, sampler, stream))
         return rows

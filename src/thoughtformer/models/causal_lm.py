@@ -47,9 +47,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def new_cache(self, num_rows: int, *, reserve_tokens: int = 0) -> GPTHFCache:
-        """An empty cache for `num_rows` rows, as of `GPTHFModel.new_cache`."""
-        return self.model.new_cache(num_rows, reserve_tokens=reserve_tokens)
+    def new_cache(self, num_rows: int) -> GPTHFCache:
+        """An empty cache for `num_rows` rows."""
+        return self.model.new_cache(num_rows)
 
     def ragged_logits(
         self,
@@ -232,7 +232,8 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
                 f"by {needed - limit}, shorten the prompt, or set config.allow_extrapolation=True."
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows, reserve_tokens=needed)
+        model_kwargs["past_key_values"] = self.new_cache(rows)
+        model_kwargs["past_key_values"].reserve(needed)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]

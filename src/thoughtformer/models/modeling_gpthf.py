@@ -113,12 +113,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
     def _stage_list(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))
 
-    def new_cache(self, num_rows: int, *, reserve_tokens: int = 0) -> GPTHFCache:
-        """An empty cache for `num_rows` rows, in the model's dtype and on its device.
-
-        A stage that holds every token allots room for `reserve_tokens` of each row at once, and doesn't copy itself to
-        grow until they are full. Stages that fold hold too little for that to matter.
-        """
+    def new_cache(self, num_rows: int) -> GPTHFCache:
+        """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
         config = self.config
         stages = [
             StageCache(
@@ -129,14 +125,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 head_dim=config.head_dim,
                 dtype=self.dtype,
                 device=self.device,
-                reserve_tokens=reserve_tokens,
             )
             for stage in self._stage_list()
         ]
         return GPTHFCache(stages, num_rows)
 
     def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int, *, reserve_tokens: int = 0) -> int:
-        """What `num_bytes()` of a committed cache must be, given each stage's longest row in entries."""
+        """What `num_bytes()` of a committed cache must be, given each stage's longest row and the reserve."""
         config = self.config
         stages = sum(
             stage_bytes(
@@ -229,7 +224,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
     ) -> list[Bool[Tensor, " tokens"]]:
         """Per stage, the tokens that must pass it: the wanted, those a cache will keep, and all these depend on."""
         everything = torch.ones_like(wanted)
-        if keep_all or (cache is not None and not cache.autocommit):
+        if keep_all or (cache is not None and not cache.autocommit) or bool(wanted.all()):
             return [everything] * len(self.stages)
         needed, passing = wanted, []
         for stage in reversed(self._stage_list()):
