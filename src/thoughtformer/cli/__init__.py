@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from thoughtformer.cli.bench import bench_app
 from thoughtformer.cli.compress import compress_app
 from thoughtformer.cli.convert import convert_app
 from thoughtformer.cli.demo import demo
@@ -39,6 +40,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.command("info")(info)
 app.add_typer(compress_app, name="compress")
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 
 
 def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]:

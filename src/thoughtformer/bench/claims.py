@@ -1,0 +1,221 @@
+"""What this project says of itself, as ratios of figures from one run, beside what it set out to reach."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thoughtformer.bench.paper import PAIRS
+from thoughtformer.bench.records import Record, Spread
+
+__all__ = ["CLAIMS", "Claim", "Verdict", "judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A claim's measured value; low and high are the extremes that the runs' spreads allow."""
+
+    claim: Claim
+    value: Spread
+    command: str
+
+    @property
+    def is_met(self) -> bool:
+        return self.value.median <= self.claim.target if self.claim.at_most else self.value.median >= self.claim.target
+
+    def shown(self) -> str:
+        """The measured value, with its range where there is one."""
+        value, unit = self.value, self.claim.unit
+        figures = [_figure(part, unit) for part in (value.median, value.low, value.high)]
+        return figures[0] if figures[1] == figures[2] else f"{figures[0]} [{figures[1]}, {figures[2]}]"
+
+    def goal(self) -> str:
+        """The target."""
+        return ("≤ " if self.claim.at_most else "≥ ") + _figure(self.claim.target, self.claim.unit)
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.1f}%" if value < 0.1 else f"{100 * value:.0f}%"
+    return f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence with a number in it.
+
+    Attributes:
+        text: what is compared, beside whom.
+        target: what was set out for.
+        unit: `x` or `%`.
+        at_most: the target is an upper limit.
+        measure: the value from one run's records of equal workload, None where they don't hold it.
+    """
+
+    text: str
+    theme: str
+    case: str
+    target: float
+    measure: Callable[[dict[str, Record]], Spread | None]
+    workload: dict[str, Any]
+    unit: str = "x"
+    at_most: bool = False
+
+
+def _ratio(over: tuple[str, str], under: tuple[str, str]) -> Callable[[dict[str, Record]], Spread | None]:
+    """One peer's figure by another's."""
+
+    def measure(records: dict[str, Record]) -> Spread | None:
+        top, bottom = (records[peer].metrics.get(metric) if peer in records else None for peer, metric in (over, under))
+        if top is None or bottom is None:
+            return None
+        return Spread(
+            median=top.median / bottom.median, low=top.low / bottom.high, high=top.high / bottom.low, runs=top.runs
+        )
+
+    return measure
+
+
+def _of_limit(peer: str) -> Callable[[dict[str, Record]], Spread | None]:
+    """Tokens a second by what the memory's rate would allow, were nothing read but the weights."""
+
+    def measure(records: dict[str, Record]) -> Spread | None:
+        if peer not in records or "memory" not in records or not records[peer].metrics:
+            return None
+        rate = records["memory"].metrics["bytes_per_second"].median
+        limit = rate / records[peer].workload["weight_bytes"]
+        speed = records[peer].metrics["tokens_per_second"]
+        return Spread(median=speed.median / limit, low=speed.low / limit, high=speed.high / limit, runs=speed.runs)
+
+    return measure
+
+
+def _off_formula(peer: str) -> Callable[[dict[str, Record]], Spread | None]:
+    def measure(records: dict[str, Record]) -> Spread | None:
+        if peer not in records:
+            return None
+        metrics = records[peer].metrics
+        off = abs(metrics["flops"].median / metrics["exact_incremental_flops"].median - 1)
+        return Spread.of([off])
+
+    return measure
+
+
+def _prefill(split: str, context: int, target: float) -> Claim:
+    return Claim(
+        text=f"prefill of {context // 1024}k tokens, {split} against the plain GPT",
+        theme="speed",
+        case="prefill",
+        target=target,
+        measure=_ratio(("gpt", "seconds"), (f"gpthf {split}", "seconds")),
+        workload={"context": context, "size": "full"},
+    )
+
+
+def _decode(context: int, target: float) -> Claim:
+    return Claim(
+        text=f"decoding 16 rows of {context // 1024}k tokens, 4+8 against the plain GPT's preallocated cache",
+        theme="speed",
+        case="decode",
+        target=target,
+        measure=_ratio(("gpthf 4+8", "tokens_per_second"), ("gpt", "tokens_per_second")),
+        workload={"context": context, "size": "full"},
+    )
+
+
+def _bytes(context: int, target: float) -> Claim:
+    return Claim(
+        text=f"KV bytes at {context // 1024}k tokens, 16+8 against 24 layers of plain GPT",
+        theme="memory",
+        case="kv_bytes",
+        target=target,
+        measure=_ratio(("gpt", "bytes"), ("gpthf 16+8", "bytes")),
+        workload={"context": context, "layers": 24},
+    )
+
+
+def _limit(peer: str, text: str, target: float) -> Claim:
+    return Claim(
+        text=text,
+        theme="speed",
+        case="batch1",
+        target=target,
+        unit="%",
+        measure=_of_limit(peer),
+        workload={"size": "full"},
+    )
+
+
+def _packed(peer: str, text: str, target: float) -> Claim:
+    return Claim(
+        text=f"32 prompts of 8 to 512 tokens: packed prefill against {text}",
+        theme="speed",
+        case="packed",
+        target=target,
+        measure=_ratio((peer, "seconds"), ("gpt, packed", "seconds")),
+        workload={"size": "full"},
+    )
+
+
+CLAIMS = (
+    _prefill("4+8", 4096, 3.5),
+    _prefill("4+8", 32768, 10),
+    _prefill("2+10", 32768, 15),
+    _decode(4096, 3.3),
+    _decode(16384, 10),
+    _bytes(4096, 50),
+    _bytes(32768, 70),
+    *(
+        Claim(
+            text=f"FLOPs of {prompt} + {new} tokens, 16+8: off the exact incremental cost",
+            theme="flops",
+            case="pairs",
+            target=0.05,
+            unit="%",
+            at_most=True,
+            measure=_off_formula("gpthf 16+8 fast"),
+            workload={"prompt": prompt, "new": new, "size": "full"},
+        )
+        for prompt, new in PAIRS
+    ),
+    _limit("gpt", "plain GPT through the engine, batch 1: of the memory's limit", 0.7),
+    _limit("gpt, compiled", "plain GPT through the engine, batch 1, compiled: of the memory's limit", 0.85),
+    _limit("gpthf 4+8, compiled", "4+8 through the engine, batch 1, compiled: of the memory's limit", 0.8),
+    Claim(
+        text="plain GPT through the engine, 8 rows of 1k tokens, against transformers.generate",
+        theme="speed",
+        case="batch8",
+        target=1.5,
+        measure=_ratio(("gpt", "tokens_per_second"), ("transformers Llama, dynamic cache", "tokens_per_second")),
+        workload={"size": "full"},
+    ),
+    _packed("transformers Llama, padded", "transformers' padded", 3),
+    _packed("transformers Llama, sorted in batches of 8", "transformers', sorted by length in batches of 8", 1.2),
+)
+
+
+def groups(records: Iterable[Record]) -> list[dict[str, Record]]:
+    """Records of one run, case and workload, by peer; later runs last."""
+    found: dict[str, dict[str, Record]] = {}
+    for record in records:
+        key = [record.theme, record.case, record.environment.get("run"), record.workload]
+        found.setdefault(json.dumps(key, sort_keys=True), {})[record.peer] = record
+    return list(found.values())
+
+
+def judge(records: Sequence[Record]) -> list[Verdict]:
+    """Each claim's value in the last run that measured it; claims without figures are left out."""
+    verdicts, together = [], groups(records)
+    for claim in CLAIMS:
+        for group in reversed(together):
+            first = next(iter(group.values()))
+            fits = all(first.workload.get(name) == value for name, value in claim.workload.items())
+            if (first.theme, first.case) != (claim.theme, claim.case) or not fits:
+                continue
+            value = claim.measure(group)
+            if value is not None:
+                verdicts.append(Verdict(claim=claim, value=value, command=first.command))
+                break
+    return verdicts

@@ -1,0 +1,189 @@
+"""One self-contained page of all results, and README's table; nothing in either is typed by hand."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from thoughtformer.bench.claims import Verdict, groups, judge
+from thoughtformer.bench.plots import draw_all
+from thoughtformer.bench.records import Record, Spread
+from thoughtformer.errors import InputError, OutputError, UnsupportedError
+from thoughtformer.models.writing import new_file
+
+__all__ = ["claims_table", "console_table", "renew_readme", "write_report"]
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.missed td:last-child { color: #a30000; } tr.met td:last-child { color: #00650a; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .quiet { color: #555; font-size: .9em; }
+code { background: #f4f4f4; padding: .1em .3em; overflow-wrap: anywhere; } details { margin: 1rem 0; }
+"""
+
+
+def shown(name: str, spread: Spread) -> str:
+    """A figure in its unit, with its range where runs differ."""
+    scale, unit, digits = 1.0, "", 3
+    if name.endswith("bytes_per_second"):
+        scale, unit, digits = 1e9, " GB/s", 1
+    elif name.endswith("bytes") and not name.endswith("per_byte"):
+        scale, unit, digits = 1e6, " MB", 2
+    elif name.endswith("flops"):
+        scale, unit, digits = 1e12, " TFLOPs", 4
+    elif name.endswith("seconds"):
+        scale, unit, digits = (1.0, " s", 2) if spread.median >= 10 else (1e-3, " ms", 1)
+    elif name.endswith(("per_byte", "nats")):
+        digits = 4
+    elif name.endswith(("per_second", "entries")):
+        digits = 1
+    middle, low, high = (f"{value / scale:,.{digits}f}" for value in (spread.median, spread.low, spread.high))
+    return f"{middle}{unit}" if low == high else f"{middle} [{low}, {high}]{unit}"
+
+
+def console_table(case: str, records: Sequence[Record]) -> None:
+    """Prints a case's records: one row each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    varying = [
+        name
+        for name in dict.fromkeys(name for record in records for name in record.workload)
+        if len({json.dumps(record.workload.get(name)) for record in records}) > 1
+    ]
+    table = Table(title=case)
+    for heading in ("peer", *varying, *metrics):
+        table.add_column(heading.replace("_", " "), justify="left" if heading == "peer" else "right")
+    for record in records:
+        if record.skipped is not None:
+            figures = [f"skipped: {record.skipped}", *[""] * (len(metrics) - 1)][: max(len(metrics), 1)]
+        else:
+            figures = [shown(name, record.metrics[name]) if name in record.metrics else "" for name in metrics]
+        table.add_row(record.peer, *(str(record.workload.get(name, "")) for name in varying), *figures)
+    console = Console()
+    # Without a terminal rich takes 80 columns, and cuts figures to pieces.
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> str:
+    """The claims in Markdown; the FLOPs pairs as one line, their worst."""
+    lines = ["| | measured | set out for |", "|---|---|---|"]
+    flops = [verdict for verdict in verdicts if verdict.claim.theme == "flops"]
+    worst = max(flops, key=lambda verdict: verdict.value.median, default=None)
+    for verdict in verdicts:
+        text = verdict.claim.text
+        if verdict in flops:
+            if verdict is not worst:
+                continue
+            text = f"FLOPs of {len(flops)} (prompt, new) pairs, 16+8: furthest off the exact incremental cost"
+        missed = "" if verdict.is_met else ", **missed**"
+        lines.append(f"| {text} | {verdict.shown()} | {verdict.goal()}{missed} |")
+    return "\n".join(lines)
+
+
+def renew_readme(path: Path, records: Sequence[Record]) -> None:
+    """Writes the table of claims between the marks of a Markdown file.
+
+    Raises:
+        InputError: the file lacks the marks, or can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error}") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"{path} has no lines {BEGIN} and {END} to write between.")
+    with new_file(path, replace=True) as draft:
+        draft.write_text(f"{before}{BEGIN}\n{claims_table(judge(records))}\n{END}{after}", encoding="utf-8")
+
+
+def write_report(records: Sequence[Record], out: Path) -> list[Path]:
+    """Writes report.html, with all pictures inside, and the pictures beside it; returns the files.
+
+    Raises:
+        UnsupportedError: matplotlib isn't installed.
+        OutputError: the folder can't be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = draw_all(records, out)
+    except ImportError:
+        raise UnsupportedError('pictures need matplotlib: pip install "thoughtformer[bench]".') from None
+    except OSError as error:
+        raise OutputError(f"can't write to {out}: {error}") from None
+    page = out / "report.html"
+    with new_file(page, replace=True) as draft:
+        draft.write_text(_page(records, pictures), encoding="utf-8")
+    return [page, *(path for _, path in pictures)]
+
+
+def _page(records: Sequence[Record], pictures: Sequence[tuple[str, Path]]) -> str:
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>Thoughtformer: benchmarks</title><style>{STYLE}</style></head><body>",
+        "<h1>Thoughtformer: benchmarks</h1>",
+        "<p>Every peer has a KV cache. Peers of a comparison ran in turns within one command. Figures are medians, "
+        "with the smallest and largest of the runs in brackets; absolute times are this machine's, the ratios are the "
+        "point.</p>",
+        _claims(judge(records)),
+    ]
+    for caption, path in pictures:
+        image = base64.b64encode(path.read_bytes()).decode("ascii")
+        text = html.escape(caption)
+        parts.append(
+            f"<figure><img alt='{text}' src='data:image/png;base64,{image}'><figcaption>{text}</figcaption></figure>"
+        )
+    parts.append("<h2>All figures</h2>")
+    parts += [_group(list(group.values())) for group in groups(records)]
+    parts.append("</body></html>")
+    return "\n".join(parts)
+
+
+def _claims(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    rows = "".join(
+        f"<tr class='{'met' if verdict.is_met else 'missed'}'><td>{html.escape(verdict.claim.text)}<br>"
+        f"<code>{html.escape(verdict.command)}</code></td><td class='number'>{verdict.shown()}</td>"
+        f"<td class='number'>{verdict.goal()}</td><td>{'met' if verdict.is_met else 'missed'}</td></tr>"
+        for verdict in verdicts
+    )
+    return (
+        "<h2>What was set out for</h2><table><thead><tr><th>claim and command</th><th>measured</th><th>goal</th>"
+        f"<th></th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _group(records: list[Record]) -> str:
+    first = records[0]
+    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    workload = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in first.workload.items())
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ("peer", *metrics))
+    rows = []
+    for record in records:
+        if record.skipped is not None:
+            cells = f"<td colspan='{max(len(metrics), 1)}'>skipped: {html.escape(record.skipped)}</td>"
+        else:
+            cells = "".join(
+                f"<td class='number'>{shown(name, record.metrics[name]) if name in record.metrics else ''}</td>"
+                for name in metrics
+            )
+        rows.append(f"<tr><td>{html.escape(record.peer)}</td>{cells}</tr>")
+    where = json.dumps(first.environment, ensure_ascii=False)
+    return (
+        f"<h3>{html.escape(first.theme)}, {html.escape(first.case)}</h3><p>{html.escape(workload)}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<details class='quiet'><summary>command and environment</summary><p><code>{html.escape(first.command)}</code>"
+        f"</p><p><code>{html.escape(where)}</code></p></details>"
+    )

@@ -1,0 +1,216 @@
+"""`thoughtformer bench`: measure, beside peers, and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thoughtformer.cli.options import AsJson, Column, Data, Threads, set_threads
+from thoughtformer.errors import InputError
+
+if TYPE_CHECKING:
+    from thoughtformer.bench.records import Record
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(help="Measure speed, memory, FLOPs and quality beside peers with KV caches, and report.")
+
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Only this case; repeatable.")]
+SizeName = Annotated[str, typer.Option("--size", help="full: 12 layers, d 768; toy: to see that all runs.")]
+Repeats = Annotated[int, typer.Option(help="Timed, interleaved rounds.", min=1)]
+Contexts = Annotated[str | None, typer.Option(help="Context lengths with commas between, instead of the case's own.")]
+Out = Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")]
+
+
+@bench_app.command("speed")
+def speed(
+    case: Cases = None,
+    size: SizeName = "full",
+    repeats: Repeats = 5,
+    contexts: Contexts = None,
+    out: Out = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prefill and decode: GPTHF, the plain GPT, transformers' Llama, llama.cpp. Cases: prefill, decode, batch1, batch8,
+    packed, compressed.
+
+    Example: thoughtformer bench speed --case prefill --contexts 1024,4096 --out speed.jsonl
+    """
+    from thoughtformer.bench.speed import CASES
+
+    _run(CASES, case, _options(size, repeats, contexts, threads), out, as_json)
+
+
+@bench_app.command("memory")
+def memory(
+    case: Cases = None,
+    size: SizeName = "full",
+    repeats: Repeats = 3,
+    contexts: Contexts = None,
+    out: Out = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes of keys and values against their formula, and peak resident memory. Cases: kv_bytes, resident.
+
+    Example: thoughtformer bench memory --out memory.jsonl
+    """
+    from thoughtformer.bench.memory import CASES
+
+    _run(CASES, case, _options(size, repeats, contexts, threads), out, as_json)
+
+
+@bench_app.command("flops")
+def flops(
+    size: SizeName = "full",
+    out: Out = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """FLOPs of the paper's six (prompt, new) pairs, counted.
+
+    Example: thoughtformer bench flops --out flops.jsonl
+    """
+    from thoughtformer.bench.paper import CASES
+
+    _run(CASES, None, _options(size, 1, None, threads), out, as_json)
+
+
+@bench_app.command("quality")
+def quality(
+    data: Data,
+    case: Cases = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Checkpoint to score; repeatable.")] = None,
+    base: Annotated[str, typer.Option(help="Plain model whose context is compressed.")] = "tiny-gpt",
+    adapter: Annotated[str, typer.Option(help="Its sentinels; an empty string for none.")] = "tiny-gpt-sentinel",
+    methods: Annotated[str, typer.Option(help="all, or names with commas between.")] = "all",
+    removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
+    num_blocks: Annotated[int, typer.Option(help="Blocks a sample.", min=1)] = 12,
+    seeds: Annotated[str, typer.Option(help="Samples of the text.")] = "0,1,2",
+    context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
+    column: Column = "text",
+    out: Out = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bits per byte of checkpoints; compression at equal bytes, kvpress beside. Cases: bits, compression, recall.
+
+    Example: thoughtformer bench quality --data valid.txt --out quality.jsonl
+    """
+    from thoughtformer.bench.quality import CASES, QualityOptions
+
+    set_threads(threads)
+    defaults = QualityOptions(data=data)
+    options = replace(
+        defaults,
+        models=tuple(model) if model else defaults.models,
+        methods=defaults.methods if methods == "all" else tuple(methods.split(",")),
+        base=base,
+        adapter=adapter or None,
+        removed=_numbers(removed, "removed", float),
+        num_blocks=num_blocks,
+        seeds=_numbers(seeds, "seeds", int),
+        context_tokens=context_tokens,
+        max_bytes=max_bytes,
+        column=column,
+    )
+    _run(CASES, case, options, out, as_json)
+
+
+@bench_app.command("peers")
+def peers(
+    install: Annotated[list[str] | None, typer.Option(help="Install llama-cpp or kvpress; repeatable.")] = None,
+) -> None:
+    """The peers that have an environment of their own: which are there, and install more.
+
+    Example: thoughtformer bench peers --install llama-cpp --install kvpress
+    """
+    from thoughtformer.bench.peers import PEERS, find_peer, install_peer
+
+    for name in install or ():
+        print(f"{name}: {install_peer(name)}")
+    if not install:
+        for name, peer in PEERS.items():
+            print(f"{name}: {find_peer(name) or 'not installed: ' + peer.note}")
+
+
+@bench_app.command("report")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files of JSON lines, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and the pictures.")],
+    readme: Annotated[Path | None, typer.Option(help="Also renew the table between this file's bench marks.")] = None,
+) -> None:
+    """One self-contained HTML page and PNGs from the JSON lines.
+
+    Example: thoughtformer bench report benchmarks/results --out report
+    """
+    from thoughtformer.bench.records import read_records
+    from thoughtformer.bench.report import renew_readme, write_report
+
+    records = read_records(results)
+    if not records:
+        raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
+    for path in write_report(records, out):
+        print(path)
+    if readme is not None:
+        renew_readme(readme, records)
+        print(readme)
+
+
+def _numbers(text: str, name: str, kind: type) -> tuple[Any, ...]:
+    try:
+        numbers = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise InputError(f"--{name} {text!r}: write numbers with commas between.")
+    return numbers
+
+
+def _options(size: str, repeats: int, contexts: str | None, threads: int | None) -> Any:
+    from thoughtformer.bench.running import Options
+    from thoughtformer.bench.shapes import size_named
+
+    set_threads(threads)
+    chosen = None if contexts is None else _numbers(contexts, "contexts", int)
+    return Options(size=size_named(size), repeats=repeats, contexts=chosen)
+
+
+def _run(
+    cases: dict[str, Callable[[Any], Iterator[Record]]],
+    chosen: list[str] | None,
+    options: Any,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measures case by case; a line is written as soon as it is known."""
+    from rich.console import Console
+
+    from thoughtformer.bench.records import append_records, command_line, environment
+    from thoughtformer.bench.report import console_table
+    from thoughtformer.errors import nearest
+
+    for name in chosen or ():
+        if name not in cases:
+            raise InputError(f"--case {name!r} is unknown.{nearest(name, cases)}")
+    where, command = environment(dtype="float32", run=datetime.now(UTC).isoformat(timespec="seconds")), command_line()
+    console = Console(stderr=True, highlight=False)
+    for name in chosen or cases:
+        records = []
+        with console.status(name) as status:
+            for record in cases[name](replace(options, on_progress=status.update)):
+                record = replace(record, environment=where, command=command)
+                records.append(record)
+                if out is not None:
+                    append_records(out, [record])
+                if as_json:
+                    print(record.to_json(), flush=True)
+        if not as_json:
+            console_table(name, records)
