@@ -72,7 +72,7 @@ class QualityOptions:
 
     @property
     def workload(self) -> dict[str, Any]:
-        return {"data": [Path(source).name for source in self.data], "max_bytes": self.max_bytes}
+        return {"data": ["/".join(Path(source).parts[-2:]) for source in self.data], "max_bytes": self.max_bytes}
 
 
 def bits(options: QualityOptions) -> Iterator[Record]:

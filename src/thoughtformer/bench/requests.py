@@ -23,7 +23,7 @@ from thoughtformer.bench.timing import Run, memory_read_rate
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.models.export import as_llama
-from thoughtformer.models.layers import compile_steps
+from thoughtformer.models.modeling_gpthf import compile_steps
 
 __all__ = ["batch1", "batch8"]
 

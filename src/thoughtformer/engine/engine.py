@@ -18,8 +18,8 @@ from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import RowSampler, SamplingParams, TextStream
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.layers import compile_steps
 from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.modeling_gpthf import compile_steps
 from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["Completion", "Engine", "StreamEvent", "Usage"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from thoughtformer.attention import rotate
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.linear import PackableLinear
 
-__all__ = ["Angles", "Attend", "Layer", "compile_steps"]
+__all__ = ["Angles", "Attend", "Layer", "compiled_step", "step_through"]
 
 #: Cosine and sine of each token's rotation.
 Angles = tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]
@@ -82,9 +81,6 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-normalised attention and SwiGLU, both residual."""
 
-    #: Whether a single token passes the compiled parts.
-    compiles_steps = False
-
     def __init__(self, config: GPTHFConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -112,29 +108,37 @@ class Layer(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles, attend: Attend
     ) -> Float[Tensor, "tokens hidden"]:
-        if self.compiles_steps and hidden_states.shape[0] == 1 and not torch.is_grad_enabled():
-            before, after = compiled_parts()
-            return after(self, hidden_states, attend(*before(self, hidden_states, angles)))
         return self.after_attention(hidden_states, attend(*self.before_attention(hidden_states, angles)))
 
 
-@cache
-def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What comes before and after attention, compiled for one token: one compilation serves all layers of a shape.
+def step_through(
+    layers: Sequence[Layer],
+    hidden_states: Float[Tensor, "one hidden"],
+    angles: Angles,
+    keys: Sequence[Float[Tensor, "one kv_heads slots head_dim"]],
+    values: Sequence[Float[Tensor, "one kv_heads slots head_dim"]],
+    slot: Int[Tensor, " one"],
+    num_keys: int,
+) -> Float[Tensor, "one hidden"]:
+    """One token of one row through layers that attend to their first `num_keys` slots, its own written to `slot`.
 
-    Attention stays out: what it reads changes shape at every step, and its kernel can't be improved on by fusing.
+    What `Layer.forward` and a cache do together, as one function that can be compiled.
     """
-    return (
-        torch.compile(Layer.before_attention, dynamic=False),
-        torch.compile(Layer.after_attention, dynamic=False),
-    )
+    for layer, key_slots, value_slots in zip(layers, keys, values, strict=True):
+        query, key, value = layer.before_attention(hidden_states, angles)
+        key_slots.index_copy_(2, slot, key.unsqueeze(2))
+        value_slots.index_copy_(2, slot, value.unsqueeze(2))
+        # Heads that share keys become further queries of one head.
+        grouped = query.view(1, key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
+        attended = F.scaled_dot_product_attention(grouped, key_slots[:, :, :num_keys], value_slots[:, :, :num_keys])
+        hidden_states = layer.after_attention(hidden_states, attended.view_as(query))
+    return hidden_states
 
 
-def compile_steps(module: nn.Module, *, enabled: bool = True) -> None:
-    """Compiles the layers in `module` for decoding one token at a time; the first step then takes many seconds."""
-    for part in module.modules():
-        if isinstance(part, Layer):
-            part.compiles_steps = enabled
+@cache
+def compiled_step() -> Callable[..., Tensor]:
+    """`step_through`, compiled: cached lengths are free, the number and shape of layers are not."""
+    return torch.compile(step_through, dynamic=True)
 
 
 def residual_projections(layer: Layer) -> tuple[Tensor, Tensor]:

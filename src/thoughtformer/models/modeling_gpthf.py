@@ -22,6 +22,7 @@ from thoughtformer.attention import (
     AttentionPlan,
     Causal,
     DenseAttention,
+    HeldAttention,
     OwnSentence,
     RowCounters,
     TokenStructure,
@@ -34,13 +35,16 @@ from thoughtformer.attention import (
 from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
 from thoughtformer.errors import ContextOverflowError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.layers import Attend, Layer, residual_projections
+from thoughtformer.models.layers import Attend, Layer, compiled_step, residual_projections
 
-__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage"]
+__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage", "compile_steps"]
 
 
 class Stage(nn.Module):
     """Layers that share a visibility rule and a position scheme."""
+
+    #: Whether a step of one row passes the layers as one compiled function.
+    compiles_steps = False
 
     def __init__(self, name: str, rule: VisibilityRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
         super().__init__()
@@ -259,7 +263,21 @@ class GPTHFModel(GPTHFPreTrainedModel):
             attends = _attend_fresh(attention, stage, tokens, after, held, device)
         else:
             assert held is not None
-            attends = _attend_held(stage, tokens, held, device)
+            row, slot = (index.to(device) for index in held.extend(tokens))
+            held_attention = held.held_attention(tokens)
+            if (
+                stage.compiles_steps
+                and len(tokens) == len(held.lengths) == 1
+                and held_attention.mask is None
+                # The compiler would take one slot alone, or all of them, for a case of its own.
+                and 1 < held_attention.num_keys < held.capacity
+                and collected is None
+                and not torch.is_grad_enabled()
+            ):
+                return compiled_step()(
+                    list(stage.layers), hidden_states, angles, held.keys, held.values, slot, held_attention.num_keys
+                )
+            attends = _attend_held(stage, held, held_attention.to(device), row, slot)
         for layer, attend in zip(stage.layers, attends, strict=True):
             hidden_states = layer(hidden_states, angles, attend)
             if collected is not None:
@@ -276,6 +294,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 f"a document reaches {longest} tokens, but the model was trained for {limit}. Shorten the text, or "
                 "allow_extrapolation (config.allow_extrapolation=True, --allow-extrapolation)."
             )
+
+
+def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
+    """Compiles the steps of single rows in all of a model's stages; the first step then takes many seconds."""
+    for part in model.modules():
+        if isinstance(part, Stage):
+            part.compiles_steps = enabled
 
 
 def _attend_fresh(
@@ -303,10 +328,10 @@ def _attend_fresh(
     return [attend_layer(number) for number in range(len(stage.layers))]
 
 
-def _attend_held(stage: Stage, tokens: TokenStructure, held: StageCache, device: torch.device) -> list[Attend]:
+def _attend_held(
+    stage: Stage, held: StageCache, attention: HeldAttention, row: Int[Tensor, " tokens"], slot: Int[Tensor, " tokens"]
+) -> list[Attend]:
     """One attention a layer, over everything held with the new tokens added."""
-    row, slot = (index.to(device) for index in held.extend(tokens))
-    attention = held.held_attention(tokens).to(device)
 
     def attend_layer(number: int) -> Attend:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
