@@ -15,8 +15,9 @@ from thoughtformer.bench.flops import generation_flops, regular_ids
 from thoughtformer.bench.paper import exact_incremental_flops, recomputing_flops
 from thoughtformer.bench.peers.process import PeerError, PeerProcess
 from thoughtformer.bench.records import Record, Spread, append_records, environment, read_records
-from thoughtformer.bench.report import BEGIN, END, claims_table, renew_readme, write_report
+from thoughtformer.bench.report import write_report
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
+from thoughtformer.bench.tables import claims_table, renew, renewed
 from thoughtformer.bench.timing import interleaved, memory_read_rate
 from thoughtformer.errors import InputError
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
@@ -163,19 +164,58 @@ def test_every_claim_can_be_judged_and_names_a_case():
     assert judge([]) == []
 
 
-def test_readme_table_is_renewed_between_its_marks(tmp_path):
+def test_tables_are_renewed_between_their_marks(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    readme.write_text("before\n<!-- bench:claims -->\nold\n<!-- bench:end -->\nbetween\n")
     lines = [record(metrics=seconds(3.0)), record("gpthf 4+8", metrics=seconds(1.0))]
-    renew_readme(readme, lines)
+    renew(readme, lines)
     text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n| |")
-    assert text.endswith(f"{END}\nafter\n")
+    assert text.startswith("before\n<!-- bench:claims -->\n| |")
+    assert text.endswith("<!-- bench:end -->\nbetween\n")
     assert "old" not in text
     assert "3.00x | ≥ 3.50x, **missed** |" in text
-    readme.write_text("no marks")
-    with pytest.raises(InputError, match="no lines"):
-        renew_readme(readme, lines)
+    assert renewed(text, lines) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no marks", "no lines"),
+        ("<!-- bench:clams -->\n<!-- bench:end -->", "Did you mean 'claims'"),
+        ("<!-- bench:case speed decode -->\n<!-- bench:end -->", "nothing of speed, decode"),
+    ],
+)
+def test_marks_that_cant_be_filled_are_told(text, message):
+    with pytest.raises(InputError, match=message):
+        renewed(text, [record()])
+
+
+def quality(peer: str, removed: float, *above: float) -> Record:
+    """A method's line of the compression case."""
+    metrics = {
+        "bits_per_byte": Spread.of([1.5 + value for value in above]),
+        "above_full_bits_per_byte": Spread.of(above),
+        "kv_bytes": Spread.of([2e6 * (1 - removed)]),
+    }
+    workload = {"data": ["books/valid.txt"], "removed": removed}
+    return record(peer, theme="quality", case="compression", workload=workload, metrics=metrics)
+
+
+def test_a_compression_table_is_in_thousandths_above_full():
+    lines = [quality("full", 0.0, 0.0), quality("local", 0.5, 0.001, 0.002, 0.004), quality("h2o", 0.9, 0.01)]
+    mark = "<!-- bench:compression books/valid.txt{} -->\n{}<!-- bench:end -->"
+    text = renewed(mark.format("", ""), lines)
+    assert "| full attention 1.500 [1.500, 1.500] | 50% | 90% | MB held at 90% |" in text
+    assert "| local | +2.0 [+1.0, +4.0] |  |" in text
+    assert "| h2o |  | +10.0 [+10.0, +10.0] | 0.20 |" in text
+    assert "h2o" not in renewed(mark.format(" local", ""), lines)
+
+
+def test_a_case_table_keeps_the_last_run():
+    lines = [record(metrics=seconds(2.0)), record(metrics=seconds(0.5), environment={"run": "two"})]
+    text = renewed("<!-- bench:case speed prefill -->\n<!-- bench:end -->", lines)
+    assert "| gpt | 500.0 ms |" in text
+    assert "2.00 s" not in text
 
 
 def test_a_report_is_one_page_with_its_pictures(tmp_path):
@@ -222,7 +262,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_peer_answers_and_its_failure_is_told(tmp_path, monkeypatch):
+def test_a_peer_answers_and_its_failure_is_told(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     with PeerProcess(Path(sys.executable), str(worker), threads=1) as peer:

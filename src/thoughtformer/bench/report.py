@@ -1,4 +1,4 @@
-"""One self-contained page of all results, and README's table; nothing in either is typed by hand."""
+"""One self-contained page of all results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 
 from thoughtformer.bench.claims import Verdict, groups, judge
 from thoughtformer.bench.plots import draw_all
-from thoughtformer.bench.records import Record, Spread
-from thoughtformer.errors import InputError, OutputError, UnsupportedError
+from thoughtformer.bench.records import Record
+from thoughtformer.bench.tables import shown
+from thoughtformer.errors import OutputError, UnsupportedError
 from thoughtformer.models.writing import new_file
 
-__all__ = ["claims_table", "console_table", "renew_readme", "write_report"]
-
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+__all__ = ["console_table", "write_report"]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -27,25 +26,6 @@ tr.missed td:last-child { color: #a30000; } tr.met td:last-child { color: #00650
 figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .quiet { color: #555; font-size: .9em; }
 code { background: #f4f4f4; padding: .1em .3em; overflow-wrap: anywhere; } details { margin: 1rem 0; }
 """
-
-
-def shown(name: str, spread: Spread) -> str:
-    """A figure in its unit, with its range where runs differ."""
-    scale, unit, digits = 1.0, "", 3
-    if name.endswith("bytes_per_second"):
-        scale, unit, digits = 1e9, " GB/s", 1
-    elif name.endswith("bytes") and not name.endswith("per_byte"):
-        scale, unit, digits = 1e6, " MB", 2
-    elif name.endswith("flops"):
-        scale, unit, digits = 1e12, " TFLOPs", 4
-    elif name.endswith("seconds"):
-        scale, unit, digits = (1.0, " s", 2) if spread.median >= 10 else (1e-3, " ms", 1)
-    elif name.endswith(("per_byte", "nats")):
-        digits = 4
-    elif name.endswith(("per_second", "entries")):
-        digits = 1
-    middle, low, high = (f"{value / scale:,.{digits}f}" for value in (spread.median, spread.low, spread.high))
-    return f"{middle}{unit}" if low == high else f"{middle} [{low}, {high}]{unit}"
 
 
 def console_table(case: str, records: Sequence[Record]) -> None:
@@ -71,40 +51,6 @@ def console_table(case: str, records: Sequence[Record]) -> None:
     console = Console()
     # Without a terminal rich takes 80 columns, and cuts figures to pieces.
     (console if console.is_terminal else Console(width=160)).print(table)
-
-
-def claims_table(verdicts: Sequence[Verdict]) -> str:
-    """The claims in Markdown; the FLOPs pairs as one line, their worst."""
-    lines = ["| | measured | set out for |", "|---|---|---|"]
-    flops = [verdict for verdict in verdicts if verdict.claim.theme == "flops"]
-    worst = max(flops, key=lambda verdict: verdict.value.median, default=None)
-    for verdict in verdicts:
-        text = verdict.claim.text
-        if verdict in flops:
-            if verdict is not worst:
-                continue
-            text = f"FLOPs of {len(flops)} (prompt, new) pairs, 16+8: furthest off the exact incremental cost"
-        missed = "" if verdict.is_met else ", **missed**"
-        lines.append(f"| {text} | {verdict.shown()} | {verdict.goal()}{missed} |")
-    return "\n".join(lines)
-
-
-def renew_readme(path: Path, records: Sequence[Record]) -> None:
-    """Writes the table of claims between the marks of a Markdown file.
-
-    Raises:
-        InputError: the file lacks the marks, or can't be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"can't read {path}: {error}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"{path} has no lines {BEGIN} and {END} to write between.")
-    with new_file(path, replace=True) as draft:
-        draft.write_text(f"{before}{BEGIN}\n{claims_table(judge(records))}\n{END}{after}", encoding="utf-8")
 
 
 def write_report(records: Sequence[Record], out: Path) -> list[Path]:

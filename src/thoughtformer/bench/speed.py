@@ -16,6 +16,7 @@ from thoughtformer.bench.running import Options, measured, regular_text, split_n
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
 from thoughtformer.bench.timing import Run, seconds_of
+from thoughtformer.errors import UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.export import as_llama
 from thoughtformer.models.linear import pack_weights
@@ -131,8 +132,10 @@ def decode(options: Options) -> Iterator[Record]:
 
 
 def _available_bytes() -> int:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        raise UnsupportedError('measuring needs psutil: pip install "thoughtformer[bench]".') from None
     return psutil.virtual_memory().available
 
 

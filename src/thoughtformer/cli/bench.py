@@ -145,23 +145,26 @@ def peers(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files of JSON lines, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and the pictures.")],
-    readme: Annotated[Path | None, typer.Option(help="Also renew the table between this file's bench marks.")] = None,
+    renew: Annotated[
+        list[Path] | None, typer.Option(help="Also renew the tables between this file's bench marks; repeatable.")
+    ] = None,
 ) -> None:
     """One self-contained HTML page and PNGs from the JSON lines.
 
-    Example: thoughtformer bench report benchmarks/results --out report
+    Example: thoughtformer bench report benchmarks/results --out report --renew README.md
     """
     from thoughtformer.bench.records import read_records
-    from thoughtformer.bench.report import renew_readme, write_report
+    from thoughtformer.bench.report import write_report
+    from thoughtformer.bench.tables import renew as renew_tables
 
     records = read_records(results)
     if not records:
         raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
     for path in write_report(records, out):
         print(path)
-    if readme is not None:
-        renew_readme(readme, records)
-        print(readme)
+    for path in renew or ():
+        renew_tables(path, records)
+        print(path)
 
 
 def _numbers(text: str, name: str, kind: type) -> tuple[Any, ...]:

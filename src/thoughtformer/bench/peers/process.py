@@ -27,7 +27,7 @@ class PeerProcess:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         self._process = subprocess.Popen(
-            [str(python), str(Path(__file__).with_name(worker))],
+            [str(python), str(Path(__file__).parent / worker)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,0 +1,199 @@
+"""Markdown tables of results, written between marks in READMEs and docs, so that no figure there is typed.
+
+<!-- bench:claims -->                                   what was set out for, and what was measured
+<!-- bench:compression books/valid.txt.xz local,h2o --> thousandths of a bit per byte above full attention
+<!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
+<!-- bench:bits -->                                     bits per byte of checkpoints
+<!-- bench:case speed batch1 -->                        all figures of the last run of a case
+...
+<!-- bench:end -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from thoughtformer.bench.claims import Verdict, groups, judge
+from thoughtformer.bench.records import Record, Spread
+from thoughtformer.errors import InputError, nearest
+from thoughtformer.models.writing import new_file
+
+__all__ = ["claims_table", "renew", "shown"]
+
+BLOCK = re.compile(r"(<!-- bench:(?P<kind>\w+)(?P<arguments>[^>]*) -->\n)(?P<old>.*?)(<!-- bench:end -->)", re.DOTALL)
+
+
+def shown(name: str, spread: Spread) -> str:
+    """A figure in its unit, with its range where runs differ."""
+    scale, unit, digits = 1.0, "", 3
+    if name.endswith("bytes_per_second"):
+        scale, unit, digits = 1e9, " GB/s", 1
+    elif name.endswith("bytes"):
+        scale, unit, digits = 1e6, " MB", 2
+    elif name.endswith("flops"):
+        scale, unit, digits = 1e12, " TFLOPs", 4
+    elif name.endswith("seconds"):
+        scale, unit, digits = (1.0, " s", 2) if spread.median >= 1 else (1e-3, " ms", 1)
+    elif name.endswith(("per_byte", "nats")):
+        digits = 4
+    elif name.endswith(("per_second", "entries")):
+        digits = 1
+    middle, low, high = (f"{value / scale:,.{digits}f}" for value in (spread.median, spread.low, spread.high))
+    return f"{middle}{unit}" if low == high else f"{middle} [{low}, {high}]{unit}"
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> str:
+    """The claims; the FLOPs pairs as one line, their worst."""
+    lines = ["| | measured | set out for |", "|---|---|---|"]
+    flops = [verdict for verdict in verdicts if verdict.claim.theme == "flops"]
+    worst = max(flops, key=lambda verdict: verdict.value.median, default=None)
+    for verdict in verdicts:
+        text = verdict.claim.text
+        if verdict in flops:
+            if verdict is not worst:
+                continue
+            text = f"FLOPs of {len(flops)} (prompt, new) pairs, 16+8: furthest off the exact incremental cost"
+        missed = "" if verdict.is_met else ", **missed**"
+        lines.append(f"| {text} | {verdict.shown()} | {verdict.goal()}{missed} |")
+    return "\n".join(lines)
+
+
+def _claims(records: Sequence[Record]) -> str:
+    return claims_table(judge(records))
+
+
+def _latest(records: Sequence[Record], theme: str, case: str, data: str | None = None) -> list[Record]:
+    """A case's records, on a text if one is named; of the same peer and workload the last."""
+    chosen: dict[str, Record] = {}
+    for record in records:
+        if (record.theme, record.case) == (theme, case) and (data is None or data in record.workload["data"]):
+            workload = {name: value for name, value in record.workload.items() if name != "weight_bytes"}
+            chosen[f"{record.peer} {sorted(workload.items(), key=str)}"] = record
+    if not chosen:
+        raise InputError(f"the results hold nothing of {theme}, {case}{'' if data is None else ' on ' + data}.")
+    return list(chosen.values())
+
+
+def _rows(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest)])
+
+
+def _compression(records: Sequence[Record], data: str, methods: str = "") -> str:
+    """Above full attention, median and range over samples, in thousandths."""
+    chosen = [record for record in _latest(records, "quality", "compression", data) if record.metrics]
+    full = next(record for record in chosen if record.peer == "full")
+    fractions = sorted({record.workload["removed"] for record in chosen} - {0.0})
+    names = methods.split(",") if methods else list(dict.fromkeys(record.peer for record in chosen))
+    bits = full.metrics["bits_per_byte"]
+    label = f"full attention {bits.median:.3f} [{bits.low:.3f}, {bits.high:.3f}]"
+    lines = [[label, *(f"{fraction:.0%}" for fraction in fractions)]]
+    if not methods:
+        lines[0].append(f"MB held at {fractions[-1]:.0%}")
+    for name in names:
+        of = {record.workload["removed"]: record for record in chosen if record.peer == name}
+        if name in ("full", "kvpress none"):
+            continue
+        cells = []
+        for fraction in fractions:
+            if fraction not in of:
+                cells.append("")
+                continue
+            above = of[fraction].metrics["above_full_bits_per_byte"]
+            cells.append(f"{1e3 * above.median:+.1f} [{1e3 * above.low:+.1f}, {1e3 * above.high:+.1f}]")
+        if not methods and fractions[-1] in of:
+            cells.append(f"{of[fractions[-1]].metrics['kv_bytes'].median / 1e6:.2f}")
+        lines.append([name, *cells])
+    return _rows(lines)
+
+
+def _recall(records: Sequence[Record], data: str) -> str:
+    """Nats gained a token of the fact, with one standard error."""
+    chosen = _latest(records, "quality", "recall", data)
+    distances = sorted({record.workload["distance"] for record in chosen})
+    places = list(dict.fromkeys((record.peer, record.workload["removed"]) for record in chosen))
+    lines = [["method", "removed", *(f"{distance} back" for distance in distances)]]
+    for peer, removed in places:
+        of = {
+            record.workload["distance"]: record.metrics["gained_nats"]
+            for record in chosen
+            if (record.peer, record.workload["removed"]) == (peer, removed)
+        }
+        cells = [f"{of[distance].median:.3f} ± {of[distance].high - of[distance].median:.3f}" for distance in distances]
+        lines.append([peer, f"{removed:.0%}", *cells])
+    return _rows(lines)
+
+
+def _bits(records: Sequence[Record]) -> str:
+    chosen = _latest(records, "quality", "bits")
+    texts = list(dict.fromkeys(tuple(record.workload["data"]) for record in chosen))
+    lines = [["bits per byte", *dict.fromkeys(record.peer for record in chosen)]]
+    for text in texts:
+        of = {record.peer: record for record in chosen if tuple(record.workload["data"]) == text}
+        size = next(iter(of.values())).workload["bytes"] / 1e6
+        cells = [f"{of[peer].metrics['bits_per_byte'].median:.4f}" if peer in of else "" for peer in lines[0][1:]]
+        lines.append([f"{', '.join(text)}, {size:.1f} MB", *cells])
+    return _rows(lines)
+
+
+def _case(records: Sequence[Record], theme: str, case: str) -> str:
+    """Every figure of a case's last run."""
+    last: dict[str, Any] = {}
+    for group in groups(_latest(records, theme, case)):
+        first = next(iter(group.values()))
+        last[str(sorted(first.workload.items(), key=str))] = list(group.values())
+    chosen = [record for group in last.values() for record in group]
+    metrics = list(dict.fromkeys(name for record in chosen for name in record.metrics))
+    varying = [
+        name
+        for name in dict.fromkeys(name for record in chosen for name in record.workload)
+        if len({str(record.workload.get(name)) for record in chosen}) > 1
+    ]
+    lines = [[*varying, "peer", *(name.replace("_", " ") for name in metrics)]]
+    for record in chosen:
+        places = [str(record.workload.get(name, "")) for name in varying]
+        figures = [shown(name, record.metrics[name]) if name in record.metrics else "" for name in metrics]
+        if record.skipped is not None:
+            figures = [f"skipped: {record.skipped}", *[""] * (len(metrics) - 1)]
+        lines.append([*places, record.peer, *figures])
+    return _rows(lines)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "claims": _claims,
+    "compression": _compression,
+    "recall": _recall,
+    "bits": _bits,
+    "case": _case,
+}
+
+
+def renewed(text: str, records: Sequence[Record], where: str = "the text") -> str:
+    """The text with every table between its marks made anew.
+
+    Raises:
+        InputError: no marks, a mark of an unknown kind, or results that a table lacks.
+    """
+    if not BLOCK.search(text):
+        raise InputError(f"{where} has no lines <!-- bench:KIND --> and <!-- bench:end --> to write between.")
+
+    def table(match: re.Match[str]) -> str:
+        kind = match["kind"]
+        if kind not in KINDS:
+            raise InputError(f"{where}: <!-- bench:{kind} --> is unknown.{nearest(kind, KINDS)}")
+        return f"{match[1]}{KINDS[kind](records, *match['arguments'].split())}\n{match[5]}"
+
+    return BLOCK.sub(table, text)
+
+
+def renew(path: Path, records: Sequence[Record]) -> None:
+    """Writes a file's tables anew; errors as of `renewed`, and `OutputError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"can't read {path}: {error}") from None
+    with new_file(path, replace=True) as draft:
+        draft.write_text(renewed(text, records, str(path)), encoding="utf-8")
