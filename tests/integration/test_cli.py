@@ -220,3 +220,40 @@ def test_no_network_is_needed(folder):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_bench_measures_and_reports(run, tmp_path):
+    """The rest runs at toy size in CI (.ci/run)."""
+    results = tmp_path / "results" / "toy.jsonl"
+    code, out, _ = run("bench", "memory", "--case", "kv_bytes", "--size", "toy", "--out", results)
+    assert code == 0
+    assert "gpthf 4+2" in out
+    assert run("bench", "flops", "--size", "toy", "--out", results, "--json")[0] == 0
+    code, out, _ = run("bench", "report", results.parent, "--out", tmp_path / "report")
+    assert code == 0
+    assert (tmp_path / "report" / "kv_bytes.png").exists()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<img") == len(list((tmp_path / "report").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speed", "--case", "prefil"), "Did you mean 'prefill'"),
+        (("speed", "--size", "huge"), "size 'huge' is unknown"),
+        (("speed", "--contexts", "64"), "name them by --case"),
+        (("speed", "--case", "prefill", "--contexts", "0"), "2 tokens or more"),
+        (("speed", "--case", "prefill", "--contexts", "many"), "numbers with commas"),
+        (("memory", "--case", "kv_bytes", "--size", "toy", "--contexts", "10"), "two sentences"),
+        (("quality", "--data", "a.txt", "--removed", "1"), "between 0 and 1"),
+        (("quality", "--data", "a.txt", "--methods", "h20"), "Did you mean 'h2o'"),
+        (("report", "nothing.jsonl", "--out", "x"), "can't read nothing.jsonl"),
+        (("peers", "--install", "vllm"), "peer 'vllm' is unknown"),
+        (("flops", "--out", "/proc/no/x.jsonl"), "can't write to"),
+    ],
+)
+def test_bench_names_the_mistake(run, arguments, message):
+    code, out, error = run("bench", *arguments)
+    assert code == 2
+    assert message in error
+    assert not out

@@ -217,3 +217,21 @@ def test_what_folds_reserves_nothing():
     cache, plain = model.new_cache(1), model.new_cache(1)
     cache.reserve(1000)
     assert cache.num_bytes() == plain.num_bytes()
+
+
+def test_long_caches_are_read_by_two_products(monkeypatch):
+    """The same function as the fused kernel, which short caches take."""
+    model = tiny_model("causal", num_encoder_layers=0, num_key_value_heads=2)
+    ids = torch.stack([random_text(40, seed=seed) for seed in (1, 2)])
+
+    def steps() -> Tensor:
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40)], dim=1)
+
+    fused = steps()
+    monkeypatch.setattr("thoughtformer.attention.held.LONG_KEYS", 7)
+    products = steps()
+    close(products, fused)
+    assert torch.equal(products[:, :6], fused[:, :6])
+    assert not torch.equal(products[:, 6:], fused[:, 6:])

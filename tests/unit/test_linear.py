@@ -61,6 +61,40 @@ def test_a_changed_weight_is_never_served_from_the_copy(linear, change):
 
 
 @needs_packing
+def test_writing_through_data_is_seen_by_the_next_pack(linear):
+    """As merging LoRA does; the engine packs before every prefill."""
+    linear.pack()
+    before = linear._packed
+    linear.pack()
+    assert linear._packed is before
+    linear.weight.data.mul_(2)
+    linear.pack()
+    states = torch.randn(3, 37)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(states), torch.nn.functional.linear(states, linear.weight, linear.bias))
+
+
+@needs_packing
+def test_a_round_trip_through_another_type_drops_the_copy(linear):
+    linear.pack()
+    linear.to(torch.bfloat16).to(torch.float32)
+    assert linear._packed is None
+
+
+@needs_packing
+def test_an_engine_notices_that_its_model_changed():
+    model, tokenizer = load("tiny-gpthf")
+    engine = Engine(model, tokenizer)
+    before = engine.generate(["The sea was calm."])[0].ids
+    for parameter in model.parameters():
+        parameter.data.mul_(-1)
+    after = engine.generate(["The sea was calm."])[0].ids
+    assert after != before
+    assert after == Engine(model, tokenizer, pack=False).generate(["The sea was calm."])[0].ids
+    assert model.lm_head._packed is None
+
+
+@needs_packing
 def test_other_types_autocast_and_gradients_take_the_plain_route(linear):
     linear.pack()
     states = torch.randn(2, 37)
@@ -138,7 +172,7 @@ plain = steps()
 compile_steps(model)
 compiled = steps()
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-assert graphs == 2, f"{graphs} graphs for two stages"
+assert graphs == 3, f"{graphs} graphs for two stages and the head"
 torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-9)
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,9 +16,16 @@ def rotary_angles(
 ) -> tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]:
     """Cosine and sine of each position's rotation, for `head_dim // 2` pairs, computed in at least float32."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=exact) / head_dim)
+    frequency = _frequencies(head_dim, theta, exact, position.device)
     angle = (position.to(exact)[:, None] * frequency)[:, None, :]
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@cache
+def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " half"]:
+    # A cached tensor must serve training as well, which tensors made in inference mode can't.
+    with torch.inference_mode(False):
+        return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
 
 
 def rotate(

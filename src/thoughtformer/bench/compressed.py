@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.running import Options, measured
@@ -60,12 +60,18 @@ def _case(options: Options, name: str, *, context: int, batch: int) -> Iterator[
     ids = torch.randint(3, 8000, (batch, context), generator=torch.Generator().manual_seed(0))
     is_own = name == "tiny-gpt"
     with compress(twin, Sentinel(policy=policy), adapter=adapter) as folding:
+        caches: dict[str, Callable[[], Any]] = {"uncompressed, own cache": lambda: base.new_cache(batch)}
+        if not is_own:
+            room = context + new_tokens
+            caches = {
+                "uncompressed, dynamic cache": DynamicCache,
+                "uncompressed, static cache": lambda: StaticCache(config=base.config, max_cache_len=room),
+            }
         runs: dict[str, Run] = {
-            "uncompressed": lambda: _request(
-                base, lambda: base.new_cache(batch) if is_own else DynamicCache(), ids, new_tokens
-            ),
-            "sentinel": lambda: _request(folding, lambda: folding.new_cache(batch), ids, new_tokens),
+            peer: lambda new_cache=new_cache: _request(base, new_cache, ids, new_tokens)
+            for peer, new_cache in caches.items()
         }
+        runs["sentinel"] = lambda: _request(folding, lambda: folding.new_cache(batch), ids, new_tokens)
         yield from measured(
             "compressed",
             {
@@ -77,7 +83,7 @@ def _case(options: Options, name: str, *, context: int, batch: int) -> Iterator[
                 "size": options.size.name,
             },
             runs,
-            {"uncompressed": {"cache": "own" if is_own else "DynamicCache"}},
+            {},
             repeats=options.repeats,
             on_run=lambda peer, number: options.on_progress(f"{name}, {context} tokens: {peer}, round {number}"),
         )

@@ -19,10 +19,10 @@ from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.running import Options
 from thoughtformer.bench.shapes import SENTENCE_TOKENS, SIZES, Size
 from thoughtformer.bench.synthetic import filled_cache
-from thoughtformer.errors import ThoughtformerError
+from thoughtformer.errors import InputError, ThoughtformerError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.export import as_llama
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.linear import pack_weights, unpack_weights
 
 __all__ = ["CASES"]
 
@@ -35,6 +35,8 @@ def kv_bytes(options: Options) -> Iterator[Record]:
     for size, splits in ((options.size, options.size.splits), _paper_shape(options.size)):
         models = {f"gpthf {a}+{b}": size.gpthf((a, b)) for a, b in splits} | {"gpt": size.gpt()}
         for about in options.contexts or size.contexts:
+            if about < 2 * SENTENCE_TOKENS:
+                raise InputError(f"--contexts {about}: give {2 * SENTENCE_TOKENS} tokens or more, two sentences.")
             context = about // SENTENCE_TOKENS * SENTENCE_TOKENS - 1
             options.on_progress(f"cache bytes at {context:,} tokens")
             workload = {"context": about, "tokens": context, "layers": size.layers, "size": size.name}
@@ -67,7 +69,10 @@ def _paper_shape(size: Size) -> tuple[Size, tuple[tuple[int, int], ...]]:
 
 
 def resident(options: Options) -> Iterator[Record]:
-    """The most memory that a prompt and eight tokens take beyond the loaded model, in a process for each peer."""
+    """The most memory that a prompt and eight tokens take beyond the model as loaded, in a process for each peer.
+
+    What a peer adds to the model to be fast, as our packed copies of the weights, counts.
+    """
     size = options.size
     context = (options.contexts or (size.engine_context * 4,))[0]
     workload = {"context": context, "new_tokens": 8, "size": size.name}
@@ -116,16 +121,17 @@ def _peak_of(size: Size, peer: str, context: int) -> int | None:
         model: Any = size.gpthf((encoder, body))
     else:
         model = gpt if peer == "gpt" else as_llama(gpt)
-    if peer != "transformers Llama":
-        pack_weights(model)
 
     def work(ids: torch.Tensor) -> None:
+        if peer != "transformers Llama":
+            pack_weights(model)
         cache = DynamicCache() if peer == "transformers Llama" else model.new_cache(1)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for _ in range(8):
             model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
 
     work(ids[:, :8])  # what libraries allocate once
+    unpack_weights(model)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
         before = _status_bytes("VmRSS")

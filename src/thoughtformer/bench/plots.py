@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
 
 __all__ = ["draw_all"]
@@ -132,6 +133,8 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, Path]]:
     """Every picture that the records suffice for: (caption, file)."""
+
+    records = latest(records)
 
     def of(theme: str, case: str, size: bool = True) -> list[Record]:
         chosen = [record for record in records if (record.theme, record.case) == (theme, case)]

@@ -20,6 +20,7 @@ from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
 from thoughtformer.evaluate.compression import Blocks, MethodScore, equal_methods, sample_blocks, score_method
 from thoughtformer.evaluate.recall import plant_facts, score_recall
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.export import export_llama
 from thoughtformer.models.loading import load, load_causal_lm, resolve
 from thoughtformer.text.corpus import Corpus
@@ -63,12 +64,26 @@ class QualityOptions:
     on_progress: Callable[[str], None] = field(default=lambda text: None)
 
     def __post_init__(self) -> None:
+        for fraction in self.removed:
+            if not 0 < fraction < 1:
+                raise InputError(f"removed={fraction}: fractions lie between 0 and 1.")
         for name in self.methods:
             if name not in METHODS:
                 raise InputError(f"method {name!r} is unknown.{nearest(name, METHODS)}")
 
     def corpus(self) -> Corpus:
         return Corpus(sources=self.data, column=self.column, max_bytes=self.max_bytes)
+
+    def sampled(self, context: int) -> dict[str, Any]:
+        """The workload of the cases that draw blocks."""
+        return {
+            **self.workload,
+            "model": self.base,
+            "adapter": self.adapter,
+            "context": context,
+            "blocks": self.num_blocks,
+            "seeds": list(self.seeds),
+        }
 
     @property
     def workload(self) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def compression(options: QualityOptions) -> Iterator[Record]:
     samples = sample_blocks(
         options.corpus(), tokenizer, context_tokens=context, num_blocks=options.num_blocks, seeds=list(options.seeds)
     )
-    workload = {**options.workload, "model": options.base, "context": context, "blocks": options.num_blocks}
+    workload = options.sampled(context)
     full = [_score(options, model, "full", 0.0, blocks, seed) for seed, blocks in samples.items()]
     yield _compression_record("full", {**workload, "removed": 0.0}, full, full)
     for removed in options.removed:
@@ -179,7 +194,7 @@ def _kvpress(
         export_llama(*load(options.base), Path(folder) / "llama")
         with PeerProcess(python, PEERS["kvpress"].worker, threads=torch.get_num_threads()) as peer:
             version = peer.ask(ask="load", path=str(Path(folder) / "llama"), threads=torch.get_num_threads())
-            entry_bytes = 2 * model.config.num_body_layers * model.config.hidden_size * 4
+            entry_bytes = backbone_of(model).kv_bytes_per_entry()
             unpruned: list[float] = []
             for name, press in {"kvpress none": None, **PRESSES}.items():
                 for ratio in options.removed if press is not None else (0.0,):
@@ -190,6 +205,8 @@ def _kvpress(
                     ]
                     place = {**workload, "removed": ratio}
                     errors = [answer["error"] for answer in answers if "error" in answer]
+                    if press is not None and not unpruned:
+                        errors = ["it couldn't score the text without a press"]
                     if errors:
                         yield Record(
                             theme="quality", case="compression", peer=name, workload=place, skipped=str(errors[0])
@@ -232,7 +249,7 @@ def recall(options: QualityOptions) -> Iterator[Record]:
     fillers = [[token for token in ids if token != start] for ids in blocks.ids]
     distances = [distance for distance in options.distances if distance < context // 2]
     texts = plant_facts(fillers, tokenizer, distances=distances, context_tokens=context - 1)
-    workload = {**options.workload, "model": options.base, "context": context, "texts": options.num_blocks}
+    workload = options.sampled(context)
     for removed in (0.0, *options.removed):
         for name in _names(options):
             if (name == "full") != (removed == 0):

@@ -115,14 +115,13 @@ def environment(**more: Any) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": versions,
         "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": device or "cpu",
+        "device": "cpu",
         **more,
     }
 
@@ -152,6 +151,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment inside another checkout is not one
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from thoughtformer.bench.claims import Verdict, groups, judge
+from thoughtformer.bench.claims import Verdict, groups, judge, latest
 from thoughtformer.bench.plots import draw_all
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.tables import shown
@@ -79,9 +79,9 @@ def _page(records: Sequence[Record], pictures: Sequence[tuple[str, Path]]) -> st
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>Thoughtformer: benchmarks</title><style>{STYLE}</style></head><body>",
         "<h1>Thoughtformer: benchmarks</h1>",
-        "<p>Every peer has a KV cache. Peers of a comparison ran in turns within one command. Figures are medians, "
-        "with the smallest and largest of the runs in brackets; absolute times are this machine's, the ratios are the "
-        "point.</p>",
+        "<p>Every timed peer has a KV cache. Peers of a comparison ran in turns within one command. Figures are "
+        "medians, with the smallest and largest of the runs in brackets; absolute times are this machine's, the "
+        "ratios are the point.</p>",
         _claims(judge(records)),
     ]
     for caption, path in pictures:
@@ -91,7 +91,7 @@ def _page(records: Sequence[Record], pictures: Sequence[tuple[str, Path]]) -> st
             f"<figure><img alt='{text}' src='data:image/png;base64,{image}'><figcaption>{text}</figcaption></figure>"
         )
     parts.append("<h2>All figures</h2>")
-    parts += [_group(list(group.values())) for group in groups(records)]
+    parts += [_group(list(group.values())) for group in groups(latest(records))]
     parts.append("</body></html>")
     return "\n".join(parts)
 

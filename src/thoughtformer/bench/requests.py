@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from thoughtformer.bench.records import Record
@@ -23,7 +24,6 @@ from thoughtformer.bench.timing import Run, memory_read_rate
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.models.export import as_llama
-from thoughtformer.models.modeling_gpthf import compile_steps
 
 __all__ = ["batch1", "batch8"]
 
@@ -53,6 +53,10 @@ def _requests(options: Options, case: str, *, batch: int, context: int, new_toke
         engine = Engine(model, tokenizer, max_rows=batch)
         runs[peer] = lambda engine=engine: _engine_request(engine, prompts, params, is_compiled=False)
         if batch == 1:
+            failure = _compile_failure(engine, prompts)
+            if failure is not None:
+                yield Record(theme="speed", case=case, peer=f"{peer}, compiled", workload=workload, skipped=failure)
+                continue
             runs[f"{peer}, compiled"] = lambda engine=engine: _engine_request(engine, prompts, params, is_compiled=True)
     for cache in ("dynamic", "static"):
         runs[f"transformers Llama, {cache} cache"] = lambda cache=cache: _generate(llama, prompts, new_tokens, cache)
@@ -61,6 +65,7 @@ def _requests(options: Options, case: str, *, batch: int, context: int, new_toke
         llama_cpp = start_llama_cpp(stack, gpt, options, context + new_tokens + 8) if batch == 1 else None
         if llama_cpp is not None:
             peer_process = llama_cpp
+            settings["llama.cpp"] = llama_cpp.about
 
             def ask() -> dict[str, float]:
                 answer = peer_process.ask(ask="generate", ids=prompts[0], new_tokens=new_tokens)
@@ -84,12 +89,23 @@ def _requests(options: Options, case: str, *, batch: int, context: int, new_toke
         )
 
 
+def _compile_failure(engine: Engine, prompts: list[list[int]]) -> str | None:
+    """Why this machine can't compile steps, if it can't: there may be no C++ compiler."""
+    engine.compile = True
+    try:
+        engine.generate(prompts, SamplingParams(max_new_tokens=4, ignore_end_of_text=True))
+    except TorchDynamoException as error:
+        return f"torch.compile failed: {' '.join(str(error).split())[:200]}"
+    finally:
+        engine.compile = False
+    return None
+
+
 def _engine_request(
     engine: Engine, prompts: list[list[int]], params: SamplingParams, *, is_compiled: bool
 ) -> dict[str, float]:
-    compile_steps(engine.model, enabled=is_compiled)
+    engine.compile = is_compiled
     done = engine.generate(prompts, params)
-    compile_steps(engine.model, enabled=False)
     first = max(completion.first_token_seconds for completion in done)
     seconds = max(completion.seconds for completion in done)
     new = sum(completion.usage.new_tokens for completion in done)

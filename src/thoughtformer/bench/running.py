@@ -79,7 +79,7 @@ def start_llama_cpp(stack: ExitStack, model: GPTHFForCausalLM, options: Options,
     path = Path(folder) / "model.gguf"
     write_gguf(model, options.size.tokenizer(), path)
     process = stack.enter_context(PeerProcess(python, PEERS["llama-cpp"].worker, threads=torch.get_num_threads()))
-    process.ask(ask="load", path=str(path), threads=torch.get_num_threads(), context=context)
+    process.about = process.ask(ask="load", path=str(path), threads=torch.get_num_threads(), context=context)
     return process
 
 

@@ -41,6 +41,8 @@ def prefill(options: Options) -> Iterator[Record]:
     with ExitStack() as stack:
         shared = [context for context in contexts if context <= LONGEST_PEER_CONTEXT]
         llama_cpp = start_llama_cpp(stack, gpt, options, max(shared) + 8) if shared else None
+        for model in models.values():
+            _own_prefill(model, [regular_text(model, min(contexts))])()  # long contexts get no warm-up of their own
         for context in contexts:
             workload = {"batch": 1, "context": context, "size": size.name}
             runs: dict[str, Run] = {}
@@ -61,7 +63,7 @@ def prefill(options: Options) -> Iterator[Record]:
                 "prefill",
                 workload,
                 runs,
-                {},
+                {} if llama_cpp is None else {"llama.cpp": llama_cpp.about},
                 repeats=repeats,
                 warmups=warmups,
                 on_run=lambda name, number, context=context: options.on_progress(
@@ -190,6 +192,12 @@ def packed(options: Options) -> Iterator[Record]:
     rows = [regular_text(gpt, length) for length in lengths]
     by_length = sorted(rows, key=len)
     batches = [by_length[first : first + 8] for first in range(0, len(rows), 8)]
+
+    def as_padded(batch: list[list[int]]) -> list[list[int]]:
+        """Rows as long as the longest: what padding costs, for a model that reads no padding."""
+        return [regular_text(gpt, max(len(row) for row in batch))] * len(batch)
+
+    own_batches = [_own_prefill(gpt, as_padded(batch)) for batch in batches]
     workload = {"prompts": len(rows), "longest": max(lengths), "tokens": sum(lengths), "size": size.name}
 
     def padded(parts: list[list[list[int]]]) -> Run:
@@ -198,7 +206,8 @@ def packed(options: Options) -> Iterator[Record]:
 
     runs: dict[str, Run] = {
         "gpt, packed": _own_prefill(gpt, rows),
-        "gpt, padded": _own_prefill(gpt, [regular_text(gpt, longest)] * len(rows)),
+        "gpt, padded": _own_prefill(gpt, as_padded(rows)),
+        "gpt, sorted in batches of 8": lambda: {"seconds": sum(run()["seconds"] for run in own_batches)},
         "transformers Llama, padded": padded([rows]),
         "transformers Llama, sorted in batches of 8": padded(batches),
     }

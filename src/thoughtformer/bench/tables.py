@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
 
-from thoughtformer.bench.claims import Verdict, groups, judge
+from thoughtformer.bench.claims import CLAIMS, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.errors import InputError, nearest
 from thoughtformer.models.writing import new_file
@@ -50,7 +50,12 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
     lines = ["| | measured | set out for |", "|---|---|---|"]
     flops = [verdict for verdict in verdicts if verdict.claim.theme == "flops"]
     worst = max(flops, key=lambda verdict: verdict.value.median, default=None)
-    for verdict in verdicts:
+    judged = {id(verdict.claim): verdict for verdict in verdicts}
+    for claim in CLAIMS:
+        verdict = judged.get(id(claim))
+        if verdict is None:
+            lines.append(f"| {claim.text} | not measured | |")
+            continue
         text = verdict.claim.text
         if verdict in flops:
             if verdict is not worst:
@@ -66,15 +71,18 @@ def _claims(records: Sequence[Record]) -> str:
 
 
 def _latest(records: Sequence[Record], theme: str, case: str, data: str | None = None) -> list[Record]:
-    """A case's records, on a text if one is named; of the same peer and workload the last."""
-    chosen: dict[str, Record] = {}
-    for record in records:
-        if (record.theme, record.case) == (theme, case) and (data is None or data in record.workload["data"]):
-            workload = {name: value for name, value in record.workload.items() if name != "weight_bytes"}
-            chosen[f"{record.peer} {sorted(workload.items(), key=str)}"] = record
+    """A case's records of the last runs; on a text, if one is named, of the last run alone."""
+    chosen = [
+        record
+        for record in latest(records)
+        if (record.theme, record.case) == (theme, case) and (data is None or data in record.workload["data"])
+    ]
     if not chosen:
         raise InputError(f"the results hold nothing of {theme}, {case}{'' if data is None else ' on ' + data}.")
-    return list(chosen.values())
+    if data is None:
+        return chosen
+    run = chosen[-1].environment.get("run")
+    return [record for record in chosen if record.environment.get("run") == run]
 
 
 def _rows(lines: Sequence[Sequence[str]]) -> str:
@@ -85,7 +93,9 @@ def _rows(lines: Sequence[Sequence[str]]) -> str:
 def _compression(records: Sequence[Record], data: str, methods: str = "") -> str:
     """Above full attention, median and range over samples, in thousandths."""
     chosen = [record for record in _latest(records, "quality", "compression", data) if record.metrics]
-    full = next(record for record in chosen if record.peer == "full")
+    full = next((record for record in chosen if record.peer == "full"), None)
+    if full is None:
+        raise InputError(f"the results on {data} hold nothing of full attention.")
     fractions = sorted({record.workload["removed"] for record in chosen} - {0.0})
     names = methods.split(",") if methods else list(dict.fromkeys(record.peer for record in chosen))
     bits = full.metrics["bits_per_byte"]
@@ -140,12 +150,8 @@ def _bits(records: Sequence[Record]) -> str:
 
 
 def _case(records: Sequence[Record], theme: str, case: str) -> str:
-    """Every figure of a case's last run."""
-    last: dict[str, Any] = {}
-    for group in groups(_latest(records, theme, case)):
-        first = next(iter(group.values()))
-        last[str(sorted(first.workload.items(), key=str))] = list(group.values())
-    chosen = [record for group in last.values() for record in group]
+    """Every figure of a case's last runs."""
+    chosen = _latest(records, theme, case)
     metrics = list(dict.fromkeys(name for record in chosen for name in record.metrics))
     varying = [
         name
@@ -184,7 +190,14 @@ def renewed(text: str, records: Sequence[Record], where: str = "the text") -> st
         kind = match["kind"]
         if kind not in KINDS:
             raise InputError(f"{where}: <!-- bench:{kind} --> is unknown.{nearest(kind, KINDS)}")
-        return f"{match[1]}{KINDS[kind](records, *match['arguments'].split())}\n{match[5]}"
+        if "<!-- bench:" in match["old"]:
+            raise InputError(f"{where}: <!-- bench:{kind} --> has no <!-- bench:end --> before the next mark.")
+        arguments = match["arguments"].split()
+        try:
+            signature(KINDS[kind]).bind(records, *arguments)
+        except TypeError as error:
+            raise InputError(f"{where}: <!-- bench:{kind} --> with {arguments}: {error}.") from None
+        return f"{match[1]}{KINDS[kind](records, *arguments)}\n{match[5]}"
 
     return BLOCK.sub(table, text)
 

@@ -44,7 +44,7 @@ def speed(
     """
     from thoughtformer.bench.speed import CASES
 
-    _run(CASES, case, _options(size, repeats, contexts, threads), out, as_json)
+    _run(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
 
 
 @bench_app.command("memory")
@@ -63,7 +63,7 @@ def memory(
     """
     from thoughtformer.bench.memory import CASES
 
-    _run(CASES, case, _options(size, repeats, contexts, threads), out, as_json)
+    _run(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
 
 
 @bench_app.command("flops")
@@ -79,7 +79,7 @@ def flops(
     """
     from thoughtformer.bench.paper import CASES
 
-    _run(CASES, None, _options(size, 1, None, threads), out, as_json)
+    _run(CASES, None, _options(size, 1, None, threads, None), out, as_json)
 
 
 @bench_app.command("quality")
@@ -160,6 +160,11 @@ def report(
     records = read_records(results)
     if not records:
         raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
+    machines = sorted({str(record.environment.get("processor")) for record in records})
+    if len(machines) > 1:
+        raise InputError(
+            f"the files hold results of {len(machines)} machines ({', '.join(machines)}): report one at a time."
+        )
     for path in write_report(records, out):
         print(path)
     for path in renew or ():
@@ -177,12 +182,20 @@ def _numbers(text: str, name: str, kind: type) -> tuple[Any, ...]:
     return numbers
 
 
-def _options(size: str, repeats: int, contexts: str | None, threads: int | None) -> Any:
+#: Cases whose context lengths can be chosen.
+WITH_CONTEXTS = ("prefill", "decode", "kv_bytes", "resident")
+
+
+def _options(size: str, repeats: int, contexts: str | None, threads: int | None, cases: list[str] | None) -> Any:
     from thoughtformer.bench.running import Options
     from thoughtformer.bench.shapes import size_named
 
     set_threads(threads)
     chosen = None if contexts is None else _numbers(contexts, "contexts", int)
+    if chosen is not None and (not cases or not set(cases) <= set(WITH_CONTEXTS)):
+        raise InputError(f"--contexts is for some cases only: name them by --case, of {', '.join(WITH_CONTEXTS)}.")
+    if chosen is not None and min(chosen) < 2:
+        raise InputError(f"--contexts {contexts}: give lengths of 2 tokens or more.")
     return Options(size=size_named(size), repeats=repeats, contexts=chosen)
 
 
@@ -203,6 +216,8 @@ def _run(
     for name in chosen or ():
         if name not in cases:
             raise InputError(f"--case {name!r} is unknown.{nearest(name, cases)}")
+    if out is not None:
+        append_records(out, [])  # a place that can't be written to is told before hours of measuring
     where, command = environment(dtype="float32", run=datetime.now(UTC).isoformat(timespec="seconds")), command_line()
     console = Console(stderr=True, highlight=False)
     for name in chosen or cases:

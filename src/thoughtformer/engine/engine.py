@@ -18,7 +18,7 @@ from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import RowSampler, SamplingParams, TextStream
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.linear import pack_weights, unpack_weights
 from thoughtformer.models.modeling_gpthf import compile_steps
 from thoughtformer.text import SentenceTokenizer
 
@@ -99,6 +99,8 @@ class Engine:
         max_rows: prompts that share a batch; more wait for the next.
         pack: on CPUs, give the weights a second copy that is 2 to 3 times as fast to read for few rows.
         compile: compile decoding of a single row; its first step then takes many seconds.
+
+    Both belong to the model: of several engines on one model, the one that last began a batch decides.
     """
 
     def __init__(
@@ -113,10 +115,8 @@ class Engine:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model.eval()
-        if pack:
-            pack_weights(self.model)
-        if compile:
-            compile_steps(self.model)
+        self.pack = pack
+        self.compile = compile
         self.tokenizer = tokenizer
         self.max_rows = max_rows
 
@@ -155,6 +155,14 @@ class Engine:
         for first in range(0, len(rows), self.max_rows):
             yield from self._run_batch(rows[first : first + self.max_rows], started)
 
+    def _prepare(self) -> None:
+        """Before every prefill, because the weights may have changed since the last."""
+        if self.pack:
+            pack_weights(self.model)
+        else:
+            unpack_weights(self.model)
+        compile_steps(self.model, enabled=self.compile)
+
     @torch.inference_mode()
     def _prefill(self, rows: list[_Row]) -> tuple[Float[Tensor, "rows vocab"], GPTHFCache]:
         lengths = torch.tensor([len(row.ids) for row in rows])
@@ -183,6 +191,7 @@ class Engine:
         return logits
 
     def _run_batch(self, rows: list[_Row], started: float) -> Iterator[StreamEvent]:
+        self._prepare()
         logits, cache = self._prefill(rows)
         while True:
             likeliest = logits.argmax(-1).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from thoughtformer.attention import TokenStructure
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.linear import PackableLinear
+from thoughtformer.models.linear import PackableLinear, compiled_linear
 from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel, RaggedOutput
 from thoughtformer.models.outputs import GPTHFCausalLMOutput
@@ -60,7 +60,10 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
     ) -> tuple[Float[Tensor, "wanted vocab"], RaggedOutput]:
         """Next-token logits of the wanted tokens; arguments as in `GPTHFModel.forward`."""
         output = self.model(input_ids, row, cache, **kwargs)
-        logits = self.lm_head(output.last_hidden_state)
+        states = output.last_hidden_state
+        is_compiled = self.model.compiles_steps and len(states) == 1 and not torch.is_grad_enabled()
+        head = cast(PackableLinear, self.lm_head)
+        logits = compiled_linear()(head, states) if is_compiled else head(states)
         self._apply_grammar(logits, output.tokens)
         return logits, output
 
@@ -191,8 +194,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         if end is None:
             return
         impossible = torch.finfo(logits.dtype).min
-        closed = tokens.is_end.nonzero().squeeze(1).to(logits.device)
-        logits[closed, end] = impossible
+        if bool(tokens.is_end.any()):
+            closed = tokens.is_end.nonzero().squeeze(1).to(logits.device)
+            logits[closed, end] = impossible
         if self.config.max_sentence_tokens is None:
             return
         # The next token would be number offset + 2 of its sentence.

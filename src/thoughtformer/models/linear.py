@@ -7,13 +7,15 @@ many rows too. PyTorch brings oneDNN along for its compiler; its operators are p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PackableLinear", "can_pack", "pack_weights", "unpack_weights"]
+__all__ = ["PackableLinear", "can_pack", "compiled_linear", "pack_weights", "unpack_weights"]
 
 #: Rows that the blocked layout is made for. 8 was as good as the exact number from 1 to 4,096 rows.
 PACKED_FOR_ROWS = 8
@@ -46,23 +48,40 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, whose weight `pack` copies into oneDNN's layout for use outside training.
 
     The copy is used for float32 on CPUs where no gradient and no autocast is asked for, and only while the weight is
-    the very one that was packed: after a step of training, or another `load_state_dict`, the layer is plain again.
+    the very one that was packed: after a step of training, another `load_state_dict` or `to`, the layer is plain again.
+    Writing through `weight.data`, as merging LoRA does, leaves no trace that a forward pass could see; `pack` does, by
+    some of the weight's values, and packs anew. The engine calls it before every prefill.
     """
 
     _packed: Tensor | None = None
     _packed_from: tuple[int, int] | None = None
+    _packed_values: Tensor | None = None
 
     def pack(self) -> None:
-        """Makes the copy, of as many bytes as the weight; nothing where it can't be used."""
-        if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu" and can_pack():
-            # Anew even where one is held: the weight may have changed.
-            with torch.inference_mode():
-                self._packed = _packed(self.weight)
-            self._packed_from = self._weight_version()
+        """Makes the copy, as many bytes as the weight, unless it is there and true; nothing where it can't be used."""
+        if self.weight.dtype != torch.float32 or self.weight.device.type != "cpu" or not can_pack():
+            self.unpack()
+            return
+        some = self._some_values()
+        is_unmoved = self._packed_values is not None and self._packed_from == self._weight_version()
+        if is_unmoved and torch.equal(self._packed_values, some):  # type: ignore[arg-type]
+            return
+        with torch.inference_mode():
+            self._packed = _packed(self.weight)
+        self._packed_from, self._packed_values = self._weight_version(), some.clone()
 
     def unpack(self) -> None:
         """Drops the copy."""
-        self._packed = self._packed_from = None
+        self._packed = self._packed_from = self._packed_values = None
+
+    def _some_values(self) -> Tensor:
+        """Values from all over the weight, a few from every 64th row."""
+        return self.weight.detach()[::64, :: max(1, self.in_features // 8)]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Moved or converted; a freed weight's address and version could come back with other values.
+        self.unpack()
+        return super()._apply(fn, recurse)
 
     def _weight_version(self) -> tuple[int, int]:
         # A weight made in inference mode counts no versions, and can't be trained either.
@@ -86,7 +105,13 @@ class PackableLinear(nn.Linear):
 
     def __getstate__(self) -> dict:
         # Copies and pickles of the module start without: the layout is opaque to both.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_packed_from")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed")}
+
+
+@cache
+def compiled_linear() -> Callable[[PackableLinear, Tensor], Tensor]:
+    """A layer's product with one row, compiled."""
+    return torch.compile(PackableLinear.forward, dynamic=False)
 
 
 def pack_weights(module: nn.Module) -> None:

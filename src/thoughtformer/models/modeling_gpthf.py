@@ -43,9 +43,6 @@ __all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage", "compi
 class Stage(nn.Module):
     """Layers that share a visibility rule and a position scheme."""
 
-    #: Whether a step of one row passes the layers as one compiled function.
-    compiles_steps = False
-
     def __init__(self, name: str, rule: VisibilityRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
         super().__init__()
         self.name = name
@@ -100,6 +97,9 @@ class GPTHFPreTrainedModel(PreTrainedModel):
 
 class GPTHFModel(GPTHFPreTrainedModel):
     """The stages without the head, over ragged tokens."""
+
+    #: Whether a step of one row passes each stage's layers as one compiled function.
+    compiles_steps = False
 
     def __init__(self, config: GPTHFConfig) -> None:
         super().__init__(config)
@@ -266,7 +266,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             row, slot = (index.to(device) for index in held.extend(tokens))
             held_attention = held.held_attention(tokens)
             if (
-                stage.compiles_steps
+                self.compiles_steps
                 and len(tokens) == len(held.lengths) == 1
                 and held_attention.mask is None
                 # The compiler would take one slot alone, or all of them, for a case of its own.
@@ -297,9 +297,9 @@ class GPTHFModel(GPTHFPreTrainedModel):
 
 
 def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
-    """Compiles the steps of single rows in all of a model's stages; the first step then takes many seconds."""
+    """Compiles the steps of single rows, stage by stage; the first step then takes many seconds."""
     for part in model.modules():
-        if isinstance(part, Stage):
+        if isinstance(part, GPTHFModel):
             part.compiles_steps = enabled
 
 

@@ -1,0 +1,35 @@
+"""Figures in README and docs are those of the results: made by `thoughtformer bench report --renew`, never typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thoughtformer.bench.claims import CLAIMS, judge
+from thoughtformer.bench.records import read_records
+from thoughtformer.bench.tables import renewed
+
+ROOT = Path(__file__).parent.parent.parent
+RENEWED = ("README.md", "docs/benchmarks.md", "docs/methods/sentinel.md")
+
+
+@pytest.mark.parametrize("name", RENEWED)
+def test_tables_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert renewed(text, read_records([ROOT / "benchmarks" / "results"]), name) == text
+
+
+def test_every_claim_was_measured():
+    verdicts = judge(read_records([ROOT / "benchmarks" / "results"]))
+    assert [verdict.claim for verdict in verdicts] == list(CLAIMS)
+
+
+def test_every_result_says_where_it_comes_from():
+    records = read_records([ROOT / "benchmarks" / "results"])
+    assert records
+    for record in records:
+        assert record.command.startswith("thoughtformer bench ")
+        assert record.environment["commit"]
+        assert record.environment["versions"]["torch"]
+        assert record.environment["threads"] >= 1
