@@ -28,32 +28,33 @@ __all__ = ["CASES"]
 
 
 def kv_bytes(options: Options) -> Iterator[Record]:
-    """Bytes of one row's cache, where the text is one token short of a sentence's end: GPTHF is at its largest there.
+    """Bytes of one row's cache, over the 25 tokens of a sentence: GPTHF holds most just before it ends.
 
     Two shapes: the size's own splits, and the paper's two thirds of encoder.
     """
     for size, splits in ((options.size, options.size.splits), _paper_shape(options.size)):
         models = {f"gpthf {a}+{b}": size.gpthf((a, b)) for a, b in splits} | {"gpt": size.gpt()}
-        for about in options.contexts or size.contexts:
-            if about < 2 * SENTENCE_TOKENS:
-                raise InputError(f"--contexts {about}: give {2 * SENTENCE_TOKENS} tokens or more, two sentences.")
-            context = about // SENTENCE_TOKENS * SENTENCE_TOKENS - 1
+        for context in options.contexts or size.contexts:
+            if context < 2 * SENTENCE_TOKENS:
+                raise InputError(f"--contexts {context}: give {2 * SENTENCE_TOKENS} tokens or more, two sentences.")
             options.on_progress(f"cache bytes at {context:,} tokens")
-            workload = {"context": about, "tokens": context, "layers": size.layers, "size": size.name}
+            workload = {"context": context, "layers": size.layers, "size": size.name}
             for name, model in models.items():
-                cache = filled_cache(model, num_rows=1, context=context)
-                longest = {stage.name: held.longest for stage, held in zip(_stages(model), cache.stages, strict=True)}
-                expected = model.model.cache_bytes(longest, 1, reserve_tokens=context)
-                held = cache.num_bytes()
-                if held != expected:
-                    raise ThoughtformerError(f"{name} holds {held} bytes, the formula says {expected}.")
-                yield Record(
-                    theme="memory",
-                    case="kv_bytes",
-                    peer=name,
-                    workload=workload,
-                    metrics={"bytes": Spread.of([float(held)]), "formula_bytes": Spread.of([float(expected)])},
-                )
+                # A plain GPT's cache, gigabytes of it, grows evenly: one length tells.
+                lengths = [context] if name == "gpt" else range(context, context - SENTENCE_TOKENS, -1)
+                held = [float(_checked_bytes(model, length)) for length in lengths]
+                metrics = {"bytes": Spread.of(held)}
+                yield Record(theme="memory", case="kv_bytes", peer=name, workload=workload, metrics=metrics)
+
+
+def _checked_bytes(model: GPTHFForCausalLM, context: int) -> int:
+    """Bytes that a row of so many tokens holds; raises `ThoughtformerError` if the formula says otherwise."""
+    cache = filled_cache(model, num_rows=1, context=context)
+    longest = {stage.name: held.longest for stage, held in zip(_stages(model), cache.stages, strict=True)}
+    expected, held = model.model.cache_bytes(longest, 1, reserve_tokens=context), cache.num_bytes()
+    if held != expected:
+        raise ThoughtformerError(f"a cache of {context} tokens holds {held} bytes, the formula says {expected}.")
+    return held
 
 
 def _stages(model: GPTHFForCausalLM) -> list[Any]:

@@ -158,8 +158,9 @@ class RowSlots:
         def resized(tensor: Tensor, dim: int) -> Tensor:
             shape = list(tensor.shape)
             shape[dim] = capacity
-            new = tensor.new_zeros(shape)
+            new = tensor.new_empty(shape)
             new.narrow(dim, 0, shared).copy_(tensor.narrow(dim, 0, shared))
+            new.narrow(dim, shared, capacity - shared).zero_()  # see __init__
             return new
 
         for layer in range(len(self.keys)):
