@@ -22,7 +22,7 @@ from thoughtformer.bench.synthetic import filled_cache
 from thoughtformer.errors import InputError, ThoughtformerError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.export import as_llama
-from thoughtformer.models.linear import pack_weights, unpack_weights
+from thoughtformer.models.linear import pack_weights
 
 __all__ = ["CASES"]
 
@@ -131,11 +131,10 @@ def _peak_of(size: Size, peer: str, context: int) -> int | None:
         for _ in range(8):
             model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
 
-    work(ids[:, :8])  # what libraries allocate once
-    unpack_weights(model)
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
         before = _status_bytes("VmRSS")
+        work(ids[:, :8])
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far, that of packing
         work(ids)
         return _status_bytes("VmHWM") - before
     except OSError:
