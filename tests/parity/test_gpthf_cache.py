@@ -8,7 +8,9 @@ from torch import Tensor
 
 from conftest import END, START, TEXTS, random_text, tiny_model
 from thoughtformer.attention import RowCounters, read_structure
+from thoughtformer.bench.synthetic import filled_cache
 from thoughtformer.cache import distinct_storage_bytes
+from thoughtformer.cache.slots import allotted
 from thoughtformer.errors import InputError, UnsupportedError
 
 ATOL = 1e-9
@@ -235,3 +237,27 @@ def test_long_caches_are_read_by_two_products(monkeypatch):
     close(products, fused)
     assert torch.equal(products[:, :6], fused[:, :6])
     assert not torch.equal(products[:, 6:], fused[:, 6:])
+
+
+@pytest.mark.parametrize(
+    ("entries", "slots"),
+    [(0, 16), (15, 16), (16, 32), (188, 192), (255, 256), (256, 288), (511, 512), (512, 576), (1334, 1344)],
+)
+def test_blocks_grow_with_the_cache_to_an_eighth_of_it(entries, slots):
+    assert allotted(entries, 16, 4) == slots
+    assert allotted(entries, 16) == -(-(entries + 1) // 16) * 16
+
+
+def test_a_long_folded_cache_is_seldom_copied():
+    """Three sentences on top of 610 entries: the open one comes and goes within the block."""
+    model = tiny_model("hybrid", max_position_embeddings=1 << 20)
+    cache = filled_cache(model, num_rows=1, context=25 * 610)
+    storages = set()
+    with torch.inference_mode():
+        for position in range(25 * 3):
+            model(torch.tensor([[END if position % 25 == 24 else 5]]), past_key_values=cache)
+            storages.add(cache.stages[1].capacity)
+            expected = {stage.rule.name: stage.longest for stage in cache.stages}
+            longest = {"encoder": expected["own_sentence"], "body": expected["hybrid"]}
+            assert cache.num_bytes() == model.model.cache_bytes(longest, num_rows=1)
+    assert storages == {640}

@@ -14,7 +14,14 @@ from thoughtformer.bench.claims import CLAIMS, judge, latest
 from thoughtformer.bench.flops import generation_flops, regular_ids
 from thoughtformer.bench.paper import exact_incremental_flops, recomputing_flops
 from thoughtformer.bench.peers.process import PeerError, PeerProcess
-from thoughtformer.bench.records import Record, Spread, append_records, environment, read_records
+from thoughtformer.bench.records import (
+    Record,
+    Spread,
+    append_records,
+    command_line,
+    environment,
+    read_records,
+)
 from thoughtformer.bench.report import write_report
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
 from thoughtformer.bench.tables import claims_table, renew, renewed
@@ -101,6 +108,13 @@ def test_lines_survive_the_file(tmp_path):
     assert read_records([tmp_path / "new"]) == lines
     assert lines[2].environment["versions"]["torch"] == torch.__version__
     assert lines[2].environment["threads"] == torch.get_num_threads()
+
+
+def test_the_command_leaves_out_where_lines_go(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/some/where/thoughtformer", "bench", "speed", "--out", "/a/b.jsonl", "--size", "toy"]
+    )
+    assert command_line() == "thoughtformer bench speed --size toy"
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"theme": "speed"}', record().to_json()[:-5]])

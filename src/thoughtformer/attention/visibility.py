@@ -43,6 +43,8 @@ class VisibilityRule(ABC):
     name: ClassVar[str]
     #: Cache entries are allotted in blocks of this many: small where few are held, large where all are.
     block_entries: ClassVar[int] = 16
+    #: By how much blocks may grow with the cache: of use where open sentences come and go on top of many entries.
+    block_growth: ClassVar[int] = 1
     #: Every token of a document stays readable to its end, so that a cache's size is known in advance.
     keeps_all: ClassVar[bool] = False
     #: A sentence end's output doesn't depend on this stage's states of other tokens in its sentence.
@@ -128,6 +130,7 @@ class Fast(VisibilityRule):
     """Sentence ends, and the query itself."""
 
     name = "fast"
+    block_growth = 4
     ends_suffice = True
 
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
@@ -150,6 +153,7 @@ class KeepLast(VisibilityRule):
     """Sentence ends, and earlier tokens of the query's own sentence."""
 
     name = "keep_last"
+    block_growth = 4
 
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
         return _earlier(query, key) & (key.is_end | (key.sentence == query.sentence))

@@ -127,8 +127,14 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that is running, without the path of the program."""
-    return " ".join(["thoughtformer", *sys.argv[1:]])
+    """The command that is running, without the path of the program, and without where its lines go."""
+    parts: list[str] = []
+    for part in sys.argv[1:]:
+        if parts and parts[-1] == "--out":
+            parts.pop()
+        elif not part.startswith("--out="):
+            parts.append(part)
+    return " ".join(["thoughtformer", *parts])
 
 
 def _processor() -> str:

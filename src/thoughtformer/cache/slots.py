@@ -9,9 +9,16 @@ from torch import Tensor
 __all__ = ["RowSlots", "slots_bytes"]
 
 
-def allotted(entries: int, block_entries: int) -> int:
-    """Slots allotted for `entries` held: whole blocks, with one slot to spare for the token under way."""
-    return -(-(entries + 1) // block_entries) * block_entries
+def allotted(entries: int, block_entries: int, block_growth: int = 1) -> int:
+    """Slots allotted for `entries` held: whole blocks, with one slot to spare for the token under way.
+
+    Blocks double with the cache, up to `block_growth` times and an eighth of it: the larger it is, the more it costs to
+    copy when an open sentence crosses a block.
+    """
+    block = block_entries
+    while block < block_entries * block_growth and entries >= 16 * block:
+        block *= 2
+    return -(-(entries + 1) // block) * block
 
 
 def slots_bytes(
@@ -24,9 +31,10 @@ def slots_bytes(
     head_dim: int,
     dtype: torch.dtype,
     block_entries: int,
+    block_growth: int = 1,
 ) -> int:
     """Bytes of slots between forward passes, block rounding included; what the tensors of `RowSlots` must measure."""
-    slots = num_rows * allotted(longest_row_entries, block_entries)
+    slots = num_rows * allotted(longest_row_entries, block_entries, block_growth)
     kv_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
     return slots * (kv_bytes + num_fields * 4) + num_rows * 8
 
@@ -48,9 +56,11 @@ class RowSlots:
         dtype: torch.dtype,
         device: torch.device,
         block_entries: int,
+        block_growth: int = 1,
     ) -> None:
         self.fields = fields
         self.block_entries = block_entries
+        self.block_growth = block_growth
         self.reserve_entries = 0
         shape = (num_rows, num_kv_heads, allotted(0, block_entries), head_dim)
         # Zeroed, not empty: slots past a row's length are masked, but 0 times not-a-number is not 0.
@@ -91,7 +101,7 @@ class RowSlots:
             self.lengths = slot + 1
         else:
             slot = self._slots_behind(row)
-        capacity = allotted(max(self.longest - 1, 0), self.block_entries)
+        capacity = allotted(max(self.longest - 1, 0), self.block_entries, self.block_growth)
         if capacity > self.capacity:
             self._resize(capacity)
         self.entries[:, row, slot] = torch.stack([values[name] for name in self.fields]).to(torch.int32)
@@ -148,7 +158,7 @@ class RowSlots:
 
     def fit(self) -> None:
         """Allots exactly the blocks that the entries, or the reserve, need."""
-        capacity = allotted(max(self.longest, self.reserve_entries), self.block_entries)
+        capacity = allotted(max(self.longest, self.reserve_entries), self.block_entries, self.block_growth)
         if capacity != self.capacity:
             self._resize(capacity)
 

@@ -35,6 +35,7 @@ def stage_bytes(
         head_dim=head_dim,
         dtype=dtype,
         block_entries=rule.block_entries,
+        block_growth=rule.block_growth,
     )
 
 
@@ -65,6 +66,7 @@ class StageCache(RowSlots):
             dtype=dtype,
             device=device,
             block_entries=rule.block_entries,
+            block_growth=rule.block_growth,
         )
         self.rule = rule
         self._committed = self.lengths
