@@ -107,26 +107,31 @@ def _flops(records: Sequence[Record], path: Path) -> Path | None:
 
 
 def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
-    """Bits per byte against bytes held, and the methods that no other beats in both."""
+    """What compression costs against bytes held, and the methods that no other beats in both."""
     last = {(record.peer, record.workload["removed"]): record for record in records if record.metrics}
     if not last:
         return None
-    figure, axes = _axes(f"quality against bytes held, {text}", "mean bytes of keys and values", "bits per byte")
+    figure, axes = _axes(
+        f"quality against bytes held, {text}", "mean bytes of keys and values", "bits per byte above full attention"
+    )
     places = {
-        key: (record.metrics["kv_bytes"].median, record.metrics["bits_per_byte"].median) for key, record in last.items()
+        key: (record.metrics["kv_bytes"].median, record.metrics["above_full_bits_per_byte"].median)
+        for key, record in last.items()
     }
     peers = list(dict.fromkeys(peer for peer, _ in last))
     for marker, peer in zip(MARKERS, peers, strict=False):
         points = sorted(place for (name, _), place in places.items() if name == peer)
         style = {"linestyle": "--" if peer.startswith("kvpress") else "-", "linewidth": 1}
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=5, label=peer, **style)
+    # Methods hold equal bytes to within a per cent or two: what differs by less counts as the same.
     front, best = [], float("inf")
-    for x, y in sorted(places.values()):
+    for x, y in sorted(places.values(), key=lambda place: (float(f"{place[0]:.1e}"), place[1])):
         if y < best:
             front.append((x, y))
             best = y
     axes.plot([x for x, _ in front], [y for _, y in front], color="black", alpha=0.25, linewidth=6, label="front")
     axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.001)
     axes.legend(fontsize=7, ncols=2)
     return _save(figure, path)
 
