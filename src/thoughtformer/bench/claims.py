@@ -64,26 +64,20 @@ class Claim:
     at_most: bool = False
 
 
-def _fastest(peers: tuple[str, ...]) -> Callable[[dict[str, Record]], Spread | None]:
-    """The highest tokens a second among some peers."""
-
-    def measure(records: dict[str, Record]) -> Spread | None:
-        speeds = [records[peer].metrics["tokens_per_second"] for peer in peers if peer in records]
-        return max(speeds, key=lambda speed: speed.median, default=None)
-
-    return measure
+def _divided(top: Spread | None, bottom: Spread | None) -> Spread | None:
+    """The ratio of two figures, with the worst range that both allow."""
+    if top is None or bottom is None:
+        return None
+    return Spread(
+        median=top.median / bottom.median, low=top.low / bottom.high, high=top.high / bottom.low, runs=top.runs
+    )
 
 
 def _ratio(over: tuple[str, str], under: tuple[str, str]) -> Callable[[dict[str, Record]], Spread | None]:
     """One peer's figure by another's."""
 
     def measure(records: dict[str, Record]) -> Spread | None:
-        top, bottom = (records[peer].metrics.get(metric) if peer in records else None for peer, metric in (over, under))
-        if top is None or bottom is None:
-            return None
-        return Spread(
-            median=top.median / bottom.median, low=top.low / bottom.high, high=top.high / bottom.low, runs=top.runs
-        )
+        return _divided(*(records[peer].metrics.get(name) if peer in records else None for peer, name in (over, under)))
 
     return measure
 
@@ -163,13 +157,10 @@ def _limit(peer: str, text: str, target: float) -> Claim:
 
 
 def _against_generate(records: dict[str, Record]) -> Spread | None:
-    ours = _fastest(("gpt",))(records)
-    theirs = _fastest(("transformers Llama, dynamic cache", "transformers Llama, static cache"))(records)
-    if ours is None or theirs is None:
-        return None
-    return Spread(
-        median=ours.median / theirs.median, low=ours.low / theirs.high, high=ours.high / theirs.low, runs=ours.runs
-    )
+    """The engine's tokens a second by those of `generate` with whichever cache is faster."""
+    speeds = {peer: record.metrics.get("tokens_per_second") for peer, record in records.items()}
+    theirs = [speed for peer, speed in speeds.items() if peer.startswith("transformers") and speed is not None]
+    return _divided(speeds.get("gpt"), max(theirs, key=lambda speed: speed.median, default=None))
 
 
 def _packed(peer: str, text: str, target: float) -> Claim:
