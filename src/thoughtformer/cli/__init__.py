@@ -15,6 +15,7 @@ from thoughtformer.cli.demo import demo
 from thoughtformer.cli.evaluate import evaluate
 from thoughtformer.cli.generate import generate
 from thoughtformer.cli.info import info
+from thoughtformer.cli.study import study_app
 from thoughtformer.cli.tokenizer import tokenizer_app
 from thoughtformer.cli.train import train
 from thoughtformer.errors import ThoughtformerError
@@ -41,6 +42,7 @@ app.command("info")(info)
 app.add_typer(compress_app, name="compress")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")
 
 
 def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from thoughtformer.evaluate.bits import BitsReport, DocumentScore, score_documents, window_sizes
+from thoughtformer.evaluate.bits import (
+    BitsReport,
+    DocumentBits,
+    DocumentScore,
+    document_bits,
+    score_documents,
+    window_sizes,
+)
 
-__all__ = ["BitsReport", "DocumentScore", "score_documents", "window_sizes"]
+__all__ = ["BitsReport", "DocumentBits", "DocumentScore", "document_bits", "score_documents", "window_sizes"]

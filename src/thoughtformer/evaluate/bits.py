@@ -19,7 +19,7 @@ from thoughtformer.errors import ConfigError, CorpusError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["BitsReport", "DocumentScore", "score_documents", "windows"]
+__all__ = ["BitsReport", "DocumentBits", "DocumentScore", "document_bits", "score_documents", "windows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,33 @@ class DocumentScore:
     def bits_per_byte(self) -> float:
         """All bits, those of sentence ends among them, by the text's bytes."""
         return (self.token_bits + self.sentence_end_bits) / self.num_bytes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DocumentBits:
+    """Every token's bits.
+
+    Attributes:
+        num_bytes: of the text.
+        bits: of each id, shape (ids,); 0 for the first, which nothing predicts.
+        is_end: whether it is a sentence end.
+        window_start: index of the first id in the window that scored it.
+    """
+
+    num_bytes: int
+    bits: np.ndarray
+    is_end: np.ndarray
+    window_start: np.ndarray
+
+    def score(self) -> DocumentScore:
+        """The document's sums."""
+        return DocumentScore(
+            num_bytes=self.num_bytes,
+            num_tokens=int((~self.is_end).sum()) - 1,
+            num_sentence_ends=int(self.is_end.sum()),
+            token_bits=float(self.bits[~self.is_end].sum()),
+            sentence_end_bits=float(self.bits[self.is_end].sum()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,32 +157,51 @@ def score_documents(
     Raises:
         ConfigError: a window longer than the model was trained for, or a stride that exceeds it.
     """
-    context_tokens, stride_tokens = window_sizes(model, context_tokens, stride_tokens)
     for document in documents:
-        ids = tokenizer.encode_document(document, complete=True)
-        losses = torch.zeros(len(ids), dtype=torch.float64)
-        pending: list[tuple[int, int, int]] = []
-        for window in windows(
-            ids,
+        yield document_bits(
+            model,
+            tokenizer,
+            document,
             context_tokens=context_tokens,
             stride_tokens=stride_tokens,
-            sentence_end_token_id=model.config.sentence_end_token_id,
-        ):
-            pending.append(window)
-            if len(pending) == batch_size:
-                _score(model, ids, pending, losses)
-                pending = []
-        if pending:
+            batch_size=batch_size,
+        ).score()
+
+
+def document_bits(
+    model: GPTHFForCausalLM,
+    tokenizer: SentenceTokenizer,
+    document: str,
+    *,
+    context_tokens: int | None = None,
+    stride_tokens: int | None = None,
+    batch_size: int = 8,
+) -> DocumentBits:
+    """One document's bits, token by token; arguments and errors as in `score_documents`."""
+    context_tokens, stride_tokens = window_sizes(model, context_tokens, stride_tokens)
+    ids = tokenizer.encode_document(document, complete=True)
+    losses = torch.zeros(len(ids), dtype=torch.float64)
+    window_start = np.zeros(len(ids), dtype=np.int64)
+    pending: list[tuple[int, int, int]] = []
+    for start, scored, end in windows(
+        ids,
+        context_tokens=context_tokens,
+        stride_tokens=stride_tokens,
+        sentence_end_token_id=model.config.sentence_end_token_id,
+    ):
+        window_start[scored:end] = start
+        pending.append((start, scored, end))
+        if len(pending) == batch_size:
             _score(model, ids, pending, losses)
-        is_end = torch.from_numpy(ids == model.config.sentence_end_token_id)
-        bits = losses / math.log(2)
-        yield DocumentScore(
-            num_bytes=len(document.encode()),
-            num_tokens=int((~is_end).sum()) - 1,
-            num_sentence_ends=int(is_end.sum()),
-            token_bits=float(bits[~is_end].sum()),
-            sentence_end_bits=float(bits[is_end].sum()),
-        )
+            pending = []
+    if pending:
+        _score(model, ids, pending, losses)
+    return DocumentBits(
+        num_bytes=len(document.encode()),
+        bits=(losses / math.log(2)).numpy(),
+        is_end=ids == model.config.sentence_end_token_id,
+        window_start=window_start,
+    )
 
 
 def window_sizes(model: GPTHFForCausalLM, context_tokens: int | None, stride_tokens: int | None) -> tuple[int, int]:

@@ -1,0 +1,51 @@
+"""`thoughtformer study`: compare architectures at equal text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thoughtformer.cli.options import Data, Threads, set_threads
+from thoughtformer.errors import InputError
+
+__all__ = ["study_app"]
+
+study_app = typer.Typer(help="Train architectures on the same text, and compare them.")
+
+
+@study_app.command("run")
+def run(
+    group: Annotated[str, typer.Argument(help="Which rows: learning-rates, screen.")],
+    data: Data,
+    valid: Annotated[list[str], typer.Option(help="Held-out text as NAME=FILE; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Finished rows, as JSON lines; those in it are skipped.")],
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and models.")],
+    only: Annotated[list[str] | None, typer.Option(help="Only this variant; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many rows.", min=1)] = None,
+    threads: Threads = None,
+) -> None:
+    """Train and score rows; run it again, or several at once with --threads 1, to go on.
+
+    Example: thoughtformer study run screen --data books/ --valid books=valid.txt --out study.jsonl --work runs/
+    """
+    from rich.console import Console
+
+    from thoughtformer.study.rows import rows_of
+    from thoughtformer.study.run import StudySettings, run_rows
+
+    named = dict(_named(text) for text in valid)
+    rows = [row for row in rows_of(group) if not only or row.variant in only]
+    set_threads(threads)
+    console = Console(stderr=True, highlight=False)
+    settings = StudySettings(data=data, valid=named, out=out, work=work, on_progress=console.print)
+    count = run_rows(rows, settings, limit=limit)
+    console.print(f"{out}: {count} rows added, {len(rows)} in {group}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise InputError(f"--valid {text!r}: write NAME=FILE, e.g. books=valid.txt.")
+    return name, path

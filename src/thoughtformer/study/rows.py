@@ -1,0 +1,124 @@
+"""The rows: which architectures are compared, at which sizes, on how much text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from thoughtformer.errors import ConfigError, nearest
+from thoughtformer.train.recipe import Recipe
+
+__all__ = ["GROUPS", "SIZES", "VARIANTS", "Row", "rows_of"]
+
+#: Widths, named by the parameters of six layers; embeddings of 8,192 ids come on top.
+SIZES: dict[str, dict[str, int]] = {
+    "1m": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2},
+    "3m": {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3},
+    "8m": {"hidden_size": 320, "intermediate_size": 896, "num_attention_heads": 5},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """An architecture: what it changes in a recipe, at any size.
+
+    Attributes:
+        family: what it is a variant of, for tables.
+        model: keys of the model's shape.
+        run: keys of the recipe.
+    """
+
+    family: str
+    model: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _gpt(**run: Any) -> Variant:
+    model = {"num_encoder_layers": 0, "num_body_layers": 6, "body_visibility": "causal"}
+    return Variant(family="gpt", model=model, run=run)
+
+
+def _gpthf(encoder: int, body: int, visibility: str, **model: Any) -> Variant:
+    shape = {"num_encoder_layers": encoder, "num_body_layers": body, "body_visibility": visibility}
+    return Variant(family=visibility, model=shape | model)
+
+
+VARIANTS: dict[str, Variant] = {
+    "gpt": _gpt(sentence_ends=False),
+    "gpt-ends": _gpt(),
+    "fast-2-4": _gpthf(2, 4, "fast"),
+    "keep_last-2-4": _gpthf(2, 4, "keep_last"),
+    "hybrid-2-4": _gpthf(2, 4, "hybrid"),
+    "hybrid-1-5": _gpthf(1, 5, "hybrid"),
+    "hybrid-4-2": _gpthf(4, 2, "hybrid"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training: an architecture at a size, a learning rate, a seed, and an amount of text."""
+
+    variant: str
+    size: str = "1m"
+    megabytes: int = 10
+    learning_rate: float = 4e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("variant", self.variant, VARIANTS), ("size", self.size, SIZES)):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is unknown.{nearest(value, known)}")
+
+    @property
+    def name(self) -> str:
+        """For folders and logs."""
+        return f"{self.variant}_{self.size}_{self.megabytes}mb_lr{self.learning_rate:g}_seed{self.seed}"
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        """What identifies the row, beside its variant."""
+        return {
+            "size": self.size,
+            "megabytes": self.megabytes,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
+    def recipe(self) -> Recipe:
+        """The training."""
+        variant = VARIANTS[self.variant]
+        return Recipe.from_dict(
+            {
+                "name": self.name,
+                "model": {**SIZES[self.size], **variant.model},
+                "max_bytes": self.megabytes * 1_000_000,
+                "learning_rate": self.learning_rate,
+                "matrix_learning_rate": self.learning_rate,
+                "seed": self.seed,
+                "save_every_steps": 100,
+                "log_every_steps": 50,
+                **variant.run,
+            }
+        )
+
+
+def _learning_rates() -> list[Row]:
+    return [
+        Row(variant=variant, learning_rate=rate) for rate in (4e-3, 8e-3, 2e-3) for variant in ("gpt", "hybrid-2-4")
+    ]
+
+
+def _screen() -> list[Row]:
+    return [Row(variant=variant) for variant in VARIANTS]
+
+
+#: Rows by what they are for; a row may be in several.
+GROUPS = {"learning-rates": _learning_rates, "screen": _screen}
+
+
+def rows_of(group: str) -> list[Row]:
+    """A group's rows; raises `ConfigError`."""
+    if group not in GROUPS:
+        raise ConfigError(f"no group of rows {group!r}.{nearest(group, GROUPS)}")
+    return GROUPS[group]()

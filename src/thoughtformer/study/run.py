@@ -1,0 +1,171 @@
+"""The runner: trains and scores rows, one at a time, and skips those that a results file has.
+
+Several runners may work on one list, each with its own threads: a row in work is locked, an interrupted one goes on
+from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from thoughtformer.bench.flops import count_flops
+from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
+from thoughtformer.errors import OutputError
+from thoughtformer.evaluate import BitsReport, document_bits
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.loading import load, load_tokenizer
+from thoughtformer.study.profile import LossProfile, sentence_places
+from thoughtformer.study.rows import Row
+from thoughtformer.text import SentenceTokenizer
+from thoughtformer.text.corpus import Corpus
+from thoughtformer.train.recipe import Recipe
+from thoughtformer.train.run import TrainingResult, train
+
+__all__ = ["StudySettings", "finished", "run_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What all rows share.
+
+    Attributes:
+        data: training text, as `Corpus` takes it.
+        valid: held-out text by name.
+        out: the file of finished rows.
+        work: a folder for checkpoints and models.
+        valid_bytes: of each held-out text.
+        document_bytes: of each of its documents, from the start, so that many are seen.
+        on_progress: told what happens.
+    """
+
+    data: Sequence[str]
+    valid: Mapping[str, str]
+    out: Path
+    work: Path
+    valid_bytes: int = 500_000
+    document_bytes: int = 24_000
+    on_progress: Callable[[str], None] = field(default=lambda text: None)
+
+    def documents(self, name: str) -> list[str]:
+        """The held-out documents of that name."""
+        documents, num_bytes = [], 0
+        for document in Corpus(sources=[self.valid[name]]):
+            part = document.encode()[: self.document_bytes].decode(errors="ignore")
+            documents.append(part)
+            num_bytes += len(part.encode())
+            if num_bytes >= self.valid_bytes:
+                break
+        return documents
+
+
+def finished(path: Path) -> set[tuple[str, tuple[Any, ...]]]:
+    """Variant and workload of each row in a results file."""
+    records = read_records([path]) if path.exists() else []
+    return {_identity(record.peer, record.workload) for record in records if record.case == "train"}
+
+
+def _identity(variant: str, workload: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    return variant, tuple(sorted(workload.items()))
+
+
+def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None = None) -> int:
+    """Trains and scores those of `rows` that neither are finished nor in work elsewhere; returns how many.
+
+    Stops after `limit` rows.
+
+    Raises:
+        CorpusError, ConfigError, OutputError: as training and scoring do; finished rows are kept.
+    """
+    count = 0
+    for row in rows:
+        if limit is not None and count >= limit:
+            break
+        folder = settings.work / row.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
+        try:
+            with FileLock(settings.work / f"{row.name}.lock", timeout=0):
+                # Looked up under the lock: another runner may just have finished it.
+                if _identity(row.variant, row.workload) in finished(settings.out):
+                    continue
+                settings.on_progress(f"{row.name}: training")
+                record = _run(row, settings, folder)
+                append_records(settings.out, [record])
+                count += 1
+        except Timeout:
+            settings.on_progress(f"{row.name}: in work elsewhere")
+    return count
+
+
+def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
+    recipe = row.recipe()
+    where = environment()  # now: the checkout may move on while the row trains
+    result = _train(recipe, settings, folder)
+    model, tokenizer = load(folder)
+    metrics = {
+        "seconds": result.seconds,
+        "parameters": float(result.parameters),
+        "layer_parameters": float(sum(p.numel() for p in model.model.stages.parameters())),
+        "tokens": float(result.tokens),
+        "bytes": float(result.corpus_bytes),
+        "training_flops": _training_flops(model, recipe) * result.tokens,
+    }
+    details: dict[str, Any] = {"recipe": recipe.to_dict(), "data": [Path(source).name for source in settings.data]}
+    reference = load_tokenizer("tiny-gpthf")
+    for name in settings.valid:
+        settings.on_progress(f"{row.name}: scoring {name}")
+        started = time.monotonic()
+        report, profile = _score(model, tokenizer, reference, settings.documents(name))
+        metrics[f"{name}_bits_per_byte"] = report.bits_per_byte
+        metrics[f"{name}_bits_of_sentence_ends_fraction"] = report.bits_of_sentence_ends_fraction
+        details[name] = profile.bits_per_token() | {"bytes": report.num_bytes, "documents": report.num_documents}
+        settings.on_progress(f"{row.name}: {name} {report.bits_per_byte:.4f} ({time.monotonic() - started:.0f} s)")
+    return Record(
+        theme="study",
+        case="train",
+        peer=row.variant,
+        workload=row.workload,
+        metrics={name: Spread.of([value]) for name, value in metrics.items()},
+        settings=details,
+        environment=where,
+        command=command_line(),
+    )
+
+
+def _train(recipe: Recipe, settings: StudySettings, folder: Path) -> TrainingResult:
+    try:
+        return train(recipe, settings.data, folder, resume=True)
+    except OutputError:  # no checkpoint yet, or one of other data or of another recipe
+        return train(recipe, settings.data, folder, overwrite=(folder / "recipe.json").exists())
+
+
+def _score(
+    model: GPTHFForCausalLM, tokenizer: SentenceTokenizer, reference: SentenceTokenizer, documents: list[str]
+) -> tuple[BitsReport, LossProfile]:
+    profile, scores = LossProfile(), []
+    for document, places in zip(documents, sentence_places(reference, documents), strict=True):
+        bits = document_bits(model, tokenizer, document)
+        profile.add(bits, *places)
+        scores.append(bits.score())
+    context = model.config.max_position_embeddings
+    return BitsReport.from_scores(scores, context_tokens=context, stride_tokens=context // 2), profile
+
+
+def _training_flops(model: GPTHFForCausalLM, recipe: Recipe, sentence_tokens: int = 25) -> float:
+    """FLOPs a token of a step: three times those of a row's forward pass (arXiv 2001.08361), head included."""
+    ids = torch.full((1, recipe.row_tokens), 5)
+    if recipe.sentence_ends:
+        ids[:, sentence_tokens - 1 :: sentence_tokens] = model.config.sentence_end_token_id or 0
+    ids[:, 0] = model.config.bos_token_id or 0
+    with torch.inference_mode(), count_flops() as counted:
+        model(ids, use_cache=False)
+    return 3.0 * counted.total / recipe.row_tokens
