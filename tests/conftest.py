@@ -7,7 +7,7 @@ from jaxtyping import install_import_hook
 # Before the first import of the package: shapes are checked in the tests, and cost users nothing. Configurations are
 # left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
 CHECKED = ["attention", "cache", "decode", "engine", "models.causal_lm", "models.layers", "models.modeling_gpthf"]
-CHECKED += ["models.loss", "models.padding", "models.penalty", "text.packing"]
+CHECKED += ["models.stages", "models.loss", "models.padding", "models.penalty", "text.packing"]
 CHECKED += ["compression.attending", "compression.compressed", "compression.heavy_hitters"]
 with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
     import thoughtformer.models
@@ -19,7 +19,8 @@ from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 
 torch.set_num_threads(1)
 
-VISIBILITIES = ("fast", "keep_last", "hybrid", "causal")
+#: Body rules, and the hourglass, whose body is fast.
+VISIBILITIES = ("fast", "keep_last", "hybrid", "causal", "hourglass")
 END, START, PAD = 1, 0, 2
 VOCAB = 40
 
@@ -37,6 +38,8 @@ def tiny_config(visibility: str = "hybrid", **changes: object) -> GPTHFConfig:
         "max_position_embeddings": 256,
         "max_sentence_tokens": None,
     }
+    if visibility == "hourglass":
+        settings |= {"body_visibility": "fast", "num_encoder_layers": 1, "num_decoder_layers": 2}
     return GPTHFConfig(**(settings | changes))
 
 
@@ -48,7 +51,48 @@ def tiny_model(visibility: str = "hybrid", *, seed: int = 0, **changes: object) 
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.4, generator=generator)
+        for name, parameter in model.named_parameters():
+            if "depths" in name:
+                parameter.normal_(generator=generator)
     return model
+
+
+#: Every switch of the architecture alone, and all that go together.
+SWITCHES: dict[str, dict[str, object]] = {
+    "hourglass_recent": {"visibility": "hourglass", "recent_sentences": 1},
+    "hourglass_recent_2": {"visibility": "hourglass", "recent_sentences": 2, "num_decoder_layers": 1},
+    "summaries_2": {"visibility": "hourglass", "summaries_per_sentence": 2},
+    "summaries_4": {"visibility": "hourglass", "summaries_per_sentence": 4, "body_positions": "sentence"},
+    "no_memory_positions": {"visibility": "hourglass", "memory_positions": "none"},
+    "own_summary": {"visibility": "hourglass", "ends_read_own_summary": True},
+    "wide_body": {"visibility": "hourglass", "body_hidden_size": 32},
+    "narrow_body": {"visibility": "hourglass", "body_hidden_size": 8, "body_intermediate_size": 20},
+    "body_depths": {"visibility": "hourglass", "num_encoder_layers": 2, "body_reads_depths": True},
+    "decoder_depths": {"visibility": "hourglass", "num_encoder_layers": 2, "decoder_reads_depths": True},
+    "hybrid_recent": {"visibility": "hybrid", "recent_sentences": 1},
+    "hybrid_recent_2": {"visibility": "hybrid", "recent_sentences": 2},
+    "keep_last_recent": {"visibility": "keep_last", "recent_sentences": 1},
+    "hybrid_wide_body": {"visibility": "hybrid", "body_hidden_size": 32},
+    "hybrid_depths": {"visibility": "hybrid", "body_reads_depths": True},
+    "everything": {
+        "visibility": "hourglass",
+        "num_key_value_heads": 2,
+        "recent_sentences": 2,
+        "summaries_per_sentence": 2,
+        "ends_read_own_summary": True,
+        "body_hidden_size": 24,
+        "body_reads_depths": True,
+        "decoder_reads_depths": True,
+        "body_positions": "sentence",
+        "num_decoder_layers": 2,
+    },
+}
+
+
+@pytest.fixture(params=list(SWITCHES))
+def switched_model(request: pytest.FixtureRequest) -> GPTHFForCausalLM:
+    """A tiny model for each switch, and for their combination."""
+    return tiny_model(**SWITCHES[request.param])  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=VISIBILITIES)

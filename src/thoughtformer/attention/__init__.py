@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from thoughtformer.attention.gathered import AttentionPlan
 from thoughtformer.attention.held import HeldAttention
+from thoughtformer.attention.memory import (
+    DenseMemoryAttention,
+    HeldMemoryAttention,
+    MemoryPlan,
+    attend_jointly,
+    dense_memory_attention,
+    memory_plan,
+)
 from thoughtformer.attention.reference import DenseAttention, dense_mask
 from thoughtformer.attention.rotary import rotary_angles, rotate
-from thoughtformer.attention.structure import RowCounters, TokenStructure, read_structure
-from thoughtformer.attention.visibility import BODY_RULES, Causal, OwnSentence, VisibilityRule, body_rule
+from thoughtformer.attention.structure import RowCounters, TokenStructure, read_structure, summaries_of, with_summaries
+from thoughtformer.attention.visibility import (
+    BODY_RULES,
+    Causal,
+    EarlierSentences,
+    OwnSentence,
+    VisibilityRule,
+    body_rule,
+)
 
 __all__ = [
     "BODY_RULES",
     "AttentionPlan",
     "Causal",
     "DenseAttention",
+    "DenseMemoryAttention",
+    "EarlierSentences",
     "HeldAttention",
+    "HeldMemoryAttention",
+    "MemoryPlan",
     "OwnSentence",
     "RowCounters",
     "TokenStructure",
     "VisibilityRule",
+    "attend_jointly",
     "body_rule",
     "dense_mask",
+    "dense_memory_attention",
+    "memory_plan",
     "read_structure",
     "rotary_angles",
     "rotate",
+    "summaries_of",
+    "with_summaries",
 ]

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from thoughtformer.attention.structure import TokenStructure
     from thoughtformer.attention.visibility import VisibilityRule
 
-__all__ = ["AttentionPlan", "Blocks", "PlanBuilder", "causal_plan", "grouped", "sentence_plan"]
+__all__ = [
+    "MAX_GATHERED_KEYS",
+    "AttentionPlan",
+    "Blocks",
+    "PlanBuilder",
+    "causal_plan",
+    "grouped",
+    "padded",
+    "recent_start",
+    "runs",
+    "sentence_plan",
+]
 
 #: Blocks are split so that one call gathers at most this many keys: 2**20 keys of 64 floats are 256 MiB.
 MAX_GATHERED_KEYS = 1 << 20
@@ -113,7 +124,7 @@ def _round_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def _runs(ordinal: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], Int[Tensor, " runs"]]:
+def runs(ordinal: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " runs"], Int[Tensor, " runs"]]:
     """Start and length of each run of equal ordinals."""
     if len(ordinal) == 0:
         return ordinal, ordinal
@@ -132,13 +143,24 @@ def grouped(length: Int[Tensor, " runs"]) -> list[tuple[int, Int[Tensor, " membe
     return [(max(lengths[run] for run in runs), torch.tensor(runs)) for _, runs in sorted(members.items())]
 
 
-def _padded(
+def padded(
     start: Int[Tensor, " runs"], length: Int[Tensor, " runs"], width: int
 ) -> tuple[Int[Tensor, "runs width"], Bool[Tensor, "runs width"]]:
     """Indices start, start+1, ... of each run, 0 past its length, and where they are real."""
     column = torch.arange(width)
     valid = column < length[:, None]
     return torch.where(valid, start[:, None] + column, 0), valid
+
+
+def recent_start(
+    document: Int[Tensor, " runs"], sentence: Int[Tensor, " runs"], start: Int[Tensor, " runs"], recent: int
+) -> Int[Tensor, " runs"]:
+    """Where the earliest of each run's own and `recent` earlier sentences starts; runs are sentences, in order."""
+    if recent == 0:
+        return start
+    stride = int(sentence.max()) + 1
+    place = document * stride + sentence
+    return start[torch.searchsorted(place, document * stride + (sentence - recent).clamp(min=0))]
 
 
 class PlanBuilder:
@@ -165,10 +187,10 @@ class PlanBuilder:
 
     def add_causal(self, index: Int[Tensor, " members"] | None, ordinal: Int[Tensor, " members"]) -> None:
         """Causal attention inside each run of `ordinal`, over the tokens at `index` (all of them if None)."""
-        start, length = _runs(ordinal)
+        start, length = runs(ordinal)
         for width, members in grouped(length):
-            padded, valid = _padded(start[members], length[members], width)
-            self.add(padded if index is None else index[padded], valid)
+            inside, valid = padded(start[members], length[members], width)
+            self.add(inside if index is None else index[inside], valid)
 
     def build(self) -> AttentionPlan:
         """The plan of all blocks added."""
@@ -192,11 +214,13 @@ def sentence_plan(
     rule: VisibilityRule,
     document: Int[Tensor, " tokens"],
     sentence: Int[Tensor, " tokens"],
+    *,
+    recent: int = 0,
 ) -> AttentionPlan:
     """Each sentence's tokens read the ends of earlier sentences of its document, and their own as `rule` says.
 
-    `document` and `sentence` number the runs of the flat list. Where the rule's ends read ends alone, they attend
-    causally among themselves, apart from the blocks.
+    `document` and `sentence` number the runs of the flat list; `recent` sentences before are gathered too.
+    Where the rule's ends read ends alone, they attend causally among themselves, apart from the blocks.
     """
     builder = PlanBuilder(len(tokens))
     end_index = tokens.is_end.nonzero().squeeze(1)
@@ -207,22 +231,26 @@ def sentence_plan(
     if len(in_blocks) == 0:
         return builder.build()
 
-    start, length = _runs(sentence[in_blocks])
+    start, length = runs(sentence[in_blocks])
     first = in_blocks[start]
     # The ends that a sentence may read lie side by side in `end_index`: those of its document, before its first token.
     ends_before = tokens.is_end.long().cumsum(0) - tokens.is_end.long()
-    document_start, document_length = _runs(document)
-    ends_end = ends_before[first]
+    document_start, document_length = runs(document)
     ends_start = ends_before[torch.repeat_interleave(document_start, document_length)][first]
+    key_start = recent_start(document[first], tokens.sentence[first], start, recent)
+    key_length = start + length - key_start
+    # Ends of recent sentences are among the near tokens, unless these leave ends out.
+    ends_end = ends_before[first if rule.ends_suffice else in_blocks[key_start]]
     for width, members in grouped(length):
-        budget = max(1, MAX_GATHERED_KEYS // (width + int((ends_end - ends_start)[members].max())))
-        for part in members.split(budget):
+        most = int((ends_end - ends_start + key_length)[members].max())
+        for part in members.split(max(1, MAX_GATHERED_KEYS // most)):
             num_ends = (ends_end - ends_start)[part]
-            ends, ends_valid = _padded(ends_start[part], num_ends, int(num_ends.max()))
-            own, own_valid = _padded(start[part], length[part], width)
+            ends, ends_valid = padded(ends_start[part], num_ends, int(num_ends.max()))
+            own, own_valid = padded(start[part], length[part], width)
+            near, near_valid = padded(key_start[part], key_length[part], int(key_length[part].max()))
             query_index = in_blocks[own]
-            key_index = torch.cat([end_index[ends] if len(end_index) else ends, query_index], dim=1)
-            key_valid = torch.cat([ends_valid, own_valid], dim=1)
+            key_index = torch.cat([end_index[ends] if len(end_index) else ends, in_blocks[near]], dim=1)
+            key_valid = torch.cat([ends_valid, near_valid], dim=1)
             query, key = tokens[query_index], tokens[key_index]
             mask = rule.visible(query.map(lambda f: f.unsqueeze(2)), key.map(lambda f: f.unsqueeze(1)))
             # A padded query reads everything: its output is dropped, but a row without keys would be not-a-number.

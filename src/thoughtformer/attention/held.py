@@ -45,22 +45,43 @@ class HeldAttention:
         value: Float[Tensor, "rows kv_heads slots head_dim"],
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """The attention output of every new token; `key` and `value` are a cache's, the new entries among them."""
-        rows, num_queries = self.query_index.shape
         heads, head_dim = query.shape[1:]
-        kv_heads = key.shape[1]
-        groups = heads // kv_heads
-        padded = query if self.output_index is None else query.index_select(0, self.query_index.reshape(-1))
-        # Heads that share keys become further queries of one head, so that no key is copied.
-        padded = padded.view(rows, num_queries, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
-        padded = padded.reshape(rows, kv_heads, groups * num_queries, head_dim)
-        mask = None if self.mask is None else self.mask.repeat(1, groups, 1).unsqueeze(1)
+        folded = self.folded(query, key.shape[1])
         key, value = key[:, :, : self.num_keys], value[:, :, : self.num_keys]
-        if mask is None and num_queries == 1 and self.num_keys >= LONG_KEYS and _is_plain_cpu(padded):
-            scores = padded @ key.transpose(2, 3) * head_dim**-0.5
+        if (
+            self.mask is None
+            and self.query_index.shape[1] == 1
+            and self.num_keys >= LONG_KEYS
+            and _is_plain_cpu(folded)
+        ):
+            scores = folded @ key.transpose(2, 3) * head_dim**-0.5
             output = scores.softmax(dim=-1) @ value
         else:
-            output = F.scaled_dot_product_attention(padded, key, value, attn_mask=mask)
-        output = output.view(rows, kv_heads, groups, num_queries, head_dim).permute(0, 3, 1, 2, 4)
+            mask = self.folded_mask(heads // key.shape[1])
+            output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+        return self.unfolded(output, heads)
+
+    def folded(
+        self, query: Float[Tensor, "tokens heads head_dim"], kv_heads: int
+    ) -> Float[Tensor, "rows kv_heads folded head_dim"]:
+        """Padded by row; heads that share keys become further queries of one head, so that no key is copied."""
+        rows, num_queries = self.query_index.shape
+        heads, head_dim = query.shape[1:]
+        padded = query if self.output_index is None else query.index_select(0, self.query_index.reshape(-1))
+        padded = padded.view(rows, num_queries, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
+        return padded.reshape(rows, kv_heads, heads // kv_heads * num_queries, head_dim)
+
+    def folded_mask(self, groups: int) -> Bool[Tensor, "rows 1 folded keys"] | None:
+        """The mask for queries folded by `groups` heads that share keys."""
+        return None if self.mask is None else self.mask.repeat(1, groups, 1).unsqueeze(1)
+
+    def unfolded(
+        self, output: Float[Tensor, "rows kv_heads folded head_dim"], heads: int
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Each new token's output."""
+        rows, num_queries = self.query_index.shape
+        kv_heads, head_dim = output.shape[1], output.shape[3]
+        output = output.view(rows, kv_heads, heads // kv_heads, num_queries, head_dim).permute(0, 3, 1, 2, 4)
         output = output.reshape(rows * num_queries, heads, head_dim)
         return output if self.output_index is None else output.index_select(0, self.output_index)
 

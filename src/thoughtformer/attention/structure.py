@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["RowCounters", "TokenStructure", "read_structure"]
+__all__ = ["RowCounters", "TokenStructure", "read_structure", "summaries_of", "with_summaries"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -149,3 +149,32 @@ def read_structure(
     return TokenStructure(
         row=row, document=document, sentence=sentence, offset=offset, position=position, is_end=is_end
     )
+
+
+def summaries_of(tokens: TokenStructure, count: int) -> tuple[Int[Tensor, " summaries"], TokenStructure]:
+    """`count` entries for each sentence end: the index of their end, and their structure.
+
+    They share their end's place; `offset` numbers those of one sentence, and `position` orders all of a document.
+    """
+    index = tokens.is_end.nonzero().squeeze(1)
+    if count == 1:
+        return index, tokens[index]
+    number = torch.arange(count).repeat(len(index))
+    index = index.repeat_interleave(count)
+    end = tokens[index]
+    fields_of_end = {field.name: getattr(end, field.name) for field in fields(end)}
+    return index, TokenStructure(**(fields_of_end | {"offset": number, "position": end.position * count + number}))
+
+
+def with_summaries(tokens: TokenStructure, count: int) -> tuple[Int[Tensor, " entries"], TokenStructure]:
+    """`tokens` with each sentence end `count` times in place of once: each entry's token, and its structure.
+
+    Repeated ends go on counting positions as further tokens of their sentence would.
+    """
+    repeats = torch.where(tokens.is_end, count, 1)
+    index = torch.repeat_interleave(torch.arange(len(tokens)), repeats)
+    number = torch.arange(len(index)) - (repeats.cumsum(0) - repeats)[index]
+    token = tokens[index]
+    fields_of_token = {field.name: getattr(token, field.name) for field in fields(token)}
+    moved = {"offset": token.offset + number, "position": token.position + number}
+    return index, TokenStructure(**(fields_of_token | moved))

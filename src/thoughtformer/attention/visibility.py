@@ -32,7 +32,17 @@ from thoughtformer.attention.gathered import AttentionPlan, causal_plan, sentenc
 from thoughtformer.attention.structure import RowCounters, TokenStructure
 from thoughtformer.errors import ConfigError, nearest
 
-__all__ = ["BODY_RULES", "Causal", "Fast", "Hybrid", "KeepLast", "OwnSentence", "VisibilityRule", "body_rule"]
+__all__ = [
+    "BODY_RULES",
+    "Causal",
+    "EarlierSentences",
+    "Fast",
+    "Hybrid",
+    "KeepLast",
+    "OwnSentence",
+    "VisibilityRule",
+    "body_rule",
+]
 
 PositionScheme = Literal["offset", "sentence", "position"]
 
@@ -62,8 +72,10 @@ class VisibilityRule(ABC):
     def plan(self, tokens: TokenStructure) -> AttentionPlan:
         """How to attend among `tokens` alone, by structure instead of by mask; equals `visible`."""
 
-    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
-        """The tokens that must pass this stage so that the `wanted` ones come out right."""
+    def needs(
+        self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], num_layers: int
+    ) -> Bool[Tensor, " tokens"]:
+        """The tokens that must pass this stage of `num_layers` so that the `wanted` ones come out right."""
         return torch.ones_like(wanted)
 
     def all_held_visible(self, new: TokenStructure) -> bool:
@@ -80,8 +92,25 @@ def _in_current_document(entry: TokenStructure, counters: RowCounters) -> Bool[T
     return entry.document == counters.document[entry.row]
 
 
-def _in_open_sentence(entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
-    return _in_current_document(entry, counters) & (entry.sentence == counters.sentence[entry.row])
+def _in_recent_sentences(entry: TokenStructure, counters: RowCounters, recent: int) -> Bool[Tensor, "*shape"]:
+    """In the open sentence, or in one of the `recent` before it."""
+    return _in_current_document(entry, counters) & (entry.sentence >= counters.sentence[entry.row] - recent)
+
+
+def _sentences_back(
+    tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], recent: int, num_layers: int
+) -> Bool[Tensor, " tokens"]:
+    """Tokens of the sentences that hold `wanted` ones, and of those that their states depend on, layer by layer."""
+    sentence = _sentence_ordinal(tokens)
+    is_needed = torch.zeros(len(tokens), dtype=torch.bool)
+    is_needed[sentence[wanted]] = True
+    if recent:
+        # A later sentence of another document reaches back as far, and then computes more than it must.
+        number = torch.arange(len(tokens))
+        following = torch.where(is_needed, number, len(tokens) * (num_layers * recent + 2))
+        nearest_wanted = following.flip(0).cummin(0).values.flip(0)
+        is_needed = nearest_wanted - number <= recent * num_layers
+    return is_needed[sentence]
 
 
 def _starts_document(new: TokenStructure) -> bool:
@@ -109,18 +138,61 @@ class Causal(VisibilityRule):
 
 
 class OwnSentence(VisibilityRule):
-    """Earlier tokens of the query's own sentence: the word-level encoder."""
+    """Earlier tokens of the query's own sentence, and of the `recent` sentences before it.
+
+    The word-level encoder, and what a word-level decoder reads beside summaries.
+    """
 
     name = "own_sentence"
 
+    def __init__(self, recent: int = 0) -> None:
+        self.recent = recent
+
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
-        return _earlier(query, key) & (query.sentence == key.sentence)
+        # Repeated sentence ends stand at positions of the next sentence's: the sentence must be asked for, too.
+        is_near = (key.sentence >= query.sentence - self.recent) & (key.sentence <= query.sentence)
+        return _earlier(query, key) & is_near
 
     def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
-        return _in_open_sentence(entry, counters)
+        return _in_recent_sentences(entry, counters, self.recent)
 
     def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        assert not self.recent, "a decoder plans its memory along: attention.memory"
         return causal_plan(_sentence_ordinal(tokens))
+
+    def needs(
+        self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], num_layers: int
+    ) -> Bool[Tensor, " tokens"]:
+        return _sentences_back(tokens, wanted, self.recent, num_layers)
+
+    def all_held_visible(self, new: TokenStructure) -> bool:
+        return not _starts_document(new)
+
+
+class EarlierSentences(VisibilityRule):
+    """Summaries of earlier sentences; with `own`, a sentence end also reads its own sentence's.
+
+    For entries that stand for sentences, while the queries are tokens: an entry's structure is its sentence end's.
+    """
+
+    name = "earlier_sentences"
+    block_growth = 4
+
+    def __init__(self, own: bool) -> None:
+        self.own = own
+
+    def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
+        same_document = (query.row == key.row) & (query.document == key.document)
+        is_visible = same_document & (key.sentence < query.sentence)
+        if self.own:
+            is_visible |= same_document & query.is_end & (key.sentence == query.sentence)
+        return is_visible
+
+    def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
+        return _in_current_document(entry, counters) & entry.is_end
+
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        raise NotImplementedError("summaries are read beside tokens: attention.memory")
 
     def all_held_visible(self, new: TokenStructure) -> bool:
         return not _starts_document(new)
@@ -142,7 +214,9 @@ class Fast(VisibilityRule):
     def plan(self, tokens: TokenStructure) -> AttentionPlan:
         return sentence_plan(tokens, self, _document_ordinal(tokens), _sentence_ordinal(tokens))
 
-    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+    def needs(
+        self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], num_layers: int
+    ) -> Bool[Tensor, " tokens"]:
         return wanted | tokens.is_end
 
     def all_held_visible(self, new: TokenStructure) -> bool:
@@ -150,19 +224,23 @@ class Fast(VisibilityRule):
 
 
 class KeepLast(VisibilityRule):
-    """Sentence ends, and earlier tokens of the query's own sentence."""
+    """Sentence ends, and earlier tokens of the query's own sentence and of the `recent` before it."""
 
     name = "keep_last"
     block_growth = 4
 
+    def __init__(self, recent: int = 0) -> None:
+        self.recent = recent
+
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
-        return _earlier(query, key) & (key.is_end | (key.sentence == query.sentence))
+        return _earlier(query, key) & (key.is_end | (key.sentence >= query.sentence - self.recent))
 
     def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
-        return _in_open_sentence(entry, counters) | (_in_current_document(entry, counters) & entry.is_end)
+        is_recent = _in_recent_sentences(entry, counters, self.recent)
+        return is_recent | (_in_current_document(entry, counters) & entry.is_end)
 
     def plan(self, tokens: TokenStructure) -> AttentionPlan:
-        return sentence_plan(tokens, self, _document_ordinal(tokens), _sentence_ordinal(tokens))
+        return sentence_plan(tokens, self, _document_ordinal(tokens), _sentence_ordinal(tokens), recent=self.recent)
 
     def all_held_visible(self, new: TokenStructure) -> bool:
         return not _starts_document(new)
@@ -176,14 +254,13 @@ class Hybrid(KeepLast):
 
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
         to_end = key.is_end | (key.position == query.position)
-        own = ~query.is_end & (key.sentence == query.sentence)
+        own = ~query.is_end & (key.sentence >= query.sentence - self.recent)
         return _earlier(query, key) & (to_end | own)
 
-    def needs(self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
-        sentence = _sentence_ordinal(tokens)
-        is_wanted = torch.zeros(len(tokens), dtype=torch.bool)
-        is_wanted[sentence[wanted & ~tokens.is_end]] = True
-        return tokens.is_end | is_wanted[sentence]
+    def needs(
+        self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], num_layers: int
+    ) -> Bool[Tensor, " tokens"]:
+        return tokens.is_end | _sentences_back(tokens, wanted & ~tokens.is_end, self.recent, num_layers)
 
     def all_held_visible(self, new: TokenStructure) -> bool:
         return not _starts_document(new) and not bool(new.is_end.any())
@@ -192,11 +269,12 @@ class Hybrid(KeepLast):
 BODY_RULES: dict[str, type[VisibilityRule]] = {rule.name: rule for rule in (Fast, KeepLast, Hybrid, Causal)}
 
 
-def body_rule(name: str) -> VisibilityRule:
+def body_rule(name: str, recent_sentences: int = 0) -> VisibilityRule:
     """The body's rule by the name that `GPTHFConfig.body_visibility` gives; raises `ConfigError`."""
     if name not in BODY_RULES:
         raise ConfigError(f"body_visibility={name!r} is unknown.{nearest(name, BODY_RULES)}")
-    return BODY_RULES[name]()
+    rule = BODY_RULES[name]
+    return rule(recent_sentences) if issubclass(rule, KeepLast) else rule()
 
 
 def _ordinal(*keys: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:

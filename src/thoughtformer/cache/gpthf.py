@@ -1,7 +1,8 @@
 """What GPTHF holds between steps: a `transformers` cache whose stages drop what no later token may read.
 
 Encoder: the open sentence. Body: one entry a closed sentence, plus the open sentence where the rule reads it. A plain
-GPT's body holds every token. State belongs to a row; rows never read each other.
+GPT's body holds every token. An hourglass's decoder holds the open sentence, and one entry of memory a closed sentence.
+State belongs to a row; rows never read each other.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class GPTHFCache(RowsCache):
     def num_rows(self) -> int:
         """Rows held."""
         return len(self.counters)
+
+    def by_name(self) -> dict[str, StageCache]:
+        """The stages' caches by the names of the stages."""
+        return {stage.name: stage for stage in self.stages}
 
     @property
     def is_fresh(self) -> bool:
@@ -137,7 +142,7 @@ class GPTHFCache(RowsCache):
         self.counters = counters.after(tokens[accepted])
         self.num_tokens = before + num_tokens
         for stage in self.stages:
-            stage.truncate_uncommitted(num_tokens)
+            stage.truncate_uncommitted(tokens[accepted])
 
     def _all_pending(self) -> TokenStructure:
         """Uncommitted tokens, ordered by row, then by text."""

@@ -42,14 +42,17 @@ def stage_bytes(
 class StageCache(RowSlots):
     """What a rule lets later tokens read.
 
-    Uncommitted entries follow the committed ones; `commit` drops what the rule doesn't keep and gives blocks back,
-    `rollback` drops the uncommitted.
+    Each token writes `per_token` entries, each sentence end `per_end`. Uncommitted entries follow the committed ones;
+    `commit` drops what the rule doesn't keep and gives blocks back, `rollback` drops the uncommitted.
     """
 
     def __init__(
         self,
         rule: VisibilityRule,
         *,
+        name: str,
+        per_token: int = 1,
+        per_end: int = 1,
         num_layers: int,
         num_rows: int,
         num_kv_heads: int,
@@ -69,6 +72,9 @@ class StageCache(RowSlots):
             block_growth=rule.block_growth,
         )
         self.rule = rule
+        self.name = name
+        self.per_token = per_token
+        self.per_end = per_end
         self._committed = self.lengths
 
     def reserve(self, num_tokens: int) -> None:
@@ -88,13 +94,13 @@ class StageCache(RowSlots):
         """Makes room for `tokens` behind each row's entries; returns the (row, slot) of each, for `write`."""
         return tokens.row, self.extend_rows(tokens.row, {name: getattr(tokens, name) for name in FIELDS})
 
-    def held_attention(self, tokens: TokenStructure) -> HeldAttention:
-        """How `tokens`, already extended, attend to their rows' slots."""
-        num_rows, num_keys = len(self.lengths), int(self.lengths.max())
+    def held_attention(self, tokens: TokenStructure, *, written: int = 1) -> HeldAttention:
+        """How `tokens` attend to their rows' slots, of which `written` a token were just written by `extend`."""
+        num_rows, num_keys = len(self.lengths), self.longest
         if tokens.is_one_a_row(num_rows):
             query_index, output_index = torch.arange(num_rows)[:, None], None
             same_length = bool((self.lengths == num_keys).all())
-            is_committed = bool((self.lengths == self._committed + 1).all())
+            is_committed = bool((self.lengths == self._committed + written).all())
             if same_length and is_committed and self.rule.all_held_visible(tokens):
                 return HeldAttention(query_index, None, None, num_keys)
             valid = torch.ones(num_rows, 1, dtype=torch.bool)
@@ -132,9 +138,11 @@ class StageCache(RowSlots):
         """Forgets what was written since the last commit."""
         self.lengths = self._committed
 
-    def truncate_uncommitted(self, num_tokens: Int[Tensor, " rows"]) -> None:
-        """Keeps the first `num_tokens` uncommitted entries of each row."""
-        self.lengths = torch.minimum(self.lengths, self._committed + num_tokens)
+    def truncate_uncommitted(self, accepted: TokenStructure) -> None:
+        """Keeps the uncommitted entries of each row's first tokens, which are `accepted`."""
+        entries = torch.where(accepted.is_end, self.per_end, self.per_token)
+        count = torch.zeros_like(self.lengths).index_add(0, accepted.row, entries)
+        self.lengths = self._committed + count
 
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order, in storage of their own; a row may be named more than once."""

@@ -1,7 +1,8 @@
-"""The configuration of a GPTHF, and of the plain GPT as its uncompressed case."""
+"""The configuration of a GPTHF, of its hourglass, and of the plain GPT as the uncompressed case."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,16 +11,30 @@ from transformers import PreTrainedConfig
 from thoughtformer.attention.visibility import BODY_RULES
 from thoughtformer.errors import ConfigError, nearest
 
-__all__ = ["GPTHFConfig"]
+__all__ = ["GPTHFConfig", "LayerShape"]
 
 BODY_POSITIONS = ("sentence", "token")
+MEMORY_POSITIONS = ("sentence", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Widths of one stage's layers."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
 
 
 @strict
 class GPTHFConfig(PreTrainedConfig):
     """Shape and rules of a Generative Pretrained Thoughtformer (arXiv 2503.11426).
 
-    A plain GPT is `GPTHFConfig(num_encoder_layers=0, num_body_layers=12, body_visibility="causal")`.
+    A plain GPT is `GPTHFConfig(num_encoder_layers=0, num_body_layers=12, body_visibility="causal")`; with decoder
+    layers it is an hourglass, whose body runs once a sentence. What is said of a decoder needs one.
 
     Args:
         vocab_size: number of token ids, special tokens included.
@@ -27,10 +42,26 @@ class GPTHFConfig(PreTrainedConfig):
         intermediate_size: width of the SwiGLU layers; default 8/3 of `hidden_size`, rounded up to 64.
         num_encoder_layers: word-level layers, which see their own sentence only.
         num_body_layers: sentence-level layers, which see what `body_visibility` says.
+        num_decoder_layers: word-level layers after the body, which see their own sentence, and the body's outputs of
+            earlier ones as further keys and values. Tokens then pass encoder and decoder, sentence ends the body; that
+            needs an encoder and `body_visibility="fast"`.
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads; default `num_attention_heads`.
         body_visibility: `fast`, `keep_last`, `hybrid` or `causal`; see `thoughtformer.attention.visibility`.
         body_positions: what the body's rotary positions count: `sentence` or `token`. A `causal` body counts tokens.
+        recent_sentences: whole earlier sentences whose tokens stay readable, in the decoder, or in a `keep_last` or
+            `hybrid` body.
+        summaries_per_sentence: body positions of a sentence: its end, and so many less one learned positions after it,
+            all read by the encoder. More than 1 needs a decoder.
+        memory_positions: what the rotation between a decoder's token and a summary counts: `sentence` or `none`.
+        ends_read_own_summary: a decoder's sentence end reads its own sentence's summary too, not only earlier ones.
+        body_hidden_size: width of the body, with a linear layer before and after it; default `hidden_size`.
+        body_intermediate_size: of the body's SwiGLU layers; default in proportion.
+        body_reads_depths: the body reads the outputs of all encoder layers, weighted by learned gains.
+        decoder_reads_depths: so does the decoder's memory, beside the body's output.
+        rebuild_loss_weight: in training, of the cross-entropy of a sentence's tokens, in any order, given its vector.
+        next_sentence_loss_weight: in training, of one less the cosine between the next sentence's vector and what the
+            body predicts for it.
         sentence_end_token_id: closes a sentence; None for text without sentence ends, which needs a `causal` body
             without encoder.
         max_sentence_tokens: a sentence's tokens, its end included; the last is always the end. None: no limit.
@@ -56,6 +87,17 @@ class GPTHFConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     body_visibility: str = "hybrid"
     body_positions: str = "token"
+    num_decoder_layers: int = 0
+    recent_sentences: int = 0
+    summaries_per_sentence: int = 1
+    memory_positions: str = "sentence"
+    ends_read_own_summary: bool = False
+    body_hidden_size: int | None = None
+    body_intermediate_size: int | None = None
+    body_reads_depths: bool = False
+    decoder_reads_depths: bool = False
+    rebuild_loss_weight: float = 0.0
+    next_sentence_loss_weight: float = 0.0
     sentence_end_token_id: int | None = 1
     max_sentence_tokens: int | None = 256
     max_position_embeddings: int = 1024
@@ -79,13 +121,34 @@ class GPTHFConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers that a token passes, those of all stages."""
-        return self.num_encoder_layers + self.num_body_layers
+        """Layers of all stages."""
+        return self.num_encoder_layers + self.num_body_layers + self.num_decoder_layers
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def layer_shape(self, stage: str) -> LayerShape:
+        """The widths of a stage's layers: heads are as wide everywhere, and share keys alike."""
+        assert self.num_key_value_heads is not None
+        assert self.intermediate_size is not None
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        if stage == "body" and self.body_hidden_size is not None:
+            hidden = self.body_hidden_size
+            in_proportion = -(-self.intermediate_size * hidden // self.hidden_size // 64) * 64
+            intermediate = self.body_intermediate_size or in_proportion
+        elif stage == "body" and self.body_intermediate_size is not None:
+            intermediate = self.body_intermediate_size
+        num_heads = hidden // self.head_dim
+        return LayerShape(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_heads=num_heads,
+            num_kv_heads=num_heads * self.num_key_value_heads // self.num_attention_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+        )
 
     def _check(self) -> None:
         # Not transformers' validate_architecture: that wraps every error in one of its own.
@@ -127,6 +190,7 @@ class GPTHFConfig(PreTrainedConfig):
                 f"{self.num_encoder_layers} and body_visibility={self.body_visibility!r} need them. Give the id, "
                 "or set num_encoder_layers=0 and body_visibility='causal'."
             )
+        self._check_hourglass()
         if self.max_sentence_tokens is not None and self.max_sentence_tokens < 2:
             raise ConfigError(
                 f"max_sentence_tokens={self.max_sentence_tokens} leaves no room for a token and the sentence end: "
@@ -136,3 +200,49 @@ class GPTHFConfig(PreTrainedConfig):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name}={token} is outside the vocabulary of {self.vocab_size} ids.")
+
+    def _check_hourglass(self) -> None:
+        if self.num_decoder_layers < 0 or self.recent_sentences < 0 or self.summaries_per_sentence < 1:
+            raise ConfigError(
+                f"num_decoder_layers={self.num_decoder_layers} and recent_sentences={self.recent_sentences} must be 0 "
+                f"or more, summaries_per_sentence={self.summaries_per_sentence} 1 or more."
+            )
+        if self.num_decoder_layers and (self.body_visibility != "fast" or not self.num_encoder_layers):
+            raise ConfigError(
+                f"num_decoder_layers={self.num_decoder_layers} makes an hourglass, whose body runs at sentence ends "
+                f"alone: it needs body_visibility='fast', not {self.body_visibility!r}, and num_encoder_layers="
+                f"{self.num_encoder_layers} to be 1 or more."
+            )
+        if not self.num_decoder_layers:
+            for name, default in (("summaries_per_sentence", 1), ("ends_read_own_summary", False)):
+                self._needs_decoder(name, default)
+            self._needs_decoder("decoder_reads_depths", False)
+            if self.recent_sentences and self.body_visibility not in ("keep_last", "hybrid"):
+                raise ConfigError(
+                    f"recent_sentences={self.recent_sentences} needs a decoder, or a body that reads tokens: "
+                    f"body_visibility='hybrid' or 'keep_last', not {self.body_visibility!r}."
+                )
+        if self.body_reads_depths and not self.num_encoder_layers:
+            raise ConfigError("body_reads_depths=True needs num_encoder_layers of 1 or more.")
+        if self.memory_positions not in MEMORY_POSITIONS:
+            raise ConfigError(
+                f"memory_positions={self.memory_positions!r} is unknown."
+                f"{nearest(self.memory_positions, MEMORY_POSITIONS)}"
+            )
+        width = self.body_hidden_size
+        if width is not None:
+            shared = self.num_attention_heads // (self.num_key_value_heads or 1) * self.head_dim
+            if width < shared or width % shared:
+                raise ConfigError(
+                    f"body_hidden_size={width} must be a multiple of {shared}: heads are {self.head_dim} wide in every "
+                    "stage, and share keys alike."
+                )
+        for name in ("rebuild_loss_weight", "next_sentence_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+            if getattr(self, name) and self.sentence_end_token_id is None:
+                raise ConfigError(f"{name}={getattr(self, name)} needs sentences: give sentence_end_token_id.")
+
+    def _needs_decoder(self, name: str, default: object) -> None:
+        if getattr(self, name) != default:
+            raise ConfigError(f"{name}={getattr(self, name)} needs a decoder: num_decoder_layers of 1 or more.")

@@ -10,11 +10,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from thoughtformer.attention import rotate
-from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.attention import attend_jointly, rotate
+from thoughtformer.models.configuration_gpthf import LayerShape
 from thoughtformer.models.linear import PackableLinear
 
-__all__ = ["Angles", "Attend", "Layer", "compiled_step", "step_through"]
+__all__ = [
+    "Angles",
+    "Attend",
+    "Layer",
+    "compiled_step",
+    "compiled_step_with_memory",
+    "step_through",
+    "step_with_memory",
+]
 
 #: Cosine and sine of each token's rotation.
 Angles = tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]
@@ -33,16 +41,15 @@ Attend = Callable[
 class Attention(nn.Module):
     """Multi-head or grouped-query attention; one product makes queries, keys and values."""
 
-    def __init__(self, config: GPTHFConfig) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         super().__init__()
-        assert config.num_key_value_heads is not None
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = shape.head_dim
+        self.num_heads = shape.num_heads
+        self.num_kv_heads = shape.num_kv_heads
         self.qkv_proj = PackableLinear(
-            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, False
+            shape.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, False
         )
-        self.o_proj = PackableLinear(self.num_heads * self.head_dim, config.hidden_size, False)
+        self.o_proj = PackableLinear(self.num_heads * self.head_dim, shape.hidden_size, False)
 
     def project(
         self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles
@@ -59,6 +66,15 @@ class Attention(nn.Module):
         turned = rotate(qkv[:, : self.num_heads + self.num_kv_heads], cos, sin)
         return turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, self.num_heads + self.num_kv_heads :]
 
+    def project_memory(
+        self, hidden_states: Float[Tensor, "entries hidden"], angles: Angles
+    ) -> tuple[Float[Tensor, "entries kv_heads head_dim"], Float[Tensor, "entries kv_heads head_dim"]]:
+        """Rotated keys, and values, of entries that ask nothing."""
+        weight = self.qkv_proj.weight[self.num_heads * self.head_dim :]
+        kv = F.linear(hidden_states, weight).view(hidden_states.shape[0], 2 * self.num_kv_heads, self.head_dim)
+        cos, sin = (angle.to(kv.dtype) for angle in angles)
+        return rotate(kv[:, : self.num_kv_heads], cos, sin), kv[:, self.num_kv_heads :]
+
     def output(self, attended: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens hidden"]:
         """All heads' attention outputs, mixed."""
         return self.o_proj(attended.reshape(attended.shape[0], self.num_heads * self.head_dim))
@@ -67,11 +83,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202); one product makes gate and up."""
 
-    def __init__(self, config: GPTHFConfig) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
-        self.gate_up_proj = PackableLinear(config.hidden_size, 2 * config.intermediate_size, False)
-        self.down_proj = PackableLinear(config.intermediate_size, config.hidden_size, False)
+        self.gate_up_proj = PackableLinear(shape.hidden_size, 2 * shape.intermediate_size, False)
+        self.down_proj = PackableLinear(shape.intermediate_size, shape.hidden_size, False)
 
     def forward(self, hidden_states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
@@ -81,12 +96,12 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-normalised attention and SwiGLU, both residual."""
 
-    def __init__(self, config: GPTHFConfig) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.attention_norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape)
 
     def before_attention(
         self, hidden_states: Float[Tensor, "tokens hidden"], angles: Angles
@@ -97,6 +112,12 @@ class Layer(nn.Module):
     ]:
         """Queries, keys and values."""
         return self.attention.project(self.attention_norm(hidden_states), angles)
+
+    def memory(
+        self, summaries: Float[Tensor, "entries hidden"], angles: Angles
+    ) -> tuple[Float[Tensor, "entries kv_heads head_dim"], Float[Tensor, "entries kv_heads head_dim"]]:
+        """Keys and values of summaries that this layer's tokens read, by the layer's own norm and projections."""
+        return self.attention.project_memory(self.attention_norm(summaries), angles)
 
     def after_attention(
         self, hidden_states: Float[Tensor, "tokens hidden"], attended: Float[Tensor, "tokens heads head_dim"]
@@ -135,10 +156,50 @@ def step_through(
     return hidden_states
 
 
+def step_with_memory(
+    layers: Sequence[Layer],
+    hidden_states: Float[Tensor, "one hidden"],
+    angles: Angles,
+    keys: Sequence[Float[Tensor, "one kv_heads slots head_dim"]],
+    values: Sequence[Float[Tensor, "one kv_heads slots head_dim"]],
+    slot: Int[Tensor, " one"],
+    num_keys: int,
+    turn: Angles,
+    memory_keys: Sequence[Float[Tensor, "one kv_heads memory_slots head_dim"]],
+    memory_values: Sequence[Float[Tensor, "one kv_heads memory_slots head_dim"]],
+    num_memory: int,
+) -> Float[Tensor, "one hidden"]:
+    """`step_through` for a decoder's token, which also reads its first `num_memory` summaries, turned by `turn`."""
+    parts = zip(layers, keys, values, memory_keys, memory_values, strict=True)
+    for layer, key_slots, value_slots, memory_key, memory_value in parts:
+        query, key, value = layer.before_attention(hidden_states, angles)
+        key_slots.index_copy_(2, slot, key.unsqueeze(2))
+        value_slots.index_copy_(2, slot, value.unsqueeze(2))
+        grouped = (1, key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
+        attended = attend_jointly(
+            query.view(grouped),
+            key_slots[:, :, :num_keys],
+            value_slots[:, :, :num_keys],
+            None,
+            rotate(query, *turn).view(grouped),
+            memory_key[:, :, :num_memory],
+            memory_value[:, :, :num_memory],
+            None,
+        )
+        hidden_states = layer.after_attention(hidden_states, attended.view_as(query))
+    return hidden_states
+
+
 @cache
 def compiled_step() -> Callable[..., Tensor]:
     """`step_through`, compiled: cached lengths are free, the number and shape of layers are not."""
     return torch.compile(step_through, dynamic=True)
+
+
+@cache
+def compiled_step_with_memory() -> Callable[..., Tensor]:
+    """`step_with_memory`, compiled."""
+    return torch.compile(step_with_memory, dynamic=True)
 
 
 def residual_projections(layer: Layer) -> tuple[Tensor, Tensor]:

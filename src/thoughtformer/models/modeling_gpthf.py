@@ -1,14 +1,18 @@
-"""GPTHF without its head: a word-level encoder, then a sentence-level body.
+"""GPTHF without its head: a word-level encoder, then a sentence-level body, and in an hourglass a word-level decoder.
 
     ids -> embedding -> stage "encoder" (own sentence) -> stage "body" (sentence ends, ...) -> RMSNorm -> tied head
 
-The stack is a list of stages, each with its visibility rule. The parallel forward and the step-by-step decode are one
-function, `GPTHFModel.forward`: it takes ragged tokens, reads their structure off their ids, lets only those tokens
-pass a stage that something later depends on, and attends either by plan (nothing held yet) or to the cache.
+    hourglass:  ids -> embedding -> encoder ------------------------> decoder (own sentence, memory) -> RMSNorm -> head
+                                       \\-> body, sentence ends only -> memory of earlier sentences ^
+
+The parallel forward and the step-by-step decode are one function, `GPTHFModel.forward`: it takes ragged tokens, reads
+their structure off their ids, lets only those tokens pass a stage that something later depends on, and attends either
+by plan (nothing held yet) or to the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,62 +23,59 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from thoughtformer.attention import (
-    AttentionPlan,
     Causal,
-    DenseAttention,
-    HeldAttention,
     OwnSentence,
     RowCounters,
     TokenStructure,
     VisibilityRule,
     body_rule,
-    dense_mask,
     read_structure,
-    rotary_angles,
+    summaries_of,
+    with_summaries,
 )
 from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
 from thoughtformer.errors import ContextOverflowError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.layers import Attend, Layer, compiled_step, residual_projections
+from thoughtformer.models.layers import Layer, residual_projections
+from thoughtformer.models.stages import DecoderStage, Pass, Stage, Summaries
 
-__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "Stage", "compile_steps"]
-
-
-class Stage(nn.Module):
-    """Layers that share a visibility rule and a position scheme."""
-
-    def __init__(self, name: str, rule: VisibilityRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
-        super().__init__()
-        self.name = name
-        self.rule = rule
-        self.positions = positions
-        self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))
-
-    def extra_repr(self) -> str:
-        return f"{self.name}, visibility={self.rule.name}, positions={self.positions}"
+__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "SentenceVectors", "compile_steps"]
 
 
 def _stages(config: GPTHFConfig) -> list[Stage]:
-    stages = []
+    stages: list[Stage] = []
     if config.num_encoder_layers:
         # Counting inside the sentence makes the encoder's output depend on the sentence alone.
         stages.append(Stage("encoder", OwnSentence(), "offset", config.num_encoder_layers, config))
-    rule = body_rule(config.body_visibility)
+    rule = body_rule(config.body_visibility, 0 if config.num_decoder_layers else config.recent_sentences)
     counts_tokens = isinstance(rule, Causal) or config.body_positions == "token"
     stages.append(Stage("body", rule, "position" if counts_tokens else "sentence", config.num_body_layers, config))
+    if config.num_decoder_layers:
+        stages.append(DecoderStage(config))
     return stages
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SentenceVectors:
+    """What the encoder and the body made of the new tokens' closed sentences, in text order."""
+
+    encoder: Float[Tensor, "sentences hidden"]
+    body: Float[Tensor, "sentences hidden"]
+    structure: TokenStructure
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RaggedOutput:
     """What `GPTHFModel.forward` returns, for the `wanted` tokens in text order.
 
-    `hidden_states` holds, when asked for, the embeddings and every layer's output for all tokens.
+    `hidden_states` holds, when asked for, the embeddings and the outputs of every layer that all tokens pass: of an
+    hourglass, those of encoder and decoder.
     """
 
     last_hidden_state: Float[Tensor, "wanted hidden"]
     tokens: TokenStructure
     hidden_states: list[Float[Tensor, "tokens hidden"]] | None
+    sentences: SentenceVectors | None
 
 
 class GPTHFPreTrainedModel(PreTrainedModel):
@@ -105,6 +106,10 @@ class GPTHFModel(GPTHFPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.stages = nn.ModuleList(_stages(config))
+        more = config.summaries_per_sentence - 1
+        self.summary_tokens = nn.Embedding(more, config.hidden_size) if more else None
+        self.body_depths = _depth_gains(config) if config.body_reads_depths else None
+        self.memory_depths = _depth_gains(config) if config.decoder_reads_depths else None
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -117,37 +122,53 @@ class GPTHFModel(GPTHFPreTrainedModel):
     def _stage_list(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))
 
+    def _held_stages(self) -> list[_HeldStage]:
+        """What a cache holds, in its order: the stages' entries, then the decoder's memory."""
+        more = self.config.summaries_per_sentence
+        is_hourglass = self.config.num_decoder_layers > 0
+        per_token = {"encoder": (1, more), "body": (0, more) if is_hourglass else (1, 1), "decoder": (1, 1)}
+        stages = self._stage_list()
+        held = [_HeldStage(stage.name, stage.rule, stage, *per_token[stage.name]) for stage in stages]
+        if is_hourglass:
+            decoder = cast(DecoderStage, stages[-1])
+            held.append(_HeldStage("memory", decoder.memory_rule, decoder, 0, more))
+        return held
+
     def new_cache(self, num_rows: int) -> GPTHFCache:
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
-        config = self.config
         stages = [
             StageCache(
-                stage.rule,
-                num_layers=len(stage.layers),
+                held.rule,
+                name=held.name,
+                per_token=held.per_token,
+                per_end=held.per_end,
+                num_layers=len(held.stage.layers),
                 num_rows=num_rows,
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
+                num_kv_heads=held.stage.shape.num_kv_heads,
+                head_dim=held.stage.shape.head_dim,
                 dtype=self.dtype,
                 device=self.device,
             )
-            for stage in self._stage_list()
+            for held in self._held_stages()
         ]
         return GPTHFCache(stages, num_rows)
 
     def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int, *, reserve_tokens: int = 0) -> int:
-        """What `num_bytes()` of a committed cache must be, given each stage's longest row and the reserve."""
-        config = self.config
+        """What `num_bytes()` of a committed cache must be, given each stage's longest row and the reserve.
+
+        Stages are `encoder`, `body`, and in an hourglass `decoder` and `memory`.
+        """
         stages = sum(
             stage_bytes(
-                stage.rule,
-                num_layers=len(stage.layers),
+                held.rule,
+                num_layers=len(held.stage.layers),
                 num_rows=num_rows,
-                longest_row_entries=max(longest_row_entries[stage.name], reserve_tokens if stage.rule.keeps_all else 0),
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
+                longest_row_entries=max(longest_row_entries[held.name], reserve_tokens if held.rule.keeps_all else 0),
+                num_kv_heads=held.stage.shape.num_kv_heads,
+                head_dim=held.stage.shape.head_dim,
                 dtype=self.dtype,
             )
-            for stage in self._stage_list()
+            for held in self._held_stages()
         )
         return stages + num_rows * 8 * 5  # four counters and the token count
 
@@ -161,6 +182,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         num_columns: int = 0,
         wanted: Bool[Tensor, " tokens"] | None = None,
         output_hidden_states: bool = False,
+        keep_sentences: bool = False,
     ) -> RaggedOutput:
         """The hidden states of the `wanted` tokens (all by default), after the final norm.
 
@@ -172,6 +194,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             num_columns: by how much the cache's `get_seq_length` grows.
             wanted: on the CPU.
             output_hidden_states: also return every layer's output, of all tokens.
+            keep_sentences: also return the vectors of sentences.
 
         Raises:
             ContextOverflowError: a document grows past `max_position_embeddings`, and `allow_extrapolation` is off.
@@ -193,30 +216,115 @@ class GPTHFModel(GPTHFPreTrainedModel):
         after = counters.after(tokens)
         passing = self._passing(tokens, after, cache, wanted, keep_all=output_hidden_states)
 
-        hidden_states = self.embed_tokens(input_ids)
-        collected = [hidden_states] if output_hidden_states else None
-        index: Int[Tensor, " passing"] = torch.arange(len(tokens))
+        shared = Pass(
+            after=after,
+            is_fresh=cache is None or (cache.is_fresh and cache.autocommit),
+            is_dense=self.config._attn_implementation == "eager",
+            compiles=self.compiles_steps,
+        )
+        held = dict.fromkeys(stage.name for stage in self._held_stages()) if cache is None else cache.by_name()
+        collected: list[Tensor] | None = [] if output_hidden_states else None
         try:
-            for number, stage in enumerate(self._stage_list()):
-                if int(passing[number].sum()) < len(index):
-                    still = passing[number][index]
-                    hidden_states = hidden_states[still.to(hidden_states.device)]
-                    index = index[still]
-                held = None if cache is None else cache.stages[number]
-                fresh = cache is None or (cache.is_fresh and cache.autocommit)
-                at_stage = tokens if len(index) == len(tokens) else tokens[index]
-                hidden_states = self._run(stage, hidden_states, at_stage, after, held, fresh, collected)
+            last, index, vectors = self._through_stages(
+                input_ids, tokens, passing, shared, held, collected, keep_sentences
+            )
             is_wanted = wanted[index]
             if not bool(is_wanted.all()):
-                hidden_states = hidden_states[is_wanted.to(hidden_states.device)]
-            last = self.norm(hidden_states)
+                last = last[is_wanted.to(last.device)]
+            last = self.norm(last)
         except BaseException:
             if cache is not None and cache.autocommit:
                 cache.rollback()  # never leave a step half written
             raise
         if cache is not None:
             cache.record(tokens, after, num_columns)
-        return RaggedOutput(last_hidden_state=last, tokens=tokens[index[is_wanted]], hidden_states=collected)
+        return RaggedOutput(
+            last_hidden_state=last, tokens=tokens[index[is_wanted]], hidden_states=collected, sentences=vectors
+        )
+
+    def _through_stages(
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        tokens: TokenStructure,
+        passing: dict[str, Bool[Tensor, " tokens"]],
+        shared: Pass,
+        held: Mapping[str, StageCache | None],
+        collected: list[Tensor] | None,
+        keeps: bool,
+    ) -> tuple[Float[Tensor, "passing hidden"], Int[Tensor, " passing"], SentenceVectors | None]:
+        """The last stage's output for the tokens that pass it, their indices, and sentence vectors, if to be kept."""
+        stages = {stage.name: stage for stage in self._stage_list()}
+        count = self.config.summaries_per_sentence
+        hidden_states, at_encoder, token_index = self._embedded(input_ids, tokens)
+        if collected is not None:
+            collected.append(hidden_states[token_index])
+        depths = [hidden_states] if self.body_depths is not None or self.memory_depths is not None else None
+        outputs = depths if depths is not None or collected is None else []
+        if "encoder" in stages:
+            hidden_states = stages["encoder"](hidden_states, at_encoder, shared, held["encoder"], outputs)
+            if collected is not None and outputs is not None:
+                collected += [states[token_index] for states in outputs[-len(stages["encoder"].layers) :]]
+        into_body = hidden_states if self.body_depths is None else _with_depths(hidden_states, depths, self.body_depths)
+
+        if "decoder" not in stages:
+            index = passing["body"].nonzero().squeeze(1)
+            states = _rows(into_body, index, len(tokens))
+            outputs = [] if collected is not None else None
+            states = stages["body"](states, tokens[index], shared, held["body"], outputs)
+            if collected is not None and outputs is not None:
+                collected += outputs
+            return states, index, self._sentence_vectors(tokens, hidden_states, states, index) if keeps else None
+
+        end_index, at_body = summaries_of(tokens, count)
+        # Repeated ends follow their end.
+        entry = token_index[end_index] + torch.arange(count).repeat(len(end_index) // count)
+        states = _rows(into_body, entry, len(at_encoder))
+        states = stages["body"](states, at_body, shared, held["body"])
+        vectors = None
+        if keeps:
+            last = slice(count - 1, None, count)
+            encoder = _rows(hidden_states, entry[last], len(at_encoder))
+            vectors = SentenceVectors(encoder=encoder, body=states[last], structure=at_body[last])
+        if self.memory_depths is not None:
+            assert depths is not None
+            states = _with_depths(
+                states, [_rows(depth, entry, len(at_encoder)) for depth in depths], self.memory_depths
+            )
+        summaries = Summaries(states=states, structure=at_body)
+        index = passing["decoder"].nonzero().squeeze(1)
+        states = _rows(hidden_states, token_index[index], len(at_encoder))
+        decoder = cast(DecoderStage, stages["decoder"])
+        outputs = [] if collected is not None else None
+        states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], held["memory"], outputs)
+        if collected is not None and outputs is not None:
+            collected += outputs
+        return states, index, vectors
+
+    def _sentence_vectors(
+        self,
+        tokens: TokenStructure,
+        encoded: Float[Tensor, "tokens hidden"],
+        states: Float[Tensor, "passing hidden"],
+        index: Int[Tensor, " passing"],
+    ) -> SentenceVectors:
+        is_end = tokens.is_end[index]
+        at_ends = index[is_end]
+        body = _rows(states, is_end.nonzero().squeeze(1), len(index))
+        return SentenceVectors(encoder=_rows(encoded, at_ends, len(tokens)), body=body, structure=tokens[at_ends])
+
+    def _embedded(
+        self, input_ids: Int[Tensor, " tokens"], tokens: TokenStructure
+    ) -> tuple[Float[Tensor, "entries hidden"], TokenStructure, Int[Tensor, " tokens"]]:
+        """What enters the encoder, its structure, and where in it the tokens are."""
+        embedded = self.embed_tokens(input_ids)
+        if self.summary_tokens is None:
+            return embedded, tokens, torch.arange(len(tokens))
+        index, entries = with_summaries(tokens, self.config.summaries_per_sentence)
+        number = entries.offset - tokens.offset[index]
+        # Further positions of a sentence end have vectors of their own, laid behind the tokens'.
+        source = torch.where(number == 0, index, len(tokens) + number - 1).to(embedded.device)
+        table = torch.cat([embedded, self.summary_tokens.weight.to(embedded.dtype)])
+        return table.index_select(0, source), entries, (number == 0).nonzero().squeeze(1)
 
     def _passing(
         self,
@@ -225,64 +333,20 @@ class GPTHFModel(GPTHFPreTrainedModel):
         cache: GPTHFCache | None,
         wanted: Bool[Tensor, " tokens"],
         keep_all: bool,
-    ) -> list[Bool[Tensor, " tokens"]]:
-        """Per stage, the tokens that must pass it: the wanted, those a cache will keep, and all these depend on."""
-        everything = torch.ones_like(wanted)
-        if keep_all or (cache is not None and not cache.autocommit) or bool(wanted.all()):
-            return [everything] * len(self.stages)
-        needed, passing = wanted, []
-        for stage in reversed(self._stage_list()):
-            if cache is not None:
-                needed = needed | stage.rule.keeps(tokens, after)
-            needed = stage.rule.needs(tokens, needed)
-            passing.append(needed)
-        return passing[::-1]
+    ) -> dict[str, Bool[Tensor, " tokens"]]:
+        """Per stage, the tokens that must pass it: the wanted, those a cache will keep, and all these depend on.
 
-    def _run(
-        self,
-        stage: Stage,
-        hidden_states: Float[Tensor, "tokens hidden"],
-        tokens: TokenStructure,
-        after: RowCounters,
-        held: StageCache | None,
-        fresh: bool,
-        collected: list[Float[Tensor, "tokens hidden"]] | None,
-    ) -> Float[Tensor, "tokens hidden"]:
-        if len(tokens) == 0:
-            return hidden_states
-        device = hidden_states.device
-        position = getattr(tokens, stage.positions).to(device)
-        # Under autocast the model's own dtype is float32; rotations are cast to the activations' dtype in the layer.
-        angles = rotary_angles(position, self.config.head_dim, self.config.rope_theta, self.dtype)
-        if fresh:
-            attention: AttentionPlan | DenseAttention
-            if self.config._attn_implementation == "eager":
-                attention = DenseAttention(dense_mask(stage.rule, tokens).to(device))
-            else:
-                attention = stage.rule.plan(tokens).to(device)
-            attends = _attend_fresh(attention, stage, tokens, after, held, device)
+        An encoder is passed by all, and an hourglass's body by sentence ends.
+        """
+        last = self._stage_list()[-1]
+        needed = wanted
+        if keep_all or (cache is not None and not cache.autocommit) or bool(wanted.all()):
+            needed = torch.ones_like(wanted)
         else:
-            assert held is not None
-            row, slot = (index.to(device) for index in held.extend(tokens))
-            held_attention = held.held_attention(tokens)
-            if (
-                self.compiles_steps
-                and len(tokens) == len(held.lengths) == 1
-                and held_attention.mask is None
-                # The compiler would take one slot alone, or all of them, for a case of its own.
-                and 1 < held_attention.num_keys < held.capacity
-                and collected is None
-                and not torch.is_grad_enabled()
-            ):
-                return compiled_step()(
-                    list(stage.layers), hidden_states, angles, held.keys, held.values, slot, held_attention.num_keys
-                )
-            attends = _attend_held(stage, held, held_attention.to(device), row, slot)
-        for layer, attend in zip(stage.layers, attends, strict=True):
-            hidden_states = layer(hidden_states, angles, attend)
-            if collected is not None:
-                collected.append(hidden_states)
-        return hidden_states
+            if cache is not None:
+                needed = needed | last.rule.keeps(tokens, after)
+            needed = last.rule.needs(tokens, needed, len(last.layers))
+        return {last.name: needed}
 
     def _check_length(self, tokens: TokenStructure) -> None:
         limit = self.config.max_position_embeddings
@@ -303,41 +367,33 @@ def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
             part.compiles_steps = enabled
 
 
-def _attend_fresh(
-    attention: AttentionPlan | DenseAttention,
-    stage: Stage,
-    tokens: TokenStructure,
-    after: RowCounters,
-    held: StageCache | None,
-    device: torch.device,
-) -> list[Attend]:
-    """One attention a layer, over the new tokens alone; what the rule keeps goes to the cache."""
-    if held is None:
-        return [attention.attend] * len(stage.layers)
-    kept = stage.rule.keeps(tokens, after)
-    row, slot = (index.to(device) for index in held.extend(tokens[kept]))
-    kept_index = kept.nonzero().squeeze(1).to(device)
+@dataclass(frozen=True)
+class _HeldStage:
+    """What a cache holds of a stage: entries of a token, and of a sentence end."""
 
-    def attend_layer(number: int) -> Attend:
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            held.write(number, row, slot, key.index_select(0, kept_index), value.index_select(0, kept_index))
-            return attention.attend(query, key, value)
-
-        return attend
-
-    return [attend_layer(number) for number in range(len(stage.layers))]
+    name: str
+    rule: VisibilityRule
+    stage: Stage
+    per_token: int
+    per_end: int
 
 
-def _attend_held(
-    stage: Stage, held: StageCache, attention: HeldAttention, row: Int[Tensor, " tokens"], slot: Int[Tensor, " tokens"]
-) -> list[Attend]:
-    """One attention a layer, over everything held with the new tokens added."""
+def _depth_gains(config: GPTHFConfig) -> nn.ParameterList:
+    """A gain for each feature of the embeddings' and of every encoder layer's output but the last; 0 at first."""
+    # Vectors, not one matrix: they are no linear map, and optimisers treat matrices as such.
+    return nn.ParameterList(torch.zeros(config.hidden_size) for _ in range(config.num_encoder_layers))
 
-    def attend_layer(number: int) -> Attend:
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            held.write(number, row, slot, key, value)
-            return attention.attend(query, held.keys[number], held.values[number])
 
-        return attend
+def _with_depths(
+    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor] | None, gains: nn.ParameterList
+) -> Float[Tensor, "entries hidden"]:
+    """The states with those of each depth added, weighted by feature."""
+    assert depths is not None
+    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths, strict=False))
 
-    return [attend_layer(number) for number in range(len(stage.layers))]
+
+def _rows(
+    states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"], num_entries: int
+) -> Float[Tensor, "chosen hidden"]:
+    """The states at `index`, which is in order; copied only if some are left out."""
+    return states if len(index) == num_entries else states.index_select(0, index.to(states.device))

@@ -44,6 +44,11 @@ def _gpthf(encoder: int, body: int, visibility: str, **model: Any) -> Variant:
     return Variant(family=visibility, model=shape | model)
 
 
+def _hourglass(encoder: int, body: int, decoder: int, **model: Any) -> Variant:
+    shape = {"num_encoder_layers": encoder, "num_body_layers": body, "num_decoder_layers": decoder}
+    return Variant(family="hourglass", model={"body_visibility": "fast"} | shape | model)
+
+
 VARIANTS: dict[str, Variant] = {
     "gpt": _gpt(sentence_ends=False),
     "gpt-ends": _gpt(),
@@ -51,8 +56,43 @@ VARIANTS: dict[str, Variant] = {
     "keep_last-2-4": _gpthf(2, 4, "keep_last"),
     "hybrid-2-4": _gpthf(2, 4, "hybrid"),
     "hybrid-1-5": _gpthf(1, 5, "hybrid"),
-    "hybrid-4-2": _gpthf(4, 2, "hybrid"),
+    "hybrid-recent-1": _gpthf(2, 4, "hybrid", recent_sentences=1),
+    "hourglass-2-2-2": _hourglass(2, 2, 2),
+    "hourglass-1-2-3": _hourglass(1, 2, 3),
+    "hourglass-3-2-1": _hourglass(3, 2, 1),
+    "hourglass-1-1-4": _hourglass(1, 1, 4),
+    "hourglass-own": _hourglass(2, 2, 2, ends_read_own_summary=True),
+    "hourglass-unturned": _hourglass(2, 2, 2, memory_positions="none"),
+    "hourglass-recent-1": _hourglass(2, 2, 2, recent_sentences=1),
+    "hourglass-recent-2": _hourglass(2, 2, 2, recent_sentences=2),
+    "hourglass-k2": _hourglass(2, 2, 2, summaries_per_sentence=2),
+    "hourglass-k4": _hourglass(2, 2, 2, summaries_per_sentence=4),
+    "hourglass-body-depths": _hourglass(2, 2, 2, body_reads_depths=True),
+    "hourglass-decoder-depths": _hourglass(2, 2, 2, decoder_reads_depths=True),
 }
+
+#: The switches one by one, the likeliest first.
+SCREENED = (
+    "gpt",
+    "hybrid-2-4",
+    "hourglass-2-2-2",
+    "hourglass-recent-1",
+    "fast-2-4",
+    "hourglass-k2",
+    "hourglass-1-2-3",
+    "hourglass-own",
+    "hybrid-recent-1",
+    "hourglass-decoder-depths",
+    "gpt-ends",
+    "hourglass-body-depths",
+    "hourglass-unturned",
+    "hourglass-3-2-1",
+    "hourglass-1-1-4",
+    "hourglass-k4",
+    "hourglass-recent-2",
+    "keep_last-2-4",
+    "hybrid-1-5",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +143,20 @@ class Row:
         )
 
 
+#: The rate of the screening and of the final rows: the best of those tried for GPT and hybrid alike.
+LEARNING_RATE = 8e-3
+
+
 def _learning_rates() -> list[Row]:
     return [
-        Row(variant=variant, learning_rate=rate) for rate in (4e-3, 8e-3, 2e-3) for variant in ("gpt", "hybrid-2-4")
+        Row(variant=variant, learning_rate=rate)
+        for rate in (4e-3, 8e-3, 16e-3)
+        for variant in ("gpt", "hybrid-2-4", "hourglass-2-2-2")
     ]
 
 
 def _screen() -> list[Row]:
-    return [Row(variant=variant) for variant in VARIANTS]
+    return [Row(variant=variant, learning_rate=LEARNING_RATE) for variant in SCREENED]
 
 
 #: Rows by what they are for; a row may be in several.

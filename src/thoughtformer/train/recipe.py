@@ -24,6 +24,17 @@ class ModelShape:
     num_key_value_heads: int | None = None
     body_visibility: str = "hybrid"
     body_positions: str = "token"
+    num_decoder_layers: int = 0
+    recent_sentences: int = 0
+    summaries_per_sentence: int = 1
+    memory_positions: str = "sentence"
+    ends_read_own_summary: bool = False
+    body_hidden_size: int | None = None
+    body_intermediate_size: int | None = None
+    body_reads_depths: bool = False
+    decoder_reads_depths: bool = False
+    rebuild_loss_weight: float = 0.0
+    next_sentence_loss_weight: float = 0.0
     max_sentence_tokens: int | None = 256
     rope_theta: float = 10000.0
 
