@@ -148,6 +148,63 @@ def test_forced_ends_by_hand():
     assert ends(0, [], 3) == []
 
 
+def _lengths(num_tokens: int, natural: list[int], shortest: int | None, longest: int | None, close: bool) -> list[int]:
+    """Tokens of each sentence, ends included; a last open one has none."""
+    with_ends, _ = insert_ends(
+        list(range(100, 100 + num_tokens)),
+        [(i, i + 1) for i in range(num_tokens)],
+        natural,
+        sentence_end_token_id=END,
+        max_sentence_tokens=longest,
+        min_sentence_tokens=shortest,
+        close_last=close,
+    )
+    places = np.flatnonzero(with_ends == END)
+    return np.diff(np.concatenate([[-1], places])).tolist()
+
+
+def test_short_sentences_are_joined_by_hand():
+    natural = [3, 10, 14, 40, 45, 60, 100]
+    assert _lengths(100, natural, 8, None, True) == [11, 31, 21, 41]  # 3 + 7; 4 + 26; 5 + 15; 40, and an end each
+    assert _lengths(100, natural, 8, 16, True) == [11, 16, 16, 16, 16, 16, 16]
+    assert _lengths(100, natural, 16, 16, True) == [
+        16,
+        16,
+        16,
+        16,
+        16,
+        16,
+        11,
+    ]  # blocks
+    assert _lengths(98, [3, 10, 98], 20, None, True) == [99]
+    assert _lengths(98, [3, 10, 98], 20, None, False) == []
+    assert _lengths(1, [1], 20, 30, True) == [2]
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(12, 20), (24, 40), (32, 32), (5, None)])
+def test_joining_looks_at_nothing_that_follows(shortest, longest):
+    """A prompt's ends are those of the text that it begins, as far as it goes."""
+    tokenizer = SentenceTokenizer.from_backend(
+        tiny_tokenizer().backend_tokenizer, min_sentence_tokens=shortest, max_sentence_tokens=longest
+    )
+    text = prose(1500)
+    whole = tokenizer.encode_document(text, complete=True)
+    assert tokenizer.decode(whole) == text
+    lengths = np.diff(np.flatnonzero(np.concatenate([[True], whole[1:] == END])))
+    assert lengths[:-1].min() >= shortest
+    assert longest is None or lengths.max() <= longest
+    cut = text.rindex(" ", 0, 700)  # between words, where the tokens of a prefix are a prefix of the tokens
+    prompt = tokenizer.encode_document(text[:cut], complete=False)
+    assert prompt.tolist() == whole[: len(prompt)].tolist()
+
+
+def test_lengths_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="min_sentence_tokens=30 .* at most max_sentence_tokens=20"):
+        SentenceTokenizer.from_backend(
+            tiny_tokenizer().backend_tokenizer, min_sentence_tokens=30, max_sentence_tokens=20
+        )
+
+
 def test_plain_tokenizer_leaves_ends_out():
     plain = tiny_tokenizer(False)
     assert plain(PAGE)["input_ids"] == [START, *tiny_tokenizer().plain_ids(PAGE)]

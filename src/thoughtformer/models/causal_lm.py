@@ -20,6 +20,7 @@ from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel
 from thoughtformer.models.outputs import GPTHFCausalLMOutput
 from thoughtformer.models.padding import kept_columns, real_tokens
 from thoughtformer.models.penalty import exempting_repetition_penalty
+from thoughtformer.models.sentence_losses import SentenceLosses
 
 __all__ = ["GPTHFForCausalLM"]
 
@@ -39,6 +40,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GPTHFModel(config)
         self.lm_head = PackableLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.sentence_losses = SentenceLosses(config) if config.has_sentence_losses else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -165,7 +167,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         device = input_ids.device
         batch, seq = input_ids.shape
         row = torch.arange(batch)[:, None].expand(batch, seq)
-        output = self.model(input_ids[real.to(device)], row[real], num_rows=batch)
+        extra = self.sentence_losses if self.training else None
+        flat_ids = input_ids[real.to(device)]
+        output = self.model(flat_ids, row[real], num_rows=batch, keep_sentences=extra is not None)
         is_scored = torch.zeros(batch, seq, dtype=torch.bool, device=device)
         is_scored[:, :-1] = (labels[:, 1:] != -100) & (real[:, 1:] & real[:, :-1]).to(device)
         targets = torch.zeros_like(labels)
@@ -180,6 +184,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             scored.to(torch.promote_types(self.dtype, torch.float32)) / count,
             lambda logits, part: self._apply_grammar(logits, output.tokens[part]),
         )
+        if extra is not None:
+            # In a step's share, as the tokens' mean is: scored tokens of this batch by those of all.
+            loss = loss + extra(output.sentences, flat_ids, output.tokens, self.lm_head.weight) * scored.sum() / count
         token_losses = losses.new_zeros(batch, seq)
         token_losses[is_real] = losses.masked_fill(~scored, 0)
         return GPTHFCausalLMOutput(loss=loss, token_losses=token_losses[:, :-1])

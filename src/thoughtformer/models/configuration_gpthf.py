@@ -129,6 +129,11 @@ class GPTHFConfig(PreTrainedConfig):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def has_sentence_losses(self) -> bool:
+        """Whether training adds losses of sentence vectors."""
+        return self.rebuild_loss_weight > 0 or self.next_sentence_loss_weight > 0
+
     def layer_shape(self, stage: str) -> LayerShape:
         """The widths of a stage's layers: heads are as wide everywhere, and share keys alike."""
         assert self.num_key_value_heads is not None

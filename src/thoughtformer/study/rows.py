@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thoughtformer.errors import ConfigError, nearest
@@ -49,6 +49,12 @@ def _hourglass(encoder: int, body: int, decoder: int, **model: Any) -> Variant:
     return Variant(family="hourglass", model={"body_visibility": "fast"} | shape | model)
 
 
+def _of_length(shortest: int, longest: int) -> Variant:
+    """An hourglass over sentences merged and split to an even length."""
+    variant = _hourglass(2, 2, 2, max_sentence_tokens=longest)
+    return replace(variant, run={"min_sentence_tokens": shortest})
+
+
 VARIANTS: dict[str, Variant] = {
     "gpt": _gpt(sentence_ends=False),
     "gpt-ends": _gpt(),
@@ -67,6 +73,12 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-recent-2": _hourglass(2, 2, 2, recent_sentences=2),
     "hourglass-k2": _hourglass(2, 2, 2, summaries_per_sentence=2),
     "hourglass-k4": _hourglass(2, 2, 2, summaries_per_sentence=4),
+    "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
+    "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
+    "hourglass-even-16": _of_length(12, 20),
+    "hourglass-even-32": _of_length(24, 40),
+    "hourglass-even-64": _of_length(48, 80),
+    "hourglass-blocks-32": _of_length(32, 32),
     "hourglass-body-depths": _hourglass(2, 2, 2, body_reads_depths=True),
     "hourglass-decoder-depths": _hourglass(2, 2, 2, decoder_reads_depths=True),
 }
@@ -83,13 +95,19 @@ SCREENED = (
     "hourglass-own",
     "hybrid-recent-1",
     "hourglass-decoder-depths",
+    "hourglass-even-32",
     "gpt-ends",
+    "hourglass-even-16",
+    "hourglass-even-64",
     "hourglass-body-depths",
     "hourglass-unturned",
     "hourglass-3-2-1",
+    "hourglass-rebuild",
+    "hourglass-next",
     "hourglass-1-1-4",
     "hourglass-k4",
     "hourglass-recent-2",
+    "hourglass-blocks-32",
     "keep_last-2-4",
     "hybrid-1-5",
 )

@@ -24,7 +24,7 @@ from thoughtformer.text.tokenizer import SentenceTokenizer
 __all__ = ["PackedRows", "TokenisedCorpus", "cache_folder"]
 
 #: Raise when what is stored, or how it is made, changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SMALL_CORPUS_BYTES = 1_000_000
 
 
@@ -77,6 +77,7 @@ class TokenisedCorpus:
         settings = [
             tokenizer.insert_sentence_ends,
             tokenizer.max_sentence_tokens,
+            tokenizer.min_sentence_tokens,
             tokenizer.splitter.identity,
         ]
         identity = json.dumps([FORMAT_VERSION, corpus.fingerprint(), settings, backend], sort_keys=True)

@@ -22,6 +22,7 @@ class PlainTokenizer:
 
     insert_sentence_ends = False
     max_sentence_tokens = None
+    min_sentence_tokens = None
     splitter = _NoSplitter()
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -58,13 +58,16 @@ def insert_ends(
     *,
     sentence_end_token_id: int,
     max_sentence_tokens: int | None,
+    min_sentence_tokens: int | None = None,
     close_last: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids with sentence ends among them, and for each the index of its token in `ids`, -1 for an end.
 
     An end follows the token that holds its sentence's last non-space character (the last such token, where a character
     spans several). The last sentence stays open unless `close_last`: the model is to close it. A sentence that reaches
-    `max_sentence_tokens`, its end included, is closed by force unless the text stops there.
+    `max_sentence_tokens`, its end included, is closed by force unless the text stops there. One of fewer than
+    `min_sentence_tokens` since the last end goes on into the next, unless a complete text ends with it. What comes
+    later in a text never changes an end.
 
     Args:
         ids: plain token ids.
@@ -72,6 +75,7 @@ def insert_ends(
         sentence_ends: offsets as `SentenceSplitter.ends` gives them.
         sentence_end_token_id: the id to insert.
         max_sentence_tokens: None for no limit.
+        min_sentence_tokens: None to keep every sentence apart; as much as the maximum makes blocks of equal length.
         close_last: the text is complete, so its last sentence ends too.
     """
     num_tokens = len(ids)
@@ -83,18 +87,26 @@ def insert_ends(
             natural = natural[:-1]
         # Tokens' starts never decrease, so the last token that starts at or before a character holds it.
         after[np.searchsorted(starts, natural - 1, side="right") - 1] = True
-    if max_sentence_tokens is not None:
-        _close_by_force(after, max_sentence_tokens)
+    if max_sentence_tokens is not None or min_sentence_tokens is not None:
+        _even_out(after, min_sentence_tokens or 0, max_sentence_tokens, close_last)
     token_index = np.insert(np.arange(num_tokens), np.flatnonzero(after) + 1, -1)
     with_ends = np.where(token_index < 0, sentence_end_token_id, np.asarray(ids, dtype=np.int64)[token_index])
     return (with_ends, token_index) if num_tokens else (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def _close_by_force(after: np.ndarray, max_sentence_tokens: int) -> None:
-    """Marks an end after every `max_sentence_tokens - 1` tokens without one, in place."""
-    step = max_sentence_tokens - 1
+def _even_out(after: np.ndarray, shortest: int, longest: int | None, close_last: bool) -> None:
+    """Takes away ends that come too early, and adds some where none comes for too long; in place."""
+    last = len(after) - 1
+    ends = np.flatnonzero(after).tolist()
     begin = 0
-    for end in [*np.flatnonzero(after).tolist(), len(after) - 1]:
-        # Tokens begin..end are one sentence; one that fills the limit exactly ends there anyway.
-        after[begin + step - 1 : end : step] = True
-        begin = end + 1
+    for end in [*ends, last]:
+        if longest is not None:
+            # Tokens begin..end are one sentence; one that fills the limit exactly ends there anyway.
+            forced = range(begin + longest - 2, end, longest - 1)
+            after[forced] = True
+            begin += len(forced) * (longest - 1)
+        is_end = bool(after[end]) if len(after) else False
+        if is_end and end - begin + 2 < shortest and not (close_last and end == ends[-1]):
+            after[end] = False
+        elif is_end:
+            begin = end + 1

@@ -62,6 +62,16 @@ def _first_surrogate(text: str) -> str:
     return f"{text[index]!r} at character {index}" if index >= 0 else "unknown"
 
 
+def check_sentence_lengths(shortest: int | None, longest: int | None) -> None:
+    """Raises `ConfigError` where sentences can't be at least `shortest` and at most `longest` tokens."""
+    if shortest is None:
+        return
+    if shortest < 1 or (longest is not None and shortest > longest):
+        raise ConfigError(
+            f"min_sentence_tokens={shortest} must be at least 1 and at most max_sentence_tokens={longest}, or None."
+        )
+
+
 class SentenceTokenizer(PreTrainedTokenizerFast):
     """Text to ids and back, sentence ends included.
 
@@ -73,6 +83,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
     Args:
         insert_sentence_ends: False for models that read text without sentence ends.
         max_sentence_tokens: as in the model's configuration.
+        min_sentence_tokens: shorter sentences are joined with what follows; None keeps each apart.
         language: ISO 639 code, for the splitting rules.
     """
 
@@ -83,6 +94,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         *args: Any,
         insert_sentence_ends: bool = True,
         max_sentence_tokens: int | None = 256,
+        min_sentence_tokens: int | None = None,
         language: str = "en",
         **kwargs: Any,
     ) -> None:
@@ -96,11 +108,14 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
             *args,
             insert_sentence_ends=insert_sentence_ends,
             max_sentence_tokens=max_sentence_tokens,
+            min_sentence_tokens=min_sentence_tokens,
             language=language,
             **kwargs,
         )
+        check_sentence_lengths(min_sentence_tokens, max_sentence_tokens)
         self.insert_sentence_ends = insert_sentence_ends
         self.max_sentence_tokens = max_sentence_tokens
+        self.min_sentence_tokens = min_sentence_tokens
         self.splitter: SentenceSplitter = SentencexSplitter(language)
         missing = [token for token in SPECIAL_TOKENS if self.backend_tokenizer.token_to_id(token) is None]
         if missing:
@@ -172,6 +187,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
                 self.splitter.ends(text),
                 sentence_end_token_id=self.sentence_end_token_id,
                 max_sentence_tokens=self.max_sentence_tokens,
+                min_sentence_tokens=self.min_sentence_tokens,
                 close_last=close_last,
             )
             offsets = [plain[i] if i >= 0 else (0, 0) for i in index.tolist()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFConfig
+from thoughtformer.text.tokenizer import check_sentence_lengths
 from thoughtformer.train.settings import RunSettings
 
 __all__ = ["ModelShape", "Recipe"]
@@ -48,6 +49,8 @@ class Recipe(RunSettings):
         model: the model's shape.
         tokenizer: a folder with a tokenizer, or the name of a bundled model to take it from.
         sentence_ends: put sentence ends into the text; off for a plain GPT.
+        min_sentence_tokens: join shorter sentences with what follows; as much as the model's `max_sentence_tokens`
+            makes blocks of equal length. None keeps each sentence apart.
         row_tokens: tokens of a row, the context that the model is trained for.
         optimizer: `muon` (arXiv 2502.16982) for matrices with AdamW for the rest, or `adamw` for all.
         matrix_learning_rate: Muon's peak.
@@ -59,6 +62,7 @@ class Recipe(RunSettings):
     model: ModelShape = field(default_factory=ModelShape)
     tokenizer: str = "tiny-gpthf"
     sentence_ends: bool = True
+    min_sentence_tokens: int | None = None
     optimizer: str = "muon"
     matrix_learning_rate: float = 3e-3
     beta1: float = 0.9
@@ -73,6 +77,7 @@ class Recipe(RunSettings):
             ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
         )
+        check_sentence_lengths(self.min_sentence_tokens, self.model.max_sentence_tokens)
         self.check_choice("optimizer", ("muon", "adamw"))
         if not self.sentence_ends and (self.model.num_encoder_layers or self.model.body_visibility != "causal"):
             raise ConfigError(

@@ -83,6 +83,7 @@ def train(
         recipe.tokenizer,
         insert_sentence_ends=recipe.sentence_ends,
         max_sentence_tokens=recipe.model.max_sentence_tokens,
+        min_sentence_tokens=recipe.min_sentence_tokens,
     )
     config = _model_config(recipe, tokenizer)
     arguments = training_arguments(recipe, out)
