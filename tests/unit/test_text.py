@@ -199,7 +199,7 @@ def test_joining_looks_at_nothing_that_follows(shortest, longest):
 
 
 def test_lengths_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match="min_sentence_tokens=30 .* at most max_sentence_tokens=20"):
+    with pytest.raises(ConfigError, match=r"min_sentence_tokens=30 .* at most max_sentence_tokens=20"):
         SentenceTokenizer.from_backend(
             tiny_tokenizer().backend_tokenizer, min_sentence_tokens=30, max_sentence_tokens=20
         )
