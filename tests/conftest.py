@@ -116,6 +116,27 @@ def random_text(num_tokens: int, *, seed: int, end_every: float = 6.0) -> torch.
     return ids
 
 
+def entries_expected(model: GPTHFForCausalLM, ids: torch.Tensor) -> dict[str, int]:
+    """Entries that each stage must hold after `ids`, from the documentation's words instead of from the rules."""
+    config = model.config
+    document = ids[(ids == START).nonzero()[-1].item() :] if (ids == START).any() else ids
+    ends = [-1, *((document == END) | (document == START)).nonzero().flatten().tolist()]
+    closed, num_open = len(ends) - 1, len(document) - 1 - ends[-1]
+    # With recent sentences, the open one's tokens and those of so many before it.
+    near = len(document) - 1 - ends[max(0, closed - config.recent_sentences)]
+    if config.num_decoder_layers:
+        summaries = closed * config.summaries_per_sentence
+        return {"encoder": num_open, "body": summaries, "decoder": near, "memory": summaries}
+    ends_among_near = min(closed, config.recent_sentences)
+    body = {
+        "fast": closed,
+        "keep_last": closed + near - ends_among_near,
+        "hybrid": closed + near - ends_among_near,
+        "causal": len(document),
+    }[config.body_visibility]
+    return {"encoder": num_open, "body": body} if config.num_encoder_layers else {"body": body}
+
+
 #: Texts that meet the edges, by name.
 TEXTS = {
     "one_token": torch.tensor([START]),

@@ -10,12 +10,19 @@ import torch
 
 import thoughtformer
 from conftest import END, START, VISIBILITIES
-from thoughtformer.attention import BODY_RULES, OwnSentence, RowCounters, dense_mask, read_structure
+from thoughtformer.attention import BODY_RULES, EarlierSentences, OwnSentence, RowCounters, dense_mask, read_structure
 from thoughtformer.compression.adapter import read_adapter_manifest
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.loading import ASSETS, BUNDLED, BUNDLED_ADAPTERS, load
 
 RULES = {**BODY_RULES, "own_sentence": OwnSentence}
+VARIED = {
+    "own_sentence_and_2": lambda: OwnSentence(2),
+    "keep_last_and_1": lambda: BODY_RULES["keep_last"](1),
+    "hybrid_and_2": lambda: BODY_RULES["hybrid"](2),
+    "earlier_sentences": lambda: EarlierSentences(own=False),
+    "earlier_sentences_and_own": lambda: EarlierSentences(own=True),
+}
 # `a b .` `c d .` `e`, as visibility.py draws it
 DRAWN = torch.tensor([5, 6, END, 7, 8, END, 9])
 DRAWINGS = {
@@ -38,7 +45,7 @@ def structure(ids: torch.Tensor):
 
 
 def test_every_rule_is_in_the_parity_tests():
-    assert set(VISIBILITIES) == set(BODY_RULES)
+    assert set(VISIBILITIES) == {*BODY_RULES, "hourglass"}
     assert set(DRAWINGS) == set(RULES)
 
 
@@ -50,10 +57,10 @@ def test_rule_is_as_drawn(name):
     assert all(row in (thoughtformer.attention.visibility.__doc__ or "") for row in rows)
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", [*RULES, *VARIED])
 def test_rule_keeps_what_a_later_token_may_read(name, text):
     """What `keeps` drops after a prefix, no later token reads; what it keeps, some continuation reads."""
-    rule = RULES[name]()
+    rule = (RULES | VARIED)[name]()
     for count in range(1, len(text) + 1):
         prefix = structure(text[:count])
         kept = rule.keeps(prefix, RowCounters.zeros(1).after(prefix))
@@ -64,10 +71,10 @@ def test_rule_keeps_what_a_later_token_may_read(name, text):
         assert torch.equal(at_once, kept), "the next ordinary token reads all that is held"
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", [*RULES, *VARIED])
 def test_visibility_never_grows(name, text):
     """For ordinary queries of one document, what was invisible stays so."""
-    mask = dense_mask(RULES[name](), structure(text))
+    mask = dense_mask((RULES | VARIED)[name](), structure(text))
     tokens = structure(text)
     queries = (~tokens.is_end).nonzero().flatten().tolist()
     for earlier, later in zip(queries, queries[1:]):

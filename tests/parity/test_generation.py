@@ -30,6 +30,8 @@ def naive_greedy(model, ids: list[int], new_tokens: int) -> list[int]:
 def pair(visibility: str, **changes):
     if visibility == "plain":
         return tiny_pair(plain=True, **changes)
+    if visibility == "hourglass":
+        return tiny_pair(body_visibility="fast", num_decoder_layers=2, **changes)
     return tiny_pair(body_visibility=visibility, **changes)
 
 
@@ -60,7 +62,7 @@ def test_ends_occur_and_sentences_close():
     assert all(not (a == end and b == end) for a, b in zip(done.ids, done.ids[1:]))
 
 
-@pytest.mark.parametrize("visibility", ["fast", "keep_last", "hybrid", "causal"])
+@pytest.mark.parametrize("visibility", VISIBILITIES)
 def test_beams_equal_beams_without_cache(visibility):
     model, tokenizer = pair(visibility)
     batch = tokenizer(PROMPTS[2:], return_tensors="pt", padding=True)

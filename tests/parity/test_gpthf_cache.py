@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, START, TEXTS, random_text, tiny_model
+from conftest import END, START, TEXTS, entries_expected, random_text, tiny_model
 from thoughtformer.attention import RowCounters, read_structure
 from thoughtformer.bench.synthetic import filled_cache
 from thoughtformer.cache import distinct_storage_bytes
@@ -20,20 +20,6 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
 
 
-def entries_expected(model, ids: Tensor) -> dict[str, int]:
-    """Entries that each stage must hold after `ids`, from the spec's words instead of from the rules."""
-    document = ids[(ids == START).nonzero()[-1].item() :] if (ids == START).any() else ids
-    ends = ((document == END) | (document == START)).nonzero().flatten()
-    is_open = len(document) - 1 - ends[-1].item() if len(ends) else len(document)
-    body = {
-        "fast": len(ends),
-        "keep_last": len(ends) + is_open,
-        "hybrid": len(ends) + is_open,
-        "causal": len(document),
-    }[model.config.body_visibility]
-    return {"encoder": is_open, "body": body}
-
-
 def test_bytes_equal_the_formula_at_every_step(model):
     ids = torch.cat([TEXTS["long_sentence"], TEXTS["two_documents"]])
     cache = model.new_cache(1)
@@ -41,7 +27,7 @@ def test_bytes_equal_the_formula_at_every_step(model):
         for count in range(1, len(ids) + 1):
             model(ids[None, count - 1 : count], past_key_values=cache)
             expected = entries_expected(model, ids[:count])
-            assert {s.name: int(c.lengths[0]) for s, c in zip(model.model.stages, cache.stages)} == expected
+            assert {stage.name: int(stage.lengths[0]) for stage in cache.stages} == expected
             assert cache.num_bytes() == model.model.cache_bytes(expected, num_rows=1)
 
 
@@ -257,7 +243,6 @@ def test_a_long_folded_cache_is_seldom_copied():
         for position in range(25 * 3):
             model(torch.tensor([[END if position % 25 == 24 else 5]]), past_key_values=cache)
             storages.add(cache.stages[1].capacity)
-            expected = {stage.rule.name: stage.longest for stage in cache.stages}
-            longest = {"encoder": expected["own_sentence"], "body": expected["hybrid"]}
+            longest = {stage.name: stage.longest for stage in cache.stages}
             assert cache.num_bytes() == model.model.cache_bytes(longest, num_rows=1)
     assert storages == {640}

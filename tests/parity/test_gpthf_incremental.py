@@ -142,7 +142,7 @@ def test_packed_documents_equal_each_alone(model, sentences):
     close(packed, torch.cat([full_logits(model, document) for document in documents]))
 
 
-@pytest.mark.parametrize("visibility", ["fast", "keep_last", "hybrid"])
+@pytest.mark.parametrize("visibility", ["fast", "keep_last", "hybrid", "hourglass"])
 def test_sentence_alone_equals_sentence_in_context_at_the_encoder(visibility):
     model = tiny_model(visibility)
     sentence = torch.tensor([8, 9, 10, 11, END])

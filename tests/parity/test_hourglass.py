@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, PAD, START, TEXTS, random_text, tiny_model
+from conftest import END, PAD, START, TEXTS, entries_expected, random_text, tiny_model
 from thoughtformer.attention import rotary_angles, rotate
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.modeling_gpthf import compile_steps
@@ -29,21 +29,6 @@ def chunked_logits(model: GPTHFForCausalLM, ids: Tensor, sizes: list[int]) -> Te
     for chunk in ids.split(sizes):
         parts.append(model(chunk[None], past_key_values=cache).logits[0])
     return torch.cat(parts)
-
-
-def entries_expected(model: GPTHFForCausalLM, ids: Tensor) -> dict[str, int]:
-    """Entries that each stage must hold after `ids`, from the words of the documentation instead of from the rules."""
-    config = model.config
-    document = ids[(ids == START).nonzero()[-1].item() :] if (ids == START).any() else ids
-    ends = [-1, *((document == END) | (document == START)).nonzero().flatten().tolist()]
-    closed, num_open = len(ends) - 1, len(document) - 1 - ends[-1]
-    # With recent sentences, the open one's tokens and those of so many before it.
-    near = len(document) - 1 - ends[max(0, len(ends) - 1 - config.recent_sentences)]
-    if config.num_decoder_layers:
-        summaries = closed * config.summaries_per_sentence
-        return {"encoder": num_open, "body": summaries, "decoder": near, "memory": summaries}
-    ends_among_near = closed - max(0, closed - config.recent_sentences)
-    return {"encoder": num_open, "body": closed + near - ends_among_near}
 
 
 def test_gathered_equals_dense_mask(switched_model):
@@ -239,10 +224,10 @@ def _in_words(model: GPTHFForCausalLM, ids: Tensor, *, positions: str, own: bool
             for place in range(len(sentence)):
                 closes = number < len(thoughts) and place == len(sentence) - 1
                 earlier = [qkv(layer, thought) for thought in thoughts[: number + (own and closes)]]
-                far = [number if positions == "sentence" else 0] * 1
+                far = number if positions == "sentence" else 0
                 scores = [(turned(asked[place][0], place) * turned(asked[j][1], j)).sum(-1) for j in range(place + 1)]
                 scores += [
-                    (turned(asked[place][0], far[0]) * turned(key, s if positions == "sentence" else 0)).sum(-1)
+                    (turned(asked[place][0], far) * turned(key, s if positions == "sentence" else 0)).sum(-1)
                     for s, (_, key, _) in enumerate(earlier)
                 ]
                 values = [asked[j][2] for j in range(place + 1)] + [value for _, _, value in earlier]

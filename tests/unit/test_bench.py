@@ -49,6 +49,17 @@ def test_a_filled_cache_is_that_of_a_text_read(visibility, context):
         assert torch.equal(ours.entries[:, :, : ours.longest], theirs.entries[:, :, : theirs.longest])
 
 
+@pytest.mark.parametrize("changes", [{"summaries_per_sentence": 3}, {"recent_sentences": 1}], ids=str)
+def test_a_filled_cache_of_an_hourglass(changes):
+    model = tiny_model("hourglass", **changes)
+    filled, read = filled_cache(model, num_rows=1, context=60), model.new_cache(1)
+    ids = torch.tensor([regular_ids(60, sentence_tokens=25, sentence_end_token_id=1)])
+    with torch.no_grad():
+        model(ids, past_key_values=read)
+    for ours, theirs in zip(filled.stages, read.stages, strict=True):
+        assert torch.equal(ours.entries[:, :, : ours.longest], theirs.entries[:, :, : theirs.longest])
+
+
 def test_a_filled_dynamic_cache_holds_the_context():
     model = tiny_model("causal", num_encoder_layers=0)
     cache = filled_dynamic_cache(model, num_rows=3, context=11)

@@ -50,15 +50,11 @@ def kv_bytes(options: Options) -> Iterator[Record]:
 def _checked_bytes(model: GPTHFForCausalLM, context: int) -> int:
     """Bytes that a row of so many tokens holds; raises `ThoughtformerError` if the formula says otherwise."""
     cache = filled_cache(model, num_rows=1, context=context)
-    longest = {stage.name: held.longest for stage, held in zip(_stages(model), cache.stages, strict=True)}
+    longest = {stage.name: stage.longest for stage in cache.stages}
     expected, held = model.model.cache_bytes(longest, 1, reserve_tokens=context), cache.num_bytes()
     if held != expected:
         raise ThoughtformerError(f"a cache of {context} tokens holds {held} bytes, the formula says {expected}.")
     return held
-
-
-def _stages(model: GPTHFForCausalLM) -> list[Any]:
-    return list(model.model.stages)
 
 
 def _paper_shape(size: Size) -> tuple[Size, tuple[tuple[int, int], ...]]:

@@ -19,7 +19,7 @@ from thoughtformer.bench.timing import Run, interleaved
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.export import write_gguf
 
-__all__ = ["Options", "measured", "regular_text", "split_name", "start_llama_cpp", "without_llama_cpp"]
+__all__ = ["Options", "measured", "next_ids", "regular_text", "split_name", "start_llama_cpp", "without_llama_cpp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,13 @@ def regular_text(model: GPTHFForCausalLM, count: int) -> list[int]:
     """Ids of a text of equal sentences."""
     end = model.config.sentence_end_token_id
     return regular_ids(count, sentence_tokens=SENTENCE_TOKENS, sentence_end_token_id=end)
+
+
+def next_ids(model: GPTHFForCausalLM, batch: int, position: int) -> torch.Tensor:
+    """The token that the regular text has at a position, for every row."""
+    end = model.config.sentence_end_token_id
+    is_end = end is not None and position % SENTENCE_TOKENS == SENTENCE_TOKENS - 1
+    return torch.full((batch,), end if is_end and end is not None else regular_text(model, 1)[0])
 
 
 def split_name(split: tuple[int, int]) -> str:

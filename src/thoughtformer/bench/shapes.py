@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["SIZES", "Size", "size_named"]
+__all__ = ["DEEP", "SIZES", "Size", "size_named"]
 
 SENTENCE_TOKENS = 25
 
@@ -43,15 +44,17 @@ class Size:
         """The plain GPT."""
         return self._model(0, self.layers, "causal")
 
-    def gpthf(self, split: tuple[int, int], visibility: str = "hybrid") -> GPTHFForCausalLM:
-        """A GPTHF of as many parameters."""
-        return self._model(*split, visibility)
+    def gpthf(self, split: tuple[int, ...], visibility: str = "hybrid", **changes: Any) -> GPTHFForCausalLM:
+        """A GPTHF of as many parameters, by encoder and body layers, and an hourglass's decoder layers."""
+        if len(split) == 3:
+            changes |= {"num_decoder_layers": split[2]}
+        return self._model(split[0], split[1], visibility, **changes)
 
     def tokenizer(self) -> SentenceTokenizer:
         """The bundled plain one."""
         return load_tokenizer("tiny-gpt")
 
-    def _model(self, encoder: int, body: int, visibility: str) -> GPTHFForCausalLM:
+    def _model(self, encoder: int, body: int, visibility: str, **changes: Any) -> GPTHFForCausalLM:
         torch.manual_seed(0)
         config = GPTHFConfig(
             vocab_size=self.vocab_size,
@@ -63,6 +66,7 @@ class Size:
             body_visibility=visibility,
             max_position_embeddings=1 << 20,
             max_sentence_tokens=None,
+            **changes,
         )
         return GPTHFForCausalLM(config).eval()
 
@@ -98,6 +102,12 @@ SIZES = {
         ),
     )
 }
+
+
+#: The paper's 24 layers, for cases that name it; its vocabulary has no tokenizer here.
+DEEP = replace(
+    SIZES["full"], name="deep", layers=24, hidden_size=1024, intermediate_size=4096, heads=16, vocab_size=16384
+)
 
 
 def size_named(name: str) -> Size:

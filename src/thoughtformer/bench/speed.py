@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+from thoughtformer.bench.architectures import architectures
 from thoughtformer.bench.compressed import compressed
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.requests import batch1, batch8
-from thoughtformer.bench.running import Options, measured, regular_text, split_name, start_llama_cpp, without_llama_cpp
+from thoughtformer.bench.running import (
+    Options,
+    measured,
+    next_ids,
+    regular_text,
+    split_name,
+    start_llama_cpp,
+    without_llama_cpp,
+)
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
 from thoughtformer.bench.timing import Run, seconds_of
@@ -141,13 +150,6 @@ def _available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def _next_ids(model: GPTHFForCausalLM, batch: int, position: int) -> torch.Tensor:
-    """The token that the regular text has at a position, for every row."""
-    end = model.config.sentence_end_token_id
-    is_end = end is not None and position % SENTENCE_TOKENS == SENTENCE_TOKENS - 1
-    return torch.full((batch,), end if is_end and end is not None else regular_text(model, 1)[0])
-
-
 @torch.inference_mode()
 def _own_steps(model: GPTHFForCausalLM, batch: int, context: int, new_tokens: int) -> dict[str, float]:
     warmups = 3
@@ -155,7 +157,7 @@ def _own_steps(model: GPTHFForCausalLM, batch: int, context: int, new_tokens: in
     rows = torch.arange(batch)
 
     def step(position: int) -> None:
-        model.ragged_logits(_next_ids(model, batch, position), rows, cache, num_columns=1)
+        model.ragged_logits(next_ids(model, batch, position), rows, cache, num_columns=1)
 
     for position in range(context, context + warmups):
         step(position)
@@ -169,7 +171,7 @@ def _llama_steps(
     llama: LlamaForCausalLM, gpt: GPTHFForCausalLM, batch: int, context: int, new_tokens: int
 ) -> dict[str, float]:
     cache = filled_dynamic_cache(gpt, num_rows=batch, context=context)
-    ids = _next_ids(gpt, batch, 0)[:, None]
+    ids = next_ids(gpt, batch, 0)[:, None]
 
     def step() -> None:
         llama(ids, past_key_values=cache, use_cache=True)
@@ -236,4 +238,5 @@ CASES: dict[str, Callable[[Options], Iterator[Record]]] = {
     "batch8": batch8,
     "packed": packed,
     "compressed": compressed,
+    "architectures": architectures,
 }

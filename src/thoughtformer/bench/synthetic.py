@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from thoughtformer.attention import read_structure
+from thoughtformer.attention import read_structure, summaries_of, with_summaries
 from thoughtformer.bench.flops import regular_ids
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.cache import GPTHFCache
@@ -30,8 +30,12 @@ def filled_cache(model: GPTHFForCausalLM, *, num_rows: int, context: int, reserv
     )
     after = cache.counters.after(tokens)
     for stage in cache.stages:
-        kept = stage.rule.keeps(tokens, after)
-        stage.extend(tokens[kept])
+        # Body and memory of an hourglass hold summaries alone; an encoder repeats sentence ends that have several.
+        if stage.per_token == 0:
+            entries = summaries_of(tokens, stage.per_end)[1]
+        else:
+            entries = with_summaries(tokens, stage.per_end)[1] if stage.per_end > 1 else tokens
+        stage.extend(entries[stage.rule.keeps(entries, after)])
         for tensor in (*stage.keys, *stage.values):
             _fill(tensor)
     cache.record(tokens, after, context)

@@ -1,0 +1,169 @@
+"""GPT, GPTHF and hourglass at equal parameters: decoding, FLOPs a token and bytes of keys and values, from one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from thoughtformer.bench.flops import count_flops
+from thoughtformer.bench.records import Record
+from thoughtformer.bench.running import Options, measured, next_ids
+from thoughtformer.bench.shapes import DEEP, SENTENCE_TOKENS, Size
+from thoughtformer.bench.synthetic import filled_cache
+from thoughtformer.bench.timing import Run, memory_read_rate, seconds_of
+from thoughtformer.cache import GPTHFCache
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.modeling_gpthf import compile_steps
+
+__all__ = ["architectures"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One comparison: a batch that holds a context, and decodes whole sentences."""
+
+    size: Size
+    batch: int
+    context: int
+    sentences: int
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "context": self.context,
+            "new_tokens": self.sentences * SENTENCE_TOKENS,
+            "size": self.size.name,
+            "layers": self.size.layers,
+        }
+
+
+def architectures(options: Options) -> Iterator[Record]:
+    """Tokens a second of one row, compiled and not, and of a batch, and the bytes and FLOPs that a token needs."""
+    size = options.size
+    context, batch = size.decode_contexts[1], size.decode_batch
+    deep = DEEP if size.name == "full" else replace(size, name="deep", layers=6)
+    works = [
+        _Work(size=deep, batch=1, context=512 if deep is DEEP else 64, sentences=2),
+        _Work(size=size, batch=1, context=context, sentences=2),
+        _Work(size=size, batch=batch, context=context, sentences=1),
+    ]
+    for work in works:
+        yield from _compared(work, options)
+
+
+def _models(size: Size) -> dict[str, GPTHFForCausalLM]:
+    """One set of weights: every model's layers are the plain GPT's, so that all fit into memory side by side."""
+    gpt = size.gpt()
+    ends, layers = max(1, size.layers // 8 if size.layers == 24 else size.layers // 6), size.layers
+    encoder = max(1, layers // 3)
+    models = {"gpt": gpt}
+    for visibility in ("fast", "hybrid"):
+        split = (encoder, layers - encoder)
+        models[f"{visibility} {_name(split)}"] = _sharing(gpt, lambda: size.gpthf(split, visibility))  # noqa: B023
+    hourglass = (ends, layers - 2 * ends, ends)
+    models[f"hourglass {_name(hourglass)}"] = _sharing(gpt, lambda: size.gpthf(hourglass, "fast"))
+    return models
+
+
+def _name(split: tuple[int, ...]) -> str:
+    return "+".join(map(str, split))
+
+
+def _sharing(gpt: GPTHFForCausalLM, build: Callable[[], GPTHFForCausalLM]) -> GPTHFForCausalLM:
+    """A model without weights of its own: those of `gpt`, layer by layer."""
+    with torch.device("meta"):
+        model = build()
+    layers = list(gpt.model.stages[0].layers)  # type: ignore[union-attr, arg-type]
+    for stage in model.model.stages:
+        count = len(stage.layers)  # type: ignore[arg-type]
+        stage.layers = nn.ModuleList(layers[:count])
+        layers = layers[count:]
+    model.model.embed_tokens, model.model.norm, model.lm_head = gpt.model.embed_tokens, gpt.model.norm, gpt.lm_head
+    return model
+
+
+def _compared(work: _Work, options: Options) -> Iterator[Record]:
+    models = _models(work.size)
+    pack_weights(models["gpt"])
+    runs: dict[str, Run] = {"memory": lambda: {"bytes_per_second": memory_read_rate()}} if work.batch == 1 else {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        needed = _needed(model, work)
+        runs[name] = lambda model=model, needed=needed: _decoded(model, work, is_compiled=False) | needed
+        settings[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        if work.batch > 1:
+            continue
+        options.on_progress(f"compiling {name} of {work.size.layers} layers")
+        try:
+            _decoded(model, replace(work, context=2 * SENTENCE_TOKENS, sentences=2), is_compiled=True)
+        except TorchDynamoException as error:
+            why = f"torch.compile failed: {' '.join(str(error).split())[:200]}"
+            yield Record(
+                theme="speed", case="architectures", peer=f"{name}, compiled", workload=work.workload, skipped=why
+            )
+            continue
+        runs[f"{name}, compiled"] = lambda model=model, needed=needed: _decoded(model, work, is_compiled=True) | needed
+    yield from measured(
+        "architectures",
+        work.workload,
+        runs,
+        settings,
+        repeats=options.repeats,
+        on_run=lambda name, number: options.on_progress(
+            f"{work.size.layers} layers, {work.batch} rows of {work.context:,} tokens: {name}, round {number}"
+        ),
+    )
+
+
+@torch.inference_mode()
+def _decoded(model: GPTHFForCausalLM, work: _Work, *, is_compiled: bool) -> dict[str, float]:
+    """Decodes whole sentences, so that what happens once a sentence is counted in proportion."""
+    compile_steps(model, enabled=is_compiled)
+    new_tokens = work.sentences * SENTENCE_TOKENS
+    cache = filled_cache(model, num_rows=work.batch, context=work.context, reserve_tokens=work.context + new_tokens + 4)
+    rows = torch.arange(work.batch)
+
+    def step(position: int) -> None:
+        model.ragged_logits(next_ids(model, work.batch, position), rows, cache, num_columns=1)
+
+    for position in range(work.context, work.context + 3):
+        step(position)
+    first = work.context + 3
+    seconds = seconds_of(lambda: [step(position) for position in range(first, first + new_tokens)])
+    compile_steps(model, enabled=False)
+    return {"tokens_per_second": work.batch * new_tokens / seconds, "kv_bytes": float(cache.num_bytes())}
+
+
+@torch.inference_mode()
+def _needed(model: GPTHFForCausalLM, work: _Work) -> dict[str, float]:
+    """FLOPs that one row's token takes, counted over a sentence, and bytes that a step of the batch must touch."""
+    cache = filled_cache(model, num_rows=1, context=work.context, reserve_tokens=work.context + 2 * SENTENCE_TOKENS)
+    touched = 0.0
+    with count_flops() as counted:
+        for position in range(work.context, work.context + SENTENCE_TOKENS):
+            touched += _touched(model, cache, work.batch)
+            model.ragged_logits(next_ids(model, 1, position), torch.arange(1), cache, num_columns=1)
+    return {"flops": counted.total / SENTENCE_TOKENS, "touched_bytes": touched / SENTENCE_TOKENS}
+
+
+def _touched(model: GPTHFForCausalLM, cache: GPTHFCache, batch: int) -> float:
+    """Weights once, and each row's keys and values; what an hourglass's body reads, in a sentence's share."""
+    total = float(sum(parameter.nbytes for parameter in model.lm_head.parameters()))
+    is_hourglass = model.config.num_decoder_layers > 0
+    for stage in model.model.stages:
+        # One row in 25 closes a sentence: of a batch, most steps run the body for some row.
+        rows_at_ends = 1 - (1 - 1 / SENTENCE_TOKENS) ** batch
+        share = rows_at_ends if is_hourglass and stage.name == "body" else 1.0
+        total += share * sum(parameter.nbytes for parameter in stage.parameters())
+    for held in cache.stages:
+        share = 1 / SENTENCE_TOKENS if is_hourglass and held.name == "body" else 1.0
+        entry = sum(part.shape[1] * part.shape[3] * part.element_size() for part in (*held.keys, *held.values))
+        total += share * batch * held.longest * entry
+    return total
