@@ -183,10 +183,10 @@ class EarlierSentences(VisibilityRule):
 
     def visible(self, query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
         same_document = (query.row == key.row) & (query.document == key.document)
-        is_visible = same_document & (key.sentence < query.sentence)
+        is_visible = key.sentence < query.sentence
         if self.own:
-            is_visible |= same_document & query.is_end & (key.sentence == query.sentence)
-        return is_visible
+            is_visible = is_visible | (query.is_end & (key.sentence == query.sentence))
+        return same_document & key.is_end & is_visible
 
     def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
         return _in_current_document(entry, counters) & entry.is_end

@@ -127,12 +127,12 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that is running, without the path of the program, and without where its lines go."""
+    """The command that is running, without the path of the program, and without where its lines and models go."""
     parts: list[str] = []
     for part in sys.argv[1:]:
-        if parts and parts[-1] == "--out":
+        if parts and parts[-1] in ("--out", "--work"):
             parts.pop()
-        elif not part.startswith("--out="):
+        elif not part.startswith(("--out=", "--work=")):
             parts.append(part)
     return " ".join(["thoughtformer", *parts])
 
