@@ -131,7 +131,9 @@ def _decoded(model: GPTHFForCausalLM, work: _Work, *, is_compiled: bool) -> dict
     rows = torch.arange(work.batch)
 
     def step(position: int) -> None:
-        model.ragged_logits(next_ids(model, work.batch, position), rows, cache, num_columns=1)
+        # Rows close their sentences at different steps, as rows of a batch do.
+        ids = [next_ids(model, 1, position + row * SENTENCE_TOKENS // work.batch) for row in range(work.batch)]
+        model.ragged_logits(torch.cat(ids), rows, cache, num_columns=1)
 
     for position in range(work.context, work.context + 3):
         step(position)
@@ -158,9 +160,8 @@ def _touched(model: GPTHFForCausalLM, cache: GPTHFCache, batch: int) -> float:
     total = float(sum(parameter.nbytes for parameter in model.lm_head.parameters()))
     is_hourglass = model.config.num_decoder_layers > 0
     for stage in model.model.stages:
-        # One row in 25 closes a sentence: of a batch, most steps run the body for some row.
-        rows_at_ends = 1 - (1 - 1 / SENTENCE_TOKENS) ** batch
-        share = rows_at_ends if is_hourglass and stage.name == "body" else 1.0
+        # Rows of a batch close sentences at different steps, and each time the body's weights are read.
+        share = min(1.0, batch / SENTENCE_TOKENS) if is_hourglass and stage.name == "body" else 1.0
         total += share * sum(parameter.nbytes for parameter in stage.parameters())
     for held in cache.stages:
         share = 1 / SENTENCE_TOKENS if is_hourglass and held.name == "body" else 1.0

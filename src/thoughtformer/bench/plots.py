@@ -8,10 +8,13 @@ from typing import Any
 
 from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
+from thoughtformer.bench.study_tables import BINS, STUDY_TEXTS
 
 __all__ = ["draw_all"]
 
 MARKERS = "os^Dv<>PX*hd1234"
+#: Architectures whose profiles are drawn.
+PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hourglass-2-2-2", "hourglass-recent-1", "hourglass-k4")
 
 
 def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:
@@ -136,6 +139,44 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
     return _save(figure, path)
 
 
+def _study_costs(records: Sequence[Record], path: Path) -> Path | None:
+    """Every row of a study: what training cost, and what came of it."""
+    if not records:
+        return None
+    figure, axes = _axes("the study's rows", "training FLOPs", "bits per byte, mean of both texts")
+    families = list(dict.fromkeys(record.peer.split("-")[0] for record in records))
+    for marker, family in zip(MARKERS, families, strict=False):
+        of = [record for record in records if record.peer.split("-")[0] == family]
+        costs = [record.metrics["training_flops"].median for record in of]
+        bits = [sum(record.metrics[f"{text}_bits_per_byte"].median for text in STUDY_TEXTS) / 2 for record in of]
+        axes.plot(costs, bits, marker, label=family, alpha=0.7)
+    axes.set_xscale("log")
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _study_profile(records: Sequence[Record], kind: str, path: Path, across: str) -> Path | None:
+    """Bits a token less the plain GPT's, where both were trained alike, by bin."""
+    if not records:
+        return None
+    work = max((record.workload for record in records), key=lambda work: (work["seed"] == 0, work["megabytes"]))
+    alike = {record.peer: record for record in records if record.workload == work}
+    if "gpt" not in alike or len(alike) < 2:
+        return None
+    title = f"bits a token beside the plain GPT, {work['size']}, {work['megabytes']} MB, books"
+    figure, axes = _axes(title, across, "bits")
+    base = alike.pop("gpt").settings["books"][kind]
+    named = [name for name in PROFILED if name in alike]
+    for marker, name in zip(MARKERS, named, strict=False):
+        values = alike[name].settings["books"][kind]
+        points = [(place, a - b) for place, (a, b) in enumerate(zip(values, base, strict=True)) if None not in (a, b)]
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(BINS)), BINS)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, Path]]:
     """Every picture that the records suffice for: (caption, file)."""
 
@@ -169,6 +210,18 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, Path]]:
         ),
         ("Decoding one row, beside what memory allows", _batch1(of("speed", "batch1"), folder / "batch1.png")),
         ("FLOPs by pair", _flops(of("flops", "pairs"), folder / "flops.png")),
+    ]
+    study = [record for record in records if record.theme == "study"]
+    drawn += [
+        ("Architectures at equal text", _study_costs(study, folder / "study.png")),
+        (
+            "Where context helps: by a token's place in its sentence",
+            _study_profile(study, "by_offset", folder / "study_offset.png", "tokens before it in its sentence"),
+        ),
+        (
+            "Where context helps: by earlier sentences",
+            _study_profile(study, "by_earlier", folder / "study_earlier.png", "earlier sentences in view"),
+        ),
     ]
     compression = of("quality", "compression", size=False)
     for number, data in enumerate(dict.fromkeys(tuple(record.workload["data"]) for record in compression)):

@@ -5,6 +5,9 @@
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
 <!-- bench:bits -->                                     bits per byte of checkpoints
 <!-- bench:case speed batch1 -->                        all figures of the last run of a case
+<!-- bench:study 1m 10 0.008 -->                        architectures of a size, on 10 MB, at a learning rate
+<!-- bench:rates 1m 10 -->                              some of them at several rates
+<!-- bench:profile by_offset gpt,fast-2-4 books 1m 10 0.008 -->  bits a token by place, beside the first
 ...
 <!-- bench:end -->
 """
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from thoughtformer.bench.claims import CLAIMS, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
+from thoughtformer.bench.study_tables import learning_rates_table, profile_table, study_table
 from thoughtformer.errors import InputError, nearest
 from thoughtformer.models.writing import new_file
 
@@ -174,6 +178,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "recall": _recall,
     "bits": _bits,
     "case": _case,
+    "study": lambda *arguments: _rows(study_table(*arguments)),
+    "rates": lambda *arguments: _rows(learning_rates_table(*arguments)),
+    "profile": lambda *arguments: _rows(profile_table(*arguments)),
 }
 
 
