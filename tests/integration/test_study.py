@@ -1,0 +1,149 @@
+"""The study's runner: rows once each, picked up again, scored alike; and its figures by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from prose import prose
+from thoughtformer.bench.records import read_records
+from thoughtformer.bench.study_tables import learning_rates_table, profile_table, study_table
+from thoughtformer.errors import ConfigError, InputError
+from thoughtformer.evaluate import DocumentBits
+from thoughtformer.models.loading import load_tokenizer
+from thoughtformer.study import rows as study_rows
+from thoughtformer.study.profile import EDGES, LossProfile, sentence_places
+from thoughtformer.study.rows import GROUPS, Row, rows_of
+from thoughtformer.study.run import StudySettings, run_rows
+
+
+def test_every_row_is_a_valid_training():
+    """All variants at all sizes, and every group's rows, make recipes; names are unlike."""
+    names = set()
+    for group in GROUPS:
+        for row in rows_of(group):
+            row.recipe()
+            names.add(row.name)
+    for variant in study_rows.VARIANTS:
+        for size in study_rows.SIZES:
+            names.add(Row(variant=variant, size=size, seed=7).name)
+            assert Row(variant=variant, size=size).recipe().model.num_body_layers >= 1
+    assert len(names) >= len(study_rows.VARIANTS) * len(study_rows.SIZES)
+    with pytest.raises(ConfigError, match="Did you mean 'hybrid-2-4'"):
+        Row(variant="hybrid-2-5")
+
+
+def test_variants_have_equal_parameters():
+    """But for the switches that can't do without some more."""
+    counts = {}
+    for name in study_rows.VARIANTS:
+        model = Row(variant=name).recipe().model
+        counts[name] = model.num_encoder_layers + model.num_body_layers + model.num_decoder_layers
+    assert set(counts.values()) == {6}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Two tiny architectures on a page of text."""
+    monkeypatch.setenv("THOUGHTFORMER_CACHE", str(tmp_path / "cache"))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    monkeypatch.setitem(study_rows.SIZES, "1m", small)
+    for name in ("gpt", "hourglass-2-2-2"):
+        variant = study_rows.VARIANTS[name]
+        short = dict(variant.run) | {"row_tokens": 64, "rows_per_batch": 2, "max_steps": 4, "save_every_steps": 2}
+        monkeypatch.setitem(study_rows.VARIANTS, name, study_rows.replace(variant, run=short))
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(prose(6000, seed=len(name)))
+    return StudySettings(
+        data=[str(tmp_path / "train.txt")],
+        valid={"books": str(tmp_path / "valid.txt"), "wikipedia": str(tmp_path / "valid.txt")},
+        out=tmp_path / "study.jsonl",
+        work=tmp_path / "work",
+        valid_bytes=800,
+        document_bytes=700,
+    )
+
+
+def test_rows_run_once_and_in_parts(study):
+    rows = [Row(variant="gpt", megabytes=1), Row(variant="hourglass-2-2-2", megabytes=1)]
+    assert run_rows(rows, study, limit=1) == 1
+    with FileLock(study.work / f"{rows[1].name}.lock"):
+        assert run_rows(rows, study) == 0, "the second is in work elsewhere, the first done"
+    assert run_rows(rows, study) == 1
+    assert run_rows(rows, study) == 0
+    records = read_records([study.out])
+    assert [record.peer for record in records] == ["gpt", "hourglass-2-2-2"]
+    for record in records:
+        assert record.settings["data"] == ["train.txt"]
+        assert str(study.work) not in record.to_json()
+        assert record.metrics["tokens"].median == 4 * 4 * 64
+        assert 1 < record.metrics["books_bits_per_byte"].median < 20
+        counts = record.settings["books"]
+        assert counts["bytes"] == 700
+    # The hourglass's body runs at sentence ends alone; at this width most of the work is the head's.
+    assert records[1].metrics["training_flops"].median < records[0].metrics["training_flops"].median
+    lines = study_table(records, "1m", "1", "0.004")
+    assert {line[0] for line in lines[1:]} == {"gpt", "hourglass-2-2-2"}
+    assert len(profile_table(records, "by_earlier", "gpt,hourglass-2-2-2", "books", "1m", "1", "0.004")) == 3
+    assert learning_rates_table(records, "1m", "1")[0] == ["", "0.004"]
+    with pytest.raises(InputError, match="no study rows of size 3m"):
+        study_table(records, "3m", "1", "0.004")
+
+
+def test_interrupted_row_goes_on_from_its_checkpoint(study, monkeypatch):
+    """As an uninterrupted one would have: the same figures, to the last digit."""
+    row = Row(variant="hourglass-2-2-2", megabytes=1)
+    assert run_rows([row], study) == 1
+    whole = json.loads(study.out.read_text())["metrics"]["books_bits_per_byte"]["median"]
+    folder = study.work / row.name
+    for name in ("model.safetensors", "training.json", "config.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    study.out.unlink()
+    assert (folder / "checkpoint-2").is_dir()
+    assert run_rows([row], study) == 1
+    assert json.loads(study.out.read_text())["metrics"]["books_bits_per_byte"]["median"] == whole
+
+
+def test_places_by_hand():
+    tokenizer = load_tokenizer("tiny-gpthf")
+    ((offset, sentence),) = sentence_places(tokenizer, ["She ran. He sat down."])
+    ids = tokenizer.encode_document("She ran. He sat down.", complete=True)
+    words = [tokenizer.decode([token]) for token in ids if token != tokenizer.sentence_end_token_id]
+    split = words.index(" He")
+    assert offset.tolist() == [0, *range(split - 1), *range(len(words) - split)]
+    assert sentence.tolist() == [0, *[1] * (split - 1), *[2] * (len(words) - split)]
+
+
+def test_profile_by_hand():
+    """Two windows; the second sees the third sentence alone. Ends are left out."""
+    is_end = np.array([False, False, True, False, False, True, False, False])
+    bits = np.array([0.0, 1, 9, 2, 4, 9, 8, 16])
+    window_start = np.array([0, 0, 0, 0, 0, 0, 6, 6])
+    document = DocumentBits(num_bytes=10, bits=bits, is_end=is_end, window_start=window_start)
+    profile = LossProfile()
+    profile.add(document, offset=np.array([0, 0, 0, 1, 0, 1]), sentence=np.array([0, 1, 2, 2, 3, 3]))
+    means = profile.bits_per_token()
+    assert means["by_offset"] == [(1 + 2 + 8) / 3, (4 + 16) / 2, *[None] * (len(EDGES) - 2)]
+    assert means["by_earlier"] == [(8 + 16) / 2, 1, (2 + 4) / 2, *[None] * (len(EDGES) - 3)]
+
+
+def test_sentence_ends_change_no_bin():
+    """The plain GPT's tokens, which lack them, fall into the same bins."""
+    tokenizer, plain = load_tokenizer("tiny-gpthf"), load_tokenizer("tiny-gpt")
+    text = prose(900, seed=5)
+    (places,) = sentence_places(tokenizer, [text])
+    profiles = []
+    for each in (tokenizer, plain):
+        ids = each.encode_document(text, complete=True)
+        is_end = ids == tokenizer.sentence_end_token_id
+        zeros = np.zeros(len(ids), dtype=np.int64)
+        profile = LossProfile()
+        profile.add(DocumentBits(num_bytes=1, bits=np.ones(len(ids)), is_end=is_end, window_start=zeros), *places)
+        profiles.append(profile)
+    assert profiles[0].by_offset.tolist() == profiles[1].by_offset.tolist()
+    assert profiles[0].by_earlier.tolist() == profiles[1].by_earlier.tolist()
