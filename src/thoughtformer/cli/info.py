@@ -47,6 +47,7 @@ def info(
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "encoder_layers": config.num_encoder_layers,
             "body_layers": config.num_body_layers,
+            "decoder_layers": config.num_decoder_layers,
             "body_visibility": config.body_visibility,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,

@@ -254,51 +254,71 @@ class GPTHFModel(GPTHFPreTrainedModel):
     ) -> tuple[Float[Tensor, "passing hidden"], Int[Tensor, " passing"], SentenceVectors | None]:
         """The last stage's output for the tokens that pass it, their indices, and sentence vectors, if to be kept."""
         stages = {stage.name: stage for stage in self._stage_list()}
-        count = self.config.summaries_per_sentence
-        hidden_states, at_encoder, token_index = self._embedded(input_ids, tokens)
+        encoded = self._encoded(input_ids, tokens, stages.get("encoder"), shared, held, collected)
+        if "decoder" in stages:
+            summaries, vectors = self._summaries(encoded, tokens, stages["body"], shared, held["body"], keeps)
+            index = passing["decoder"].nonzero().squeeze(1)
+            states = _rows(encoded.states, encoded.token_index[index])
+            decoder = cast(DecoderStage, stages["decoder"])
+            memory = held["memory"]
+            states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], memory, collected)
+            return states, index, vectors
+        index = passing["body"].nonzero().squeeze(1)
+        states = _rows(self._into_body(encoded), index)
+        states = stages["body"](states, tokens[index], shared, held["body"], collected)
+        return states, index, self._sentence_vectors(tokens, encoded.states, states, index) if keeps else None
+
+    def _encoded(
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        tokens: TokenStructure,
+        encoder: Stage | None,
+        shared: Pass,
+        held: Mapping[str, StageCache | None],
+        collected: list[Tensor] | None,
+    ) -> _Encoded:
+        """Embeds all tokens, and lets them pass the encoder, if there is one."""
+        embedded, structure, token_index = self._embedded(input_ids, tokens)
+        reads_depths = self.body_depths is not None or self.memory_depths is not None
+        outputs: list[Tensor] | None = [] if reads_depths or collected is not None else None
+        states = embedded
+        if encoder is not None:
+            states = encoder(embedded, structure, shared, held["encoder"], outputs)
+        depths = [embedded, *(outputs or ())]
         if collected is not None:
-            collected.append(hidden_states[token_index])
-        depths = [hidden_states] if self.body_depths is not None or self.memory_depths is not None else None
-        outputs = depths if depths is not None or collected is None else []
-        if "encoder" in stages:
-            hidden_states = stages["encoder"](hidden_states, at_encoder, shared, held["encoder"], outputs)
-            if collected is not None and outputs is not None:
-                collected += [states[token_index] for states in outputs[-len(stages["encoder"].layers) :]]
-        into_body = hidden_states if self.body_depths is None else _with_depths(hidden_states, depths, self.body_depths)
+            collected += [_rows(depth, token_index) for depth in depths]
+        return _Encoded(states=states, depths=depths, structure=structure, token_index=token_index)
 
-        if "decoder" not in stages:
-            index = passing["body"].nonzero().squeeze(1)
-            states = _rows(into_body, index, len(tokens))
-            outputs = [] if collected is not None else None
-            states = stages["body"](states, tokens[index], shared, held["body"], outputs)
-            if collected is not None and outputs is not None:
-                collected += outputs
-            return states, index, self._sentence_vectors(tokens, hidden_states, states, index) if keeps else None
+    def _into_body(self, encoded: _Encoded) -> Float[Tensor, "entries hidden"]:
+        if self.body_depths is None:
+            return encoded.states
+        return _with_depths(encoded.states, encoded.depths, self.body_depths)
 
-        end_index, at_body = summaries_of(tokens, count)
+    def _summaries(
+        self,
+        encoded: _Encoded,
+        tokens: TokenStructure,
+        body: Stage,
+        shared: Pass,
+        held: StageCache | None,
+        keeps: bool,
+    ) -> tuple[Summaries, SentenceVectors | None]:
+        """What an hourglass's body makes of sentence ends, and the vectors of sentences, if to be kept."""
+        count = self.config.summaries_per_sentence
+        end_index, structure = summaries_of(tokens, count)
         # Repeated ends follow their end.
-        entry = token_index[end_index] + torch.arange(count).repeat(len(end_index) // count)
-        states = _rows(into_body, entry, len(at_encoder))
-        states = stages["body"](states, at_body, shared, held["body"])
+        entry = encoded.token_index[end_index] + torch.arange(count).repeat(len(end_index) // count)
+        states = body(_rows(self._into_body(encoded), entry), structure, shared, held)
         vectors = None
         if keeps:
             last = slice(count - 1, None, count)
-            encoder = _rows(hidden_states, entry[last], len(at_encoder))
-            vectors = SentenceVectors(encoder=encoder, body=states[last], structure=at_body[last])
-        if self.memory_depths is not None:
-            assert depths is not None
-            states = _with_depths(
-                states, [_rows(depth, entry, len(at_encoder)) for depth in depths], self.memory_depths
+            vectors = SentenceVectors(
+                encoder=_rows(encoded.states, entry[last]), body=states[last], structure=structure[last]
             )
-        summaries = Summaries(states=states, structure=at_body)
-        index = passing["decoder"].nonzero().squeeze(1)
-        states = _rows(hidden_states, token_index[index], len(at_encoder))
-        decoder = cast(DecoderStage, stages["decoder"])
-        outputs = [] if collected is not None else None
-        states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], held["memory"], outputs)
-        if collected is not None and outputs is not None:
-            collected += outputs
-        return states, index, vectors
+        if self.memory_depths is not None:
+            at_ends = [_rows(depth, entry) for depth in encoded.depths]
+            states = _with_depths(states, at_ends, self.memory_depths)
+        return Summaries(states=states, structure=structure), vectors
 
     def _sentence_vectors(
         self,
@@ -309,8 +329,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
     ) -> SentenceVectors:
         is_end = tokens.is_end[index]
         at_ends = index[is_end]
-        body = _rows(states, is_end.nonzero().squeeze(1), len(index))
-        return SentenceVectors(encoder=_rows(encoded, at_ends, len(tokens)), body=body, structure=tokens[at_ends])
+        body = _rows(states, is_end.nonzero().squeeze(1))
+        return SentenceVectors(encoder=_rows(encoded, at_ends), body=body, structure=tokens[at_ends])
 
     def _embedded(
         self, input_ids: Int[Tensor, " tokens"], tokens: TokenStructure
@@ -367,6 +387,23 @@ def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
             part.compiles_steps = enabled
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Encoded:
+    """The encoder's entries, which are the tokens and, where sentences have several summaries, repeated ends.
+
+    Attributes:
+        states: what leaves the encoder.
+        depths: what entered it, and, if asked for, each layer's output.
+        structure: of the entries.
+        token_index: where the tokens are among them.
+    """
+
+    states: Float[Tensor, "entries hidden"]
+    depths: list[Float[Tensor, "entries hidden"]]
+    structure: TokenStructure
+    token_index: Int[Tensor, " tokens"]
+
+
 @dataclass(frozen=True)
 class _HeldStage:
     """What a cache holds of a stage: entries of a token, and of a sentence end."""
@@ -385,15 +422,12 @@ def _depth_gains(config: GPTHFConfig) -> nn.ParameterList:
 
 
 def _with_depths(
-    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor] | None, gains: nn.ParameterList
+    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor], gains: nn.ParameterList
 ) -> Float[Tensor, "entries hidden"]:
-    """The states with those of each depth added, weighted by feature."""
-    assert depths is not None
-    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths, strict=False))
+    """The states with those of each depth added, weighted by feature; the last depth is the states themselves."""
+    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths[:-1], strict=True))
 
 
-def _rows(
-    states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"], num_entries: int
-) -> Float[Tensor, "chosen hidden"]:
-    """The states at `index`, which is in order; copied only if some are left out."""
-    return states if len(index) == num_entries else states.index_select(0, index.to(states.device))
+def _rows(states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen hidden"]:
+    """The states at `index`, whose members increase; copied only if some are left out."""
+    return states if len(index) == len(states) else states.index_select(0, index.to(states.device))

@@ -213,8 +213,8 @@ class DecoderStage(Stage):
     ) -> Float[Tensor, "tokens hidden"]:
         """As `forward`; `summaries` are those of the new sentence ends, and go to `memory`."""
         device = hidden_states.device
-        keys_and_values = self._memory_of(summaries)
         if shared.is_fresh:
+            keys_and_values = self._memory_of(summaries)
             if memory is not None:
                 remember = _write_kept(self.memory_rule, summaries.structure, shared.after, memory, device)
                 for number, (key, value) in enumerate(keys_and_values):
@@ -224,7 +224,7 @@ class DecoderStage(Stage):
             assert memory is not None
             if len(summaries.structure):
                 row, slot = (index.to(device) for index in memory.extend(summaries.structure))
-                for number, (key, value) in enumerate(keys_and_values):
+                for number, (key, value) in enumerate(self._memory_of(summaries)):
                     memory.write(number, row, slot, key, value)
             memory_keys, memory_values = memory.keys, memory.values
         if len(tokens) == 0:

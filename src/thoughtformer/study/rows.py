@@ -27,11 +27,21 @@ class Variant:
         family: what it is a variant of, for tables.
         model: keys of the model's shape.
         run: keys of the recipe.
+        body_widths: the body's hidden and intermediate size, as multiples of the model's hidden size.
     """
 
     family: str
     model: Mapping[str, Any]
     run: Mapping[str, Any] = field(default_factory=dict)
+    body_widths: tuple[float, float] | None = None
+
+    def model_at(self, size: str) -> dict[str, Any]:
+        """The model's shape at a size."""
+        shape = {**SIZES[size], **self.model}
+        if self.body_widths is not None:
+            hidden, intermediate = (int(part * shape["hidden_size"]) for part in self.body_widths)
+            shape |= {"body_hidden_size": hidden, "body_intermediate_size": intermediate}
+        return shape
 
 
 def _gpt(**run: Any) -> Variant:
@@ -73,6 +83,8 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-recent-2": _hourglass(2, 2, 2, recent_sentences=2),
     "hourglass-k2": _hourglass(2, 2, 2, summaries_per_sentence=2),
     "hourglass-k4": _hourglass(2, 2, 2, summaries_per_sentence=4),
+    # One layer of twice the width instead of two, for about as many parameters.
+    "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.5)),
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
@@ -86,28 +98,29 @@ VARIANTS: dict[str, Variant] = {
 #: The switches one by one, the likeliest first.
 SCREENED = (
     "gpt",
+    "gpt-ends",
+    "fast-2-4",
     "hybrid-2-4",
     "hourglass-2-2-2",
     "hourglass-recent-1",
-    "fast-2-4",
     "hourglass-k2",
-    "hourglass-1-2-3",
     "hourglass-own",
-    "hybrid-recent-1",
-    "hourglass-decoder-depths",
     "hourglass-even-32",
-    "gpt-ends",
-    "hourglass-even-16",
-    "hourglass-even-64",
+    "hourglass-1-2-3",
+    "hourglass-decoder-depths",
+    "hybrid-recent-1",
+    "hourglass-rebuild",
+    "hourglass-k4",
+    "hourglass-next",
     "hourglass-body-depths",
     "hourglass-unturned",
     "hourglass-3-2-1",
-    "hourglass-rebuild",
-    "hourglass-next",
+    "hourglass-even-16",
+    "hourglass-even-64",
     "hourglass-1-1-4",
-    "hourglass-k4",
     "hourglass-recent-2",
     "hourglass-blocks-32",
+    "hourglass-wide",
     "keep_last-2-4",
     "hybrid-1-5",
 )
@@ -149,7 +162,7 @@ class Row:
         return Recipe.from_dict(
             {
                 "name": self.name,
-                "model": {**SIZES[self.size], **variant.model},
+                "model": variant.model_at(self.size),
                 "max_bytes": self.megabytes * 1_000_000,
                 "learning_rate": self.learning_rate,
                 "matrix_learning_rate": self.learning_rate,
