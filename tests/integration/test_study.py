@@ -41,13 +41,13 @@ def test_every_row_is_a_valid_training():
 
 @pytest.mark.parametrize("size", list(study_rows.SIZES))
 def test_variants_have_equal_parameters(size):
-    """To 3%: some switches can't do without a few more."""
+    """To 4%: some switches can't do without a few more."""
     counts = {}
     for name in study_rows.VARIANTS:
         config = Row(variant=name, size=size).recipe().model_config(vocab_size=8192, start=0, end=1, padding=2)
         with torch.device("meta"):
             counts[name] = sum(parameter.numel() for parameter in GPTHFForCausalLM(config).parameters())
-    assert all(abs(count / counts["gpt"] - 1) < 0.03 for count in counts.values()), counts
+    assert all(abs(count / counts["gpt"] - 1) < 0.04 for count in counts.values()), counts
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-k2": _hourglass(2, 2, 2, summaries_per_sentence=2),
     "hourglass-k4": _hourglass(2, 2, 2, summaries_per_sentence=4),
     # One layer of twice the width instead of two, for about as many parameters.
-    "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.5)),
+    "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.25)),
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
