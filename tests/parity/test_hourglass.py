@@ -9,7 +9,6 @@ from torch import Tensor
 from conftest import END, PAD, START, TEXTS, entries_expected, random_text, tiny_model
 from thoughtformer.attention import rotary_angles, rotate
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.modeling_gpthf import compile_steps
 
 ATOL = 1e-9
 
@@ -238,13 +237,3 @@ def _in_words(model: GPTHFForCausalLM, ids: Tensor, *, positions: str, own: bool
         if token in (START, END):
             logits[index][END] = torch.finfo(torch.float64).min  # an end never follows an end
     return torch.stack(logits)
-
-
-def test_compiled_steps_equal_ordinary_ones():
-    model = tiny_model("hourglass", num_key_value_heads=2)
-    ids = torch.cat([random_text(60, seed=3), random_text(30, seed=4)])
-    expected = chunked_logits(model, ids, [1] * len(ids))
-    compile_steps(model)
-    with torch.no_grad():
-        close(chunked_logits(model, ids, [1] * len(ids)), expected)
-    compile_steps(model, enabled=False)

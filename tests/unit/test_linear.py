@@ -153,7 +153,7 @@ from thoughtformer.models.modeling_gpthf import compile_steps
 torch.manual_seed(0)
 config = GPTHFConfig(
     vocab_size=40, hidden_size=32, num_encoder_layers=2, num_body_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, initializer_range=0.4,
+    num_key_value_heads=2, initializer_range=0.4, **CHANGES,
 )
 model = GPTHFForCausalLM(config).double().eval()
 ids = torch.randint(2, 40, (90,))
@@ -163,23 +163,30 @@ ids[30:60] = 5
 @torch.inference_mode()
 def steps():
     cache = model.new_cache(1)
-    first = [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[:5]]
-    # Both stages are compiled by now; from here on each must do.
+    first = [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[:WARMUP]]
+    # All stages are compiled by now; from here on each must do.
     with torch._dynamo.config.patch(error_on_recompile=True):
-        return torch.cat(first + [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[5:]])
+        return torch.cat(first + [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[WARMUP:]])
 
 plain = steps()
 compile_steps(model)
 compiled = steps()
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-assert graphs == 3, f"{graphs} graphs for two stages and the head"
+assert graphs == GRAPHS, f"{graphs} graphs"
 torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-9)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_compiled_step_is_the_step():
-    """Float64, 1e-9; one compilation a stage serves every step, however much the cache has grown."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("changes", "graphs", "warmup"),
+    # The hourglass's decoder is compiled anew once its two caches are of unlike size.
+    [({}, 4, 9), ({"body_visibility": "fast", "num_decoder_layers": 2}, 7, 60)],
+    ids=["hybrid", "hourglass"],
+)
+def test_a_compiled_step_is_the_step(changes, graphs, warmup):
+    """Float64, 1e-9; a compilation a stage and the head's, and one more where sentences start, serve every step."""
+    program = f"CHANGES = {changes!r}\nGRAPHS = {graphs}\nWARMUP = {warmup}\n{COMPILED}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -244,6 +244,8 @@ class DecoderStage(Stage):
             row, slot = (index.to(device) for index in held.extend(tokens))
             over_own, over_memory = held.held_attention(tokens), memory.held_attention(tokens, written=0)
             is_plain = _is_plain_step(held, over_own, tokens) and _is_plain_step(memory, over_memory, tokens)
+            # The compiler would take two numbers that are equal when it first sees them for one.
+            is_plain = is_plain and over_own.num_keys != over_memory.num_keys
             if shared.compiles and outputs is None and is_plain:
                 return compiled_step_with_memory()(
                     self._layer_list(),
@@ -319,10 +321,12 @@ def _write_kept(
 
 def _is_plain_step(held: StageCache, attention: HeldAttention, tokens: TokenStructure) -> bool:
     """One token of one row that reads all it holds, so that the compiled step will do."""
+    # The compiler takes one slot alone, or all of them, for a case of its own. The first pays where every sentence
+    # starts with it.
+    fewest = 1 if isinstance(held.rule, OwnSentence) else 2
     return (
         len(tokens) == len(held.lengths) == 1
         and attention.mask is None
-        # The compiler would take one slot alone, or all of them, for a case of its own.
-        and 1 < attention.num_keys < held.capacity
+        and fewest <= attention.num_keys < held.capacity
         and not torch.is_grad_enabled()
     )
