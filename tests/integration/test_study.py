@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from filelock import FileLock
 
 from prose import prose
 from thoughtformer.bench.records import read_records
-from thoughtformer.bench.study_tables import learning_rates_table, profile_table, study_table
-from thoughtformer.errors import ConfigError, InputError
+from thoughtformer.bench.study_tables import BINS, learning_rates_table, profile_table, study_table
+from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
@@ -59,7 +60,7 @@ def study(tmp_path, monkeypatch):
     for name in ("gpt", "hourglass-2-2-2"):
         variant = study_rows.VARIANTS[name]
         short = dict(variant.run) | {"row_tokens": 64, "rows_per_batch": 2, "max_steps": 4, "save_every_steps": 2}
-        monkeypatch.setitem(study_rows.VARIANTS, name, study_rows.replace(variant, run=short))
+        monkeypatch.setitem(study_rows.VARIANTS, name, replace(variant, run=short))
     for name in ("train", "valid"):
         (tmp_path / f"{name}.txt").write_text(prose(6000, seed=len(name)))
     return StudySettings(
@@ -111,6 +112,59 @@ def test_interrupted_row_goes_on_from_its_checkpoint(study, monkeypatch):
     assert (folder / "checkpoint-2").is_dir()
     assert run_rows([row], study) == 1
     assert json.loads(study.out.read_text())["metrics"]["books_bits_per_byte"]["median"] == whole
+
+
+def test_a_row_of_another_run_is_no_row_of_this(study):
+    row = Row(variant="gpt", megabytes=1)
+    assert run_rows([row], study) == 1
+    with pytest.raises(ConfigError, match=r"has row gpt_1m.*books: \{'bytes': 700, .*\}, now \{'bytes': 600, "):
+        run_rows([row], replace(study, document_bytes=600, valid_bytes=600))
+    record = json.loads(study.out.read_text())
+    record["settings"]["recipe"]["warmup_fraction"] = 0.5
+    study.out.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ConfigError, match=r"warmup_fraction: 0\.5, now 0\.03"):
+        run_rows([row], study)
+
+
+def test_a_run_with_checkpoints_is_never_removed(study, monkeypatch):
+    """A full disk, say, ends the runner, and the checkpoints stay."""
+    row = Row(variant="gpt", megabytes=1)
+    assert run_rows([row], study) == 1
+    study.out.unlink()
+
+    def fails(*arguments, **settings):
+        assert settings.get("resume")
+        assert not settings.get("overwrite")
+        raise OutputError("no space left")
+
+    monkeypatch.setattr("thoughtformer.study.run.train", fails)
+    with pytest.raises(OutputError, match="no space"):
+        run_rows([row], study)
+    assert (study.work / row.name / "checkpoint-4").is_dir()
+
+
+def test_held_out_text_is_looked_for_first(study, monkeypatch):
+    monkeypatch.setattr("thoughtformer.study.run.train", None)
+    with pytest.raises(CorpusError, match="missing"):
+        run_rows([Row(variant="gpt", megabytes=1)], replace(study, valid={"books": "missing.txt"}))
+
+
+def test_tables_of_what_was_measured(study):
+    """One text alone, several rates; what isn't there is told."""
+    only = replace(study, valid={"poems": study.valid["books"]})
+    run_rows([Row(variant=name, megabytes=1) for name in ("gpt", "hourglass-2-2-2")], only)
+    run_rows([Row(variant="gpt", megabytes=1, learning_rate=1e-3)], only)
+    records = read_records([only.out])
+    assert study_table(records, "1m", "1", "0.004")[0][1:3] == ["poems", "mean, beside gpt"]
+    rates = learning_rates_table(records, "1m", "1")
+    assert rates[0] == ["", "0.001", "0.004"]
+    assert [line[0] for line in rates[1:]] == ["gpt"]
+    with pytest.raises(InputError, match="no rows scored on 'prose'"):
+        profile_table(records, "by_offset", "gpt,hourglass-2-2-2", "prose", "1m", "1", "0.004")
+    with pytest.raises(InputError, match="no rows of hybrid"):
+        profile_table(records, "by_offset", "gpt,hybrid", "poems", "1m", "1", "0.004")
+    assert len(BINS) == len(EDGES)
+    assert [int(name.split("-")[0].rstrip("+")) for name in BINS] == list(EDGES)
 
 
 def test_places_by_hand():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conftest import END, PAD, START, TEXTS, entries_expected, random_text, tiny_model
 from thoughtformer.attention import rotary_angles, rotate
+from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
 
 ATOL = 1e-9
@@ -237,3 +238,65 @@ def _in_words(model: GPTHFForCausalLM, ids: Tensor, *, positions: str, own: bool
         if token in (START, END):
             logits[index][END] = torch.finfo(torch.float64).min  # an end never follows an end
     return torch.stack(logits)
+
+
+@pytest.mark.parametrize("visibility", ["hourglass", "hybrid", "causal"])
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_a_failed_step_leaves_no_trace(visibility, autocommit):
+    """Whether steps are committed or pile up; the last layer fails after all caches were written."""
+    model = tiny_model(visibility, num_encoder_layers=0 if visibility == "causal" else 1)
+    ids, cache = TEXTS["mixed"][:40], model.new_cache(1)
+    mlp = model.model.stages[-1].layers[-1].mlp
+    with torch.no_grad():
+        model(ids[None, :30], past_key_values=cache)
+        cache.autocommit = autocommit
+        first = model(ids[None, 30:33], past_key_values=cache).logits[0]
+        mlp.forward = lambda states: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            model(torch.tensor([[7, END, 8]]), past_key_values=cache)
+        del mlp.forward
+        rest = model(ids[None, 33:], past_key_values=cache).logits[0]
+        close(torch.cat([first, rest]), full_logits(model, ids)[30:])
+        cache.commit()
+    assert cache.num_bytes() == model.model.cache_bytes(entries_expected(model, ids), num_rows=1)
+
+
+def test_depths_switched_on_later_start_at_nothing(tmp_path):
+    """A trained hourglass goes on as it was, until the gains are trained."""
+    model = tiny_model("hourglass", num_encoder_layers=2)
+    model.save_pretrained(tmp_path)
+    switched = GPTHFForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, body_reads_depths=True, decoder_reads_depths=True
+    ).eval()
+    assert len(switched.model.body_depths) == len(switched.model.memory_depths) == 2
+    assert not any(bool(gain.any()) for gain in (*switched.model.body_depths, *switched.model.memory_depths))
+    close(full_logits(switched, TEXTS["mixed"]), full_logits(model, TEXTS["mixed"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_decoder_layers": 1, "body_visibility": "hybrid"}, "needs body_visibility='fast', not 'hybrid'"),
+        ({"num_decoder_layers": 1, "body_visibility": "fast", "num_encoder_layers": 0}, "num_encoder_layers=0"),
+        ({"num_decoder_layers": -1}, "num_decoder_layers=-1"),
+        ({"summaries_per_sentence": 2}, "summaries_per_sentence=2 needs a decoder"),
+        ({"memory_positions": "none"}, "memory_positions='none' needs a decoder"),
+        ({"memory_positions": "sentense"}, "Did you mean 'sentence'"),
+        ({"decoder_reads_depths": True}, "decoder_reads_depths=True needs a decoder"),
+        (
+            {"recent_sentences": 1, "body_visibility": "fast"},
+            "recent_sentences=1 needs a decoder, or a body",
+        ),
+        ({"body_hidden_size": 10}, "body_hidden_size=10 must be a multiple of 4"),
+        ({"body_intermediate_size": 0}, "body_intermediate_size=0 must be 1 or more"),
+        ({"body_hidden_size": 32, "num_encoder_layers": 0}, "set the body apart from an encoder"),
+        ({"body_reads_depths": True, "num_encoder_layers": 0}, "num_encoder_layers of 1 or more"),
+        ({"rebuild_loss_weight": 1.0, "num_encoder_layers": 0}, "needs an encoder"),
+        ({"next_sentence_loss_weight": -1.0}, "next_sentence_loss_weight=-1.0 must be 0 or more"),
+        ({"rebuild_loss_weight": float("nan")}, "rebuild_loss_weight=nan must be 0 or more"),
+    ],
+    ids=str,
+)
+def test_switches_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_model(str(changes.pop("body_visibility", "hybrid")), **changes)

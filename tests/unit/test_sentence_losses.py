@@ -80,5 +80,16 @@ def test_shares_of_a_step_add_up():
     torch.testing.assert_close(2 * (half - half_plain), whole - plain)
 
 
+def test_transformers_loss_adds_them_too():
+    """A plain Trainer of transformers asks for logits, and trains the same objective."""
+    model = tiny_model("hourglass", **WEIGHTS).train()
+    ids, mask = TEXTS["mixed"][None].repeat(2, 1), torch.ones(2, 70, dtype=torch.long)
+    mask[1, 50:] = 0
+    labels = ids.masked_fill((mask == 0) | (ids == END), -100)  # adjacent ends can't be
+    whole = model(ids, labels=labels, attention_mask=mask).loss
+    parts = model(ids, labels=labels, attention_mask=mask, loss_only=True).loss
+    torch.testing.assert_close(whole.double(), parts, rtol=0, atol=1e-5)
+
+
 def test_nothing_is_added_by_default():
     assert tiny_model("hourglass").sentence_losses is None

@@ -181,6 +181,21 @@ def test_short_sentences_are_joined_by_hand():
     assert _lengths(1, [1], 20, 30, True) == [2]
 
 
+def test_two_sentences_that_end_in_the_last_token_of_an_open_text():
+    """The first of them closes, joined or not."""
+    for shortest in (None, 2):
+        with_ends, _ = insert_ends(
+            [5, 6, 7],
+            [(0, 2), (2, 4), (4, 9)],
+            [2, 6, 9],
+            sentence_end_token_id=END,
+            max_sentence_tokens=None,
+            min_sentence_tokens=shortest,
+            close_last=False,
+        )
+        assert with_ends.tolist() == [5, END, 6, 7, END]
+
+
 @pytest.mark.parametrize(("shortest", "longest"), [(12, 20), (24, 40), (32, 32), (5, None)])
 def test_joining_looks_at_nothing_that_follows(shortest, longest):
     """A prompt's ends are those of the text that it begins, as far as it goes."""

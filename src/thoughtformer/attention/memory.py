@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+#: Scores of one head that a call computes at most: 2**22 floats are 16 MiB, held several times over.
+MAX_SCORES = 1 << 22
+
+
 def attend_jointly(
     query: Float[Tensor, "*batch queries head_dim"],
     key: Float[Tensor, "*batch keys head_dim"],
@@ -189,7 +193,7 @@ def memory_plan(
     blocks, output_index, num_outputs = [], torch.full((len(tokens),), -1), 0
     for width, members in grouped(length):
         most = int((key_length + memory_length)[members].max())
-        for part in members.split(max(1, MAX_GATHERED_KEYS // most)):
+        for part in members.split(max(1, min(MAX_GATHERED_KEYS // most, MAX_SCORES // (most * width)))):
             query_index, is_query = padded(start[part], length[part], width)
             key_index, is_key = padded(key_start[part], key_length[part], int(key_length[part].max()))
             memory_index, is_memory = padded(memory_start[part], memory_length[part], int(memory_length[part].max()))

@@ -102,7 +102,9 @@ def _compared(work: _Work, options: Options) -> Iterator[Record]:
             continue
         options.on_progress(f"compiling {name} of {work.size.layers} layers")
         try:
-            _decoded(model, replace(work, context=2 * SENTENCE_TOKENS, sentences=2), is_compiled=True)
+            # A step that torch gave up compiling would run as it is, and be called compiled.
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                _decoded(model, replace(work, sentences=2), is_compiled=True)
         except TorchDynamoException as error:
             why = f"torch.compile failed: {' '.join(str(error).split())[:200]}"
             yield Record(
@@ -140,7 +142,17 @@ def _decoded(model: GPTHFForCausalLM, work: _Work, *, is_compiled: bool) -> dict
     first = work.context + 3
     seconds = seconds_of(lambda: [step(position) for position in range(first, first + new_tokens)])
     compile_steps(model, enabled=False)
-    return {"tokens_per_second": work.batch * new_tokens / seconds, "kv_bytes": float(cache.num_bytes())}
+    # A plain GPT needs no sentence ends: all it writes is text.
+    text = work.batch * (new_tokens if _is_plain(model) else new_tokens - work.sentences)
+    return {
+        "text_tokens_per_second": text / seconds,
+        "tokens_per_second": work.batch * new_tokens / seconds,
+        "kv_bytes": float(cache.num_bytes()),
+    }
+
+
+def _is_plain(model: GPTHFForCausalLM) -> bool:
+    return model.config.num_encoder_layers == 0
 
 
 @torch.inference_mode()
@@ -165,6 +177,11 @@ def _touched(model: GPTHFForCausalLM, cache: GPTHFCache, batch: int) -> float:
         total += share * sum(parameter.nbytes for parameter in stage.parameters())
     for held in cache.stages:
         share = 1 / SENTENCE_TOKENS if is_hourglass and held.name == "body" else 1.0
+        if held.name == "memory":
+            # Summaries pass the decoder's key and value projections.
+            width = model.config.hidden_size * model.lm_head.weight.element_size()
+            kv_weights = sum(2 * part.shape[1] * part.shape[3] * width for part in held.keys)
+            total += min(1.0, batch / SENTENCE_TOKENS) * kv_weights
         entry = sum(part.shape[1] * part.shape[3] * part.element_size() for part in (*held.keys, *held.values))
         total += share * batch * held.longest * entry
     return total

@@ -163,6 +163,34 @@ def _against_generate(records: dict[str, Record]) -> Spread | None:
     return _divided(speeds.get("gpt"), max(theirs, key=lambda speed: speed.median, default=None))
 
 
+def _deep(program: str, text: str, target: float, *, of_bytes: bool = False) -> Claim:
+    """The hourglass of 24 layers against the plain GPT, both by the same program."""
+    fast, slow = f"hourglass 3+18+3{program}", f"gpt{program}"
+    faster = _ratio((fast, "text_tokens_per_second"), (slow, "text_tokens_per_second"))
+
+    def measure(records: dict[str, Record]) -> Spread | None:
+        ratio = faster(records)
+        if ratio is None or not of_bytes:
+            return ratio
+        bytes_ratio = records[slow].metrics["touched_bytes"].median / records[fast].metrics["touched_bytes"].median
+        return Spread(
+            median=ratio.median / bytes_ratio,
+            low=ratio.low / bytes_ratio,
+            high=ratio.high / bytes_ratio,
+            runs=ratio.runs,
+        )
+
+    return Claim(
+        text=text,
+        theme="speed",
+        case="architectures",
+        target=target,
+        unit="%" if of_bytes else "x",
+        measure=measure,
+        workload={"size": "deep", "layers": 24, "batch": 1},
+    )
+
+
 def _packed(peer: str, text: str, target: float) -> Claim:
     return Claim(
         text=f"32 prompts of 8 to 512 tokens, plain GPT: packed prefill against {text}",
@@ -205,6 +233,17 @@ CLAIMS = (
         target=1.5,
         measure=_against_generate,
         workload={"size": "full"},
+    ),
+    _deep(", compiled", "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled", 2.5),
+    _deep("", "the same, neither compiled", 2.5),
+    _deep(", compiled", "the same, both compiled: of the ratio of bytes touched", 0.9, of_bytes=True),
+    Claim(
+        text="KV bytes at 4k tokens, hourglass 2+8+2 against 12 layers of plain GPT",
+        theme="speed",
+        case="architectures",
+        target=20,
+        measure=_ratio(("gpt", "kv_bytes"), ("hourglass 2+8+2", "kv_bytes")),
+        workload={"size": "full", "context": 4096, "batch": 1},
     ),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),

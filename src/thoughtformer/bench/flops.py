@@ -36,14 +36,26 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
     return sdpa_flop_count(query, key, value)
 
 
+def _causal_attention_flops(
+    query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> int:
+    """A causal kernel leaves out what lies past each query: of n squared scores it needs (n + 1) n / 2."""
+    whole = sdpa_flop_count(query, key, value)
+    return whole * (key[-2] + 1) // (2 * key[-2]) if is_causal else whole
+
+
 def _packed_linear_flops(states: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(states) * weight[0]
 
 
 @contextmanager
-def count_flops() -> Iterator[CountedFlops]:
-    """Counts the FLOPs of products inside the block."""
-    formula: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+def count_flops(*, causal_as_whole: bool = True) -> Iterator[CountedFlops]:
+    """Counts the FLOPs of products inside the block.
+
+    torch's own counter takes causal attention for the whole square; without `causal_as_whole` it is what is needed.
+    """
+    attention = _cpu_attention_flops if causal_as_whole else _causal_attention_flops
+    formula: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     if can_pack():
         formula[torch.ops.mkldnn._linear_pointwise] = _packed_linear_flops
     counted = CountedFlops()

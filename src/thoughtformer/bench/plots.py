@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
-from thoughtformer.bench.study_tables import BINS, STUDY_TEXTS
+from thoughtformer.bench.study_tables import BINS, SUFFIX, texts_of
 
 __all__ = ["draw_all"]
 
@@ -139,36 +140,48 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
     return _save(figure, path)
 
 
+def _most_alike(records: Sequence[Record]) -> list[Record]:
+    """The rows of the workload that most architectures were trained on."""
+    by_work: dict[str, list[Record]] = {}
+    for record in records:
+        by_work.setdefault(json.dumps(record.workload, sort_keys=True), []).append(record)
+    return max(by_work.values(), key=len)
+
+
+def _alike(record: Record) -> str:
+    work = record.workload
+    return f"{work['size']}, {work['megabytes']} MB, rate {work['learning_rate']:g}"
+
+
 def _study_costs(records: Sequence[Record], path: Path) -> Path | None:
-    """Every row of a study: what training cost, and what came of it."""
+    """What training cost, and what came of it, of all rows that were trained on equal text at one rate."""
     if not records:
         return None
-    figure, axes = _axes("the study's rows", "training FLOPs", "bits per byte, mean of both texts")
-    families = list(dict.fromkeys(record.peer.split("-")[0] for record in records))
+    first = _most_alike(records)[0]
+    chosen = [record for record in records if _alike(record) == _alike(first)]
+    texts = texts_of(chosen)
+    figure, axes = _axes(_alike(first), "training FLOPs", "bits per byte, mean of " + ", ".join(texts))
+    families = list(dict.fromkeys(record.peer.split("-")[0] for record in chosen))
     for marker, family in zip(MARKERS, families, strict=False):
-        of = [record for record in records if record.peer.split("-")[0] == family]
+        of = [record for record in chosen if record.peer.split("-")[0] == family]
         costs = [record.metrics["training_flops"].median for record in of]
-        bits = [sum(record.metrics[f"{text}_bits_per_byte"].median for text in STUDY_TEXTS) / 2 for record in of]
+        bits = [sum(record.metrics[text + SUFFIX].median for text in texts) / len(texts) for record in of]
         axes.plot(costs, bits, marker, label=family, alpha=0.7)
-    axes.set_xscale("log")
     axes.legend(fontsize=8)
     return _save(figure, path)
 
 
 def _study_profile(records: Sequence[Record], kind: str, path: Path, across: str) -> Path | None:
     """Bits a token less the plain GPT's, where both were trained alike, by bin."""
-    if not records:
-        return None
-    work = max((record.workload for record in records), key=lambda work: (work["seed"] == 0, work["megabytes"]))
-    alike = {record.peer: record for record in records if record.workload == work}
-    if "gpt" not in alike or len(alike) < 2:
-        return None
-    title = f"bits a token beside the plain GPT, {work['size']}, {work['megabytes']} MB, books"
-    figure, axes = _axes(title, across, "bits")
-    base = alike.pop("gpt").settings["books"][kind]
+    alike = {record.peer: record for record in _most_alike(records)} if records else {}
     named = [name for name in PROFILED if name in alike]
+    if "gpt" not in alike or not named:
+        return None
+    text = texts_of(list(alike.values()))[0]
+    figure, axes = _axes(f"bits a token beside the plain GPT, {text}, {_alike(alike['gpt'])}", across, "bits")
+    base = alike["gpt"].settings[text][kind]
     for marker, name in zip(MARKERS, named, strict=False):
-        values = alike[name].settings["books"][kind]
+        values = alike[name].settings[text][kind]
         points = [(place, a - b) for place, (a, b) in enumerate(zip(values, base, strict=True)) if None not in (a, b)]
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
     axes.axhline(0, color="black", linewidth=1)

@@ -7,13 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thoughtformer.bench.records import Record, Spread
-from thoughtformer.errors import InputError
+from thoughtformer.errors import InputError, nearest
 
-__all__ = ["BINS", "STUDY_TEXTS", "Trained", "learning_rates_table", "profile_table", "study_table", "trained"]
+__all__ = [
+    "BINS",
+    "SUFFIX",
+    "Trained",
+    "learning_rates_table",
+    "profile_table",
+    "study_table",
+    "texts_of",
+    "trained",
+]
 
 #: Of `study.profile.EDGES`.
 BINS = ("0", "1", "2", "3-4", "5-8", "9-16", "17-32", "33+")
-STUDY_TEXTS = ("books", "wikipedia")
+SUFFIX = "_bits_per_byte"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +40,27 @@ class Trained:
 
     @property
     def both(self) -> float:
-        """Mean bits per byte of the two texts."""
-        return statistics.fmean(self.mean(f"{text}_bits_per_byte") for text in STUDY_TEXTS)
+        """Mean bits per byte of all texts."""
+        return statistics.fmean(self.mean(text + SUFFIX) for text in self.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The held-out texts that every row was scored on."""
+        return texts_of(self.rows)
 
     def profile(self, text: str, kind: str) -> list[float | None]:
         """Bits a token in each bin, mean over seeds."""
         columns = zip(*(row.settings[text][kind] for row in self.rows), strict=True)
         return [None if None in column else statistics.fmean(column) for column in columns]
+
+
+def texts_of(rows: Sequence[Record]) -> list[str]:
+    """The held-out texts that all rows were scored on; raises `InputError` if there is none."""
+    texts = [name.removesuffix(SUFFIX) for name in rows[0].metrics if name.endswith(SUFFIX)]
+    shared = [text for text in texts if all(text + SUFFIX in row.metrics for row in rows)]
+    if not shared:
+        raise InputError("the study's rows were scored on different texts: compare what was scored alike.")
+    return shared
 
 
 def trained(records: Sequence[Record], size: str, megabytes: str, learning_rate: str | None = None) -> list[Trained]:
@@ -65,14 +88,15 @@ def study_table(
     if reference is None:
         raise InputError(f"no rows of {base!r} to compare with.")
     chosen = names.split(",") if names else [row.name for row in rows]
-    lines = [["", "books", "Wikipedia", "mean, of GPT's", "parameters", "training TFLOPs", "seeds"]]
+    texts = texts_of([record for row in rows for record in row.rows])
+    lines = [["", *texts, f"mean, beside {base}", "parameters", "training TFLOPs", "seeds"]]
     for row in sorted(rows, key=lambda row: row.both):
         if row.name not in chosen:
             continue
         lines.append(
             [
                 row.name,
-                *(_bits(row, text) for text in STUDY_TEXTS),
+                *(_bits(row, text) for text in texts),
                 f"{100 * (row.both / reference.both - 1):+.1f}%" if row is not reference else f"{row.both:.4f}",
                 f"{row.mean('parameters') / 1e6:.2f}M",
                 f"{row.mean('training_flops') / 1e12:.0f}",
@@ -83,26 +107,28 @@ def study_table(
 
 
 def _bits(row: Trained, text: str) -> str:
-    spread, mean = row.metric(f"{text}_bits_per_byte"), row.mean(f"{text}_bits_per_byte")
+    spread, mean = row.metric(text + SUFFIX), row.mean(text + SUFFIX)
     return f"{mean:.4f}" if spread.low == spread.high else f"{mean:.4f} [{spread.low:.4f}, {spread.high:.4f}]"
 
 
 def learning_rates_table(records: Sequence[Record], size: str, megabytes: str) -> list[list[str]]:
-    """Mean bits per byte of the architectures trained at several rates, seed 0."""
-    rates = sorted({record.workload["learning_rate"] for record in records if record.case == "train"})
-    by_rate = {rate: {row.name: row for row in trained(records, size, megabytes, str(rate))} for rate in rates}
-    names = [name for name in by_rate[rates[0]] if all(name in rows for rows in by_rate.values())]
+    """Mean bits per byte of seed 0, for architectures trained at several rates."""
+    by_rate: dict[float, dict[str, Trained]] = {}
+    for row in trained([record for record in records if record.workload.get("seed") == 0], size, megabytes):
+        for record in row.rows:
+            one = Trained(name=row.name, rows=(record,))
+            by_rate.setdefault(record.workload["learning_rate"], {})[row.name] = one
+    rates = sorted(by_rate)
+    names = dict.fromkeys(name for rows in by_rate.values() for name in rows)
     lines = [["", *(f"{rate:g}" for rate in rates)]]
     for name in names:
-        cells = [_first_seed(by_rate[rate][name]) for rate in rates]
-        best = min(cells)
-        lines.append([name, *(f"**{cell:.4f}**" if cell == best else f"{cell:.4f}" for cell in cells)])
+        cells = {rate: by_rate[rate][name].both for rate in rates if name in by_rate[rate]}
+        if len(cells) == 1:
+            continue
+        best = min(cells.values())
+        shown = {rate: f"**{cell:.4f}**" if cell == best else f"{cell:.4f}" for rate, cell in cells.items()}
+        lines.append([name, *(shown.get(rate, "") for rate in rates)])
     return lines
-
-
-def _first_seed(row: Trained) -> float:
-    first = Trained(name=row.name, rows=tuple(record for record in row.rows if record.workload["seed"] == 0))
-    return first.both
 
 
 def profile_table(
@@ -116,6 +142,8 @@ def profile_table(
     missing = [name for name in (first, *others) if name not in rows]
     if missing:
         raise InputError(f"no rows of {', '.join(missing)}.")
+    if any(text not in rows[name].texts for name in (first, *others)):
+        raise InputError(f"no rows scored on {text!r}.{nearest(text, rows[first].texts)}")
     base = rows[first].profile(text, kind)
     lines = [["", *BINS], [first, *("" if bits is None else f"{bits:.2f}" for bits in base)]]
     for name in others:

@@ -101,6 +101,16 @@ class GPTHFCache(RowsCache):
         self._pending = []
         self.commit()
 
+    def lengths(self) -> list[Int[Tensor, " rows"]]:
+        """Entries of each row, stage by stage, uncommitted ones among them; for `restore`."""
+        return [stage.lengths for stage in self.stages]
+
+    def restore(self, lengths: list[Int[Tensor, " rows"]]) -> None:
+        """Forgets entries written since `lengths` were taken, by a step that was not recorded."""
+        for stage, length in zip(self.stages, lengths, strict=True):
+            stage.lengths = length
+            stage.fit()
+
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once. Nothing may be uncommitted."""
         if self._pending:

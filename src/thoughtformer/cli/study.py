@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from thoughtformer.cli.options import Data, Threads, set_threads
-from thoughtformer.errors import InputError
+from thoughtformer.errors import InputError, nearest
 
 __all__ = ["study_app"]
 
@@ -36,7 +36,11 @@ def run(
     from thoughtformer.study.run import StudySettings, run_rows
 
     named = dict(_named(text) for text in valid)
-    rows = [row for row in rows_of(group) if not only or row.variant in only]
+    rows = rows_of(group)
+    for name in only or ():
+        if name not in {row.variant for row in rows}:
+            raise InputError(f"--only {name!r}: {group} has no such row.{nearest(name, {row.variant for row in rows})}")
+    rows = [row for row in rows if not only or row.variant in only]
     set_threads(threads)
     console = Console(stderr=True, highlight=False)
     settings = StudySettings(data=data, valid=named, out=out, work=work, on_progress=console.print)

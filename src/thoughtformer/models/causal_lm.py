@@ -121,6 +121,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq)
         row = torch.arange(batch)[:, None].expand(batch, seq)
         all_real = bool(real.all())
+        adds_losses = self.sentence_losses is not None and self.training and labels is not None
         logits, output = self.ragged_logits(
             input_ids.reshape(-1) if all_real else input_ids[real.to(input_ids.device)],
             row[real],
@@ -129,6 +130,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             num_columns=seq,
             wanted=wanted[real],
             output_hidden_states=bool(output_hidden_states),
+            keep_sentences=adds_losses,
         )
         if all_real:
             logits = logits.view(batch, len(keep), logits.shape[-1])
@@ -147,6 +149,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
                 predicted[:, 1:] &= real[:, :-1]
                 labels = labels.masked_fill(~predicted.to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if adds_losses:
+                scored = (labels[:, 1:] != -100).sum()
+                loss = loss + self._sentence_loss(output, input_ids[real.to(input_ids.device)], scored, **kwargs)
         hidden_states = None
         if output.hidden_states is not None:
             hidden_states = tuple(_padded(states, real) for states in output.hidden_states)
@@ -167,9 +172,9 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         device = input_ids.device
         batch, seq = input_ids.shape
         row = torch.arange(batch)[:, None].expand(batch, seq)
-        extra = self.sentence_losses if self.training else None
+        adds_losses = self.sentence_losses is not None and self.training
         flat_ids = input_ids[real.to(device)]
-        output = self.model(flat_ids, row[real], num_rows=batch, keep_sentences=extra is not None)
+        output = self.model(flat_ids, row[real], num_rows=batch, keep_sentences=adds_losses)
         is_scored = torch.zeros(batch, seq, dtype=torch.bool, device=device)
         is_scored[:, :-1] = (labels[:, 1:] != -100) & (real[:, 1:] & real[:, :-1]).to(device)
         targets = torch.zeros_like(labels)
@@ -184,12 +189,24 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             scored.to(torch.promote_types(self.dtype, torch.float32)) / count,
             lambda logits, part: self._apply_grammar(logits, output.tokens[part]),
         )
-        if extra is not None:
-            # In a step's share, as the tokens' mean is: scored tokens of this batch by those of all.
-            loss = loss + extra(output.sentences, flat_ids, output.tokens, self.lm_head.weight) * scored.sum() / count
+        if adds_losses:
+            loss = loss + self._sentence_loss(output, flat_ids, scored.sum(), num_items_in_batch)
         token_losses = losses.new_zeros(batch, seq)
         token_losses[is_real] = losses.masked_fill(~scored, 0)
         return GPTHFCausalLMOutput(loss=loss, token_losses=token_losses[:, :-1])
+
+    def _sentence_loss(
+        self,
+        output: RaggedOutput,
+        flat_ids: Int[Tensor, " tokens"],
+        num_scored: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, ""]:
+        """The losses of sentence vectors, in the share of a step that the batch's tokens have."""
+        assert self.sentence_losses is not None
+        loss = self.sentence_losses(output.sentences, flat_ids, output.tokens, self.lm_head.weight)
+        return loss if num_items_in_batch is None else loss * num_scored / num_items_in_batch
 
     @torch.no_grad()
     def _apply_grammar(self, logits: Float[Tensor, "wanted vocab"], tokens: TokenStructure) -> None:

@@ -142,8 +142,8 @@ class GPTHFConfig(PreTrainedConfig):
         if stage == "body" and self.body_hidden_size is not None:
             hidden = self.body_hidden_size
             in_proportion = -(-self.intermediate_size * hidden // self.hidden_size // 64) * 64
-            intermediate = self.body_intermediate_size or in_proportion
-        elif stage == "body" and self.body_intermediate_size is not None:
+            intermediate = in_proportion
+        if stage == "body" and self.body_intermediate_size is not None:
             intermediate = self.body_intermediate_size
         num_heads = hidden // self.head_dim
         return LayerShape(
@@ -207,6 +207,11 @@ class GPTHFConfig(PreTrainedConfig):
                 raise ConfigError(f"{name}={token} is outside the vocabulary of {self.vocab_size} ids.")
 
     def _check_hourglass(self) -> None:
+        if self.memory_positions not in MEMORY_POSITIONS:
+            raise ConfigError(
+                f"memory_positions={self.memory_positions!r} is unknown."
+                f"{nearest(self.memory_positions, MEMORY_POSITIONS)}"
+            )
         if self.num_decoder_layers < 0 or self.recent_sentences < 0 or self.summaries_per_sentence < 1:
             raise ConfigError(
                 f"num_decoder_layers={self.num_decoder_layers} and recent_sentences={self.recent_sentences} must be 0 "
@@ -219,9 +224,12 @@ class GPTHFConfig(PreTrainedConfig):
                 f"{self.num_encoder_layers} to be 1 or more."
             )
         if not self.num_decoder_layers:
-            for name, default in (("summaries_per_sentence", 1), ("ends_read_own_summary", False)):
-                self._needs_decoder(name, default)
-            self._needs_decoder("decoder_reads_depths", False)
+            self._needs_decoder(
+                summaries_per_sentence=1,
+                ends_read_own_summary=False,
+                decoder_reads_depths=False,
+                memory_positions="sentence",
+            )
             if self.recent_sentences and self.body_visibility not in ("keep_last", "hybrid"):
                 raise ConfigError(
                     f"recent_sentences={self.recent_sentences} needs a decoder, or a body that reads tokens: "
@@ -229,10 +237,12 @@ class GPTHFConfig(PreTrainedConfig):
                 )
         if self.body_reads_depths and not self.num_encoder_layers:
             raise ConfigError("body_reads_depths=True needs num_encoder_layers of 1 or more.")
-        if self.memory_positions not in MEMORY_POSITIONS:
+        if self.body_intermediate_size is not None and self.body_intermediate_size < 1:
+            raise ConfigError(f"body_intermediate_size={self.body_intermediate_size} must be 1 or more, or None.")
+        if (self.body_hidden_size or self.body_intermediate_size) and not self.num_encoder_layers:
             raise ConfigError(
-                f"memory_positions={self.memory_positions!r} is unknown."
-                f"{nearest(self.memory_positions, MEMORY_POSITIONS)}"
+                f"body_hidden_size={self.body_hidden_size} and body_intermediate_size={self.body_intermediate_size} "
+                "set the body apart from an encoder, but num_encoder_layers=0: set hidden_size and intermediate_size."
             )
         width = self.body_hidden_size
         if width is not None:
@@ -243,11 +253,15 @@ class GPTHFConfig(PreTrainedConfig):
                     "stage, and share keys alike."
                 )
         for name in ("rebuild_loss_weight", "next_sentence_loss_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
-            if getattr(self, name) and self.sentence_end_token_id is None:
-                raise ConfigError(f"{name}={getattr(self, name)} needs sentences: give sentence_end_token_id.")
+            if getattr(self, name) and not self.num_encoder_layers:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} needs an encoder, which makes vectors of sentences: "
+                    "num_encoder_layers of 1 or more."
+                )
 
-    def _needs_decoder(self, name: str, default: object) -> None:
-        if getattr(self, name) != default:
-            raise ConfigError(f"{name}={getattr(self, name)} needs a decoder: num_decoder_layers of 1 or more.")
+    def _needs_decoder(self, **defaults: object) -> None:
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs a decoder: num_decoder_layers of 1 or more.")

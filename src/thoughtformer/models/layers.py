@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -191,15 +192,22 @@ def step_with_memory(
 
 
 @cache
-def compiled_step() -> Callable[..., Tensor]:
+def compiled_step(num_layers: int, hidden_size: int) -> Callable[..., Tensor]:
     """`step_through`, compiled: cached lengths are free, the number and shape of layers are not."""
-    return torch.compile(step_through, dynamic=True)
+    return _compiled(step_through)
 
 
 @cache
-def compiled_step_with_memory() -> Callable[..., Tensor]:
+def compiled_step_with_memory(num_layers: int, hidden_size: int) -> Callable[..., Tensor]:
     """`step_with_memory`, compiled."""
-    return torch.compile(step_with_memory, dynamic=True)
+    return _compiled(step_with_memory)
+
+
+def _compiled(function: FunctionType) -> Callable[..., Tensor]:
+    # torch bounds the compilations of a piece of code, and past that runs it as it is, without a word: so each shape of
+    # stage gets a copy of the code to itself.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=True)
 
 
 def residual_projections(layer: Layer) -> tuple[Tensor, Tensor]:

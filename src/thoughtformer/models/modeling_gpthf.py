@@ -90,6 +90,9 @@ class GPTHFPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, nn.ParameterList):  # the gains of depths
+            for gain in module:
+                init.zeros_(gain)
         if isinstance(module, Layer):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             for weight in residual_projections(module):
@@ -223,6 +226,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             compiles=self.compiles_steps,
         )
         held = dict.fromkeys(stage.name for stage in self._held_stages()) if cache is None else cache.by_name()
+        lengths = [] if cache is None else cache.lengths()
         collected: list[Tensor] | None = [] if output_hidden_states else None
         try:
             last, index, vectors = self._through_stages(
@@ -233,8 +237,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 last = last[is_wanted.to(last.device)]
             last = self.norm(last)
         except BaseException:
-            if cache is not None and cache.autocommit:
-                cache.rollback()  # never leave a step half written
+            if cache is not None:
+                cache.restore(lengths)  # never leave a step half written
             raise
         if cache is not None:
             cache.record(tokens, after, num_columns)

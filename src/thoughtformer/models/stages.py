@@ -120,7 +120,7 @@ class Stage(nn.Module):
             row, slot = (index.to(device) for index in held.extend(tokens))
             over_held = held.held_attention(tokens)
             if shared.compiles and outputs is None and _is_plain_step(held, over_held, tokens):
-                return compiled_step()(
+                return compiled_step(len(self.layers), self.shape.hidden_size)(
                     self._layer_list(), hidden_states, angles, held.keys, held.values, slot, over_held.num_keys
                 )
             attends = self._attend_held(over_held.to(device), held, row, slot)
@@ -247,7 +247,7 @@ class DecoderStage(Stage):
             # The compiler would take two numbers that are equal when it first sees them for one.
             is_plain = is_plain and over_own.num_keys != over_memory.num_keys
             if shared.compiles and outputs is None and is_plain:
-                return compiled_step_with_memory()(
+                return compiled_step_with_memory(len(self.layers), self.shape.hidden_size)(
                     self._layer_list(),
                     hidden_states,
                     angles,

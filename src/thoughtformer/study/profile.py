@@ -10,7 +10,7 @@ import numpy as np
 from thoughtformer.evaluate import DocumentBits
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["EDGES", "LossProfile"]
+__all__ = ["EDGES", "LossProfile", "sentence_places"]
 
 #: Lower edges of the bins: 0, 1, 2, 3-4, 5-8, 9-16, 17-32, 33 and more.
 EDGES = (0, 1, 2, 3, 5, 9, 17, 33)

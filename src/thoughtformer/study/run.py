@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from thoughtformer.bench.flops import count_flops
 from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
-from thoughtformer.errors import OutputError
+from thoughtformer.errors import ConfigError, OutputError
 from thoughtformer.evaluate import BitsReport, document_bits
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load, load_tokenizer
@@ -25,10 +27,15 @@ from thoughtformer.study.profile import LossProfile, sentence_places
 from thoughtformer.study.rows import Row
 from thoughtformer.text import SentenceTokenizer
 from thoughtformer.text.corpus import Corpus
+from thoughtformer.text.packing import PackedRows, TokenisedCorpus
+from thoughtformer.train.folder import RECIPE_FILE
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.run import TrainingResult, train
 
 __all__ = ["StudySettings", "finished", "run_rows"]
+
+#: Keys of a recipe that change nothing in what is trained.
+UNCOMPARED = ("name", "save_every_steps", "log_every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,11 @@ class StudySettings:
     document_bytes: int = 24_000
     on_progress: Callable[[str], None] = field(default=lambda text: None)
 
+    def valid_summary(self, name: str) -> dict[str, int]:
+        """How much of a held-out text is scored."""
+        documents = self.documents(name)
+        return {"bytes": sum(len(document.encode()) for document in documents), "documents": len(documents)}
+
     def documents(self, name: str) -> list[str]:
         """The held-out documents of that name."""
         documents, num_bytes = [], 0
@@ -65,14 +77,36 @@ class StudySettings:
         return documents
 
 
-def finished(path: Path) -> set[tuple[str, tuple[Any, ...]]]:
-    """Variant and workload of each row in a results file."""
-    records = read_records([path]) if path.exists() else []
-    return {_identity(record.peer, record.workload) for record in records if record.case == "train"}
+def finished(row: Row, settings: StudySettings) -> bool:
+    """Whether the results file has the row.
+
+    Raises:
+        ConfigError: it has one of that name, but of another recipe, or of other texts.
+    """
+    for record in read_records([settings.out]) if settings.out.exists() else []:
+        if (record.theme, record.case, record.peer, record.workload) != ("study", "train", row.variant, row.workload):
+            continue
+        before, now = _comparable(Recipe.from_dict(record.settings["recipe"])), _comparable(row.recipe())
+        differing = [f"{key}: {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]]
+        texts = {"data": [Path(source).name for source in settings.data]}
+        texts |= {name: settings.valid_summary(name) for name in settings.valid}
+        for name, text in texts.items():
+            known = record.settings.get(name)
+            if isinstance(known, dict):
+                known = {key: known.get(key) for key in ("bytes", "documents")}
+            if known != text:
+                differing.append(f"{name}: {known!r}, now {text!r}")
+        if differing:
+            raise ConfigError(
+                f"{settings.out} has row {row.name}, but of another run ({'; '.join(differing)}): give another file."
+            )
+        return True
+    return False
 
 
-def _identity(variant: str, workload: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    return variant, tuple(sorted(workload.items()))
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe trains, without its name and how often it logs and saves."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in UNCOMPARED}
 
 
 def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None = None) -> int:
@@ -83,6 +117,8 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
     Raises:
         CorpusError, ConfigError, OutputError: as training and scoring do; finished rows are kept.
     """
+    for name in settings.valid:
+        settings.documents(name)  # a text that can't be read is told before hours of training
     count = 0
     for row in rows:
         if limit is not None and count >= limit:
@@ -95,7 +131,7 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
         try:
             with FileLock(settings.work / f"{row.name}.lock", timeout=0):
                 # Looked up under the lock: another runner may just have finished it.
-                if _identity(row.variant, row.workload) in finished(settings.out):
+                if finished(row, settings):
                     continue
                 settings.on_progress(f"{row.name}: training")
                 record = _run(row, settings, folder)
@@ -112,12 +148,11 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
     result = _train(recipe, settings, folder)
     model, tokenizer = load(folder)
     metrics = {
-        "seconds": result.seconds,
         "parameters": float(result.parameters),
         "layer_parameters": float(sum(p.numel() for p in model.model.stages.parameters())),
         "tokens": float(result.tokens),
         "bytes": float(result.corpus_bytes),
-        "training_flops": _training_flops(model, recipe) * result.tokens,
+        "training_flops": _training_flops(model, _some_rows(recipe, tokenizer, settings)) * result.tokens,
     }
     details: dict[str, Any] = {"recipe": recipe.to_dict(), "data": [Path(source).name for source in settings.data]}
     reference = load_tokenizer("tiny-gpthf")
@@ -142,10 +177,10 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
 
 
 def _train(recipe: Recipe, settings: StudySettings, folder: Path) -> TrainingResult:
-    try:
+    if get_last_checkpoint(str(folder)) is not None:
         return train(recipe, settings.data, folder, resume=True)
-    except OutputError:  # no checkpoint yet, or one of other data or of another recipe
-        return train(recipe, settings.data, folder, overwrite=(folder / "recipe.json").exists())
+    # Without a checkpoint there is nothing to lose.
+    return train(recipe, settings.data, folder, overwrite=(folder / RECIPE_FILE).exists())
 
 
 def _score(
@@ -160,12 +195,18 @@ def _score(
     return BitsReport.from_scores(scores, context_tokens=context, stride_tokens=context // 2), profile
 
 
-def _training_flops(model: GPTHFForCausalLM, recipe: Recipe, sentence_tokens: int = 25) -> float:
-    """FLOPs a token of a step: three times those of a row's forward pass (arXiv 2001.08361), head included."""
-    ids = torch.full((1, recipe.row_tokens), 5)
-    if recipe.sentence_ends:
-        ids[:, sentence_tokens - 1 :: sentence_tokens] = model.config.sentence_end_token_id or 0
-    ids[:, 0] = model.config.bos_token_id or 0
-    with torch.inference_mode(), count_flops() as counted:
-        model(ids, use_cache=False)
-    return 3.0 * counted.total / recipe.row_tokens
+def _some_rows(recipe: Recipe, tokenizer: SentenceTokenizer, settings: StudySettings) -> list[Tensor]:
+    """Rows of the training text, from all over it."""
+    corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
+    rows = PackedRows(TokenisedCorpus.build(corpus, tokenizer), recipe.row_tokens)
+    return [rows[number]["input_ids"] for number in range(0, len(rows), max(1, len(rows) // 8))]
+
+
+def _training_flops(model: GPTHFForCausalLM, rows: Sequence[Tensor]) -> float:
+    """FLOPs a token of training: three times those of a forward pass (arXiv 2001.08361), all losses included."""
+    model.train()
+    with torch.inference_mode(), count_flops(causal_as_whole=False) as counted:
+        for row in rows:
+            model(row[None], labels=row[None], loss_only=True)
+    model.eval()
+    return 3.0 * counted.total / sum(len(row) for row in rows)

@@ -99,7 +99,7 @@ def _even_out(after: np.ndarray, shortest: int, longest: int | None, close_last:
     last = len(after) - 1
     ends = np.flatnonzero(after).tolist()
     begin = 0
-    for end in [*ends, last]:
+    for end in ends if ends and ends[-1] == last else [*ends, last]:
         if longest is not None:
             # Tokens begin..end are one sentence; one that fills the limit exactly ends there anyway.
             forced = range(begin + longest - 2, end, longest - 1)
