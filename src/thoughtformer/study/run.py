@@ -30,7 +30,7 @@ from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import PackedRows, TokenisedCorpus
 from thoughtformer.train.folder import RECIPE_FILE
 from thoughtformer.train.recipe import Recipe
-from thoughtformer.train.run import TrainingResult, train
+from thoughtformer.train.run import TrainingResult, recipe_tokenizer, train
 
 __all__ = ["StudySettings", "finished", "run_rows"]
 
@@ -152,7 +152,7 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         "layer_parameters": float(sum(p.numel() for p in model.model.stages.parameters())),
         "tokens": float(result.tokens),
         "bytes": float(result.corpus_bytes),
-        "training_flops": _training_flops(model, _some_rows(recipe, tokenizer, settings)) * result.tokens,
+        "training_flops": _training_flops(model, _some_rows(recipe, settings)) * result.tokens,
     }
     details: dict[str, Any] = {"recipe": recipe.to_dict(), "data": [Path(source).name for source in settings.data]}
     reference = load_tokenizer("tiny-gpthf")
@@ -195,8 +195,9 @@ def _score(
     return BitsReport.from_scores(scores, context_tokens=context, stride_tokens=context // 2), profile
 
 
-def _some_rows(recipe: Recipe, tokenizer: SentenceTokenizer, settings: StudySettings) -> list[Tensor]:
+def _some_rows(recipe: Recipe, settings: StudySettings) -> list[Tensor]:
     """Rows of the training text, from all over it."""
+    tokenizer = recipe_tokenizer(recipe)
     corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
     rows = PackedRows(TokenisedCorpus.build(corpus, tokenizer), recipe.row_tokens)
     return [rows[number]["input_ids"] for number in range(0, len(rows), max(1, len(rows) // 8))]
@@ -207,6 +208,6 @@ def _training_flops(model: GPTHFForCausalLM, rows: Sequence[Tensor]) -> float:
     model.train()
     with torch.inference_mode(), count_flops(causal_as_whole=False) as counted:
         for row in rows:
-            model(row[None], labels=row[None], loss_only=True)
+            model(row[None], labels=row[None])  # the chunked loss makes a gradient along the way
     model.eval()
     return 3.0 * counted.total / sum(len(row) for row in rows)

@@ -24,7 +24,7 @@ from thoughtformer.train.folder import RESULT_FILE, prepare_output, same_data, w
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.trainer import ProgressCallback, SentenceTrainer
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["TrainingResult", "recipe_tokenizer", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,7 @@ def train(
     out = Path(out)
     # Whatever can be refused is, before anything in the folder changes.
     corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes)
-    tokenizer = load_tokenizer(
-        recipe.tokenizer,
-        insert_sentence_ends=recipe.sentence_ends,
-        max_sentence_tokens=recipe.model.max_sentence_tokens,
-        min_sentence_tokens=recipe.min_sentence_tokens,
-    )
+    tokenizer = recipe_tokenizer(recipe)
     config = _model_config(recipe, tokenizer)
     arguments = training_arguments(recipe, out)
     checkpoint = prepare_output(out, recipe, resume=resume, overwrite=overwrite)
@@ -130,6 +125,16 @@ def train(
     if trainer.args.should_save:
         _write_model(out, model, tokenizer, result)
     return result
+
+
+def recipe_tokenizer(recipe: Recipe) -> SentenceTokenizer:
+    """The tokenizer that a recipe names, set as it says."""
+    return load_tokenizer(
+        recipe.tokenizer,
+        insert_sentence_ends=recipe.sentence_ends,
+        max_sentence_tokens=recipe.model.max_sentence_tokens,
+        min_sentence_tokens=recipe.min_sentence_tokens,
+    )
 
 
 def _model_config(recipe: Recipe, tokenizer: SentenceTokenizer) -> Any:
