@@ -11,7 +11,7 @@ from thoughtformer.bench.records import read_records
 from thoughtformer.bench.tables import renewed
 
 ROOT = Path(__file__).parent.parent.parent
-RENEWED = ("README.md", "docs/benchmarks.md", "docs/methods/sentinel.md")
+RENEWED = ("README.md", "docs/benchmarks.md", "docs/methods/gpthf.md", "docs/methods/sentinel.md")
 
 
 @pytest.mark.parametrize("name", RENEWED)
@@ -29,7 +29,7 @@ def test_every_result_says_where_it_comes_from():
     records = read_records([ROOT / "benchmarks" / "results"])
     assert records
     for record in records:
-        assert record.command.startswith("thoughtformer bench ")
+        assert record.command.startswith(("thoughtformer bench ", "thoughtformer study "))
         assert record.environment["commit"]
         assert record.environment["versions"]["torch"]
         assert record.environment["threads"] >= 1

@@ -19,7 +19,7 @@ from thoughtformer.evaluate import DocumentBits
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
-from thoughtformer.study.profile import EDGES, LossProfile, sentence_places
+from thoughtformer.study.profile import EDGES, LossProfile, Places, sentence_places
 from thoughtformer.study.rows import GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
 
@@ -169,39 +169,45 @@ def test_tables_of_what_was_measured(study):
 
 def test_places_by_hand():
     tokenizer = load_tokenizer("tiny-gpthf")
-    ((offset, sentence),) = sentence_places(tokenizer, ["She ran. He sat down."])
-    ids = tokenizer.encode_document("She ran. He sat down.", complete=True)
-    words = [tokenizer.decode([token]) for token in ids if token != tokenizer.sentence_end_token_id]
+    text = "She ran. He sat down."
+    places = sentence_places(tokenizer, text, context_tokens=64)
+    ids = tokenizer.encode_document(text, complete=True)
+    words = [tokenizer.decode([token]) for token in ids[1:] if token != tokenizer.sentence_end_token_id]
     split = words.index(" He")
-    assert offset.tolist() == [0, *range(split - 1), *range(len(words) - split)]
-    assert sentence.tolist() == [0, *[1] * (split - 1), *[2] * (len(words) - split)]
+    assert places.offset.tolist() == [*range(split), *range(len(words) - split)]
+    assert places.earlier.tolist() == [1] * split + [2] * (len(words) - split), "a document's start is a sentence"
+
+
+def test_earlier_sentences_are_those_in_the_window():
+    tokenizer = load_tokenizer("tiny-gpthf")
+    text = "A dog ran. " * 40
+    places = sentence_places(tokenizer, text, context_tokens=32)
+    sentence_tokens = len(tokenizer.encode_document(text, complete=True)) / 40
+    assert places.earlier.max() <= 32 / sentence_tokens + 1
+    assert places.earlier[40:].min() >= 1, "half of the window is context"
 
 
 def test_profile_by_hand():
-    """Two windows; the second sees the third sentence alone. Ends are left out."""
+    """Ends are left out, and so is the document's start."""
     is_end = np.array([False, False, True, False, False, True, False, False])
     bits = np.array([0.0, 1, 9, 2, 4, 9, 8, 16])
-    window_start = np.array([0, 0, 0, 0, 0, 0, 6, 6])
-    document = DocumentBits(num_bytes=10, bits=bits, is_end=is_end, window_start=window_start)
     profile = LossProfile()
-    profile.add(document, offset=np.array([0, 0, 0, 1, 0, 1]), sentence=np.array([0, 1, 2, 2, 3, 3]))
+    places = Places(offset=np.array([0, 0, 1, 0, 1]), earlier=np.array([1, 2, 2, 0, 0]))
+    profile.add(DocumentBits(num_bytes=10, bits=bits, is_end=is_end), places)
     means = profile.bits_per_token()
     assert means["by_offset"] == [(1 + 2 + 8) / 3, (4 + 16) / 2, *[None] * (len(EDGES) - 2)]
     assert means["by_earlier"] == [(8 + 16) / 2, 1, (2 + 4) / 2, *[None] * (len(EDGES) - 3)]
 
 
-def test_sentence_ends_change_no_bin():
-    """The plain GPT's tokens, which lack them, fall into the same bins."""
+def test_a_model_without_sentence_ends_has_the_same_tokens():
     tokenizer, plain = load_tokenizer("tiny-gpthf"), load_tokenizer("tiny-gpt")
     text = prose(900, seed=5)
-    (places,) = sentence_places(tokenizer, [text])
-    profiles = []
+    places = sentence_places(tokenizer, text, context_tokens=64)
+    counts = []
     for each in (tokenizer, plain):
         ids = each.encode_document(text, complete=True)
         is_end = ids == tokenizer.sentence_end_token_id
-        zeros = np.zeros(len(ids), dtype=np.int64)
         profile = LossProfile()
-        profile.add(DocumentBits(num_bytes=1, bits=np.ones(len(ids)), is_end=is_end, window_start=zeros), *places)
-        profiles.append(profile)
-    assert profiles[0].by_offset.tolist() == profiles[1].by_offset.tolist()
-    assert profiles[0].by_earlier.tolist() == profiles[1].by_earlier.tolist()
+        profile.add(DocumentBits(num_bytes=1, bits=np.ones(len(ids)), is_end=is_end), places)
+        counts.append((profile.by_offset.tolist(), profile.by_earlier.tolist()))
+    assert counts[0] == counts[1]

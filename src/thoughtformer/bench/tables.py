@@ -5,6 +5,7 @@
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
 <!-- bench:bits -->                                     bits per byte of checkpoints
 <!-- bench:case speed batch1 -->                        all figures of the last run of a case
+<!-- bench:architectures -->                            what decoding costs them
 <!-- bench:study 1m 10 0.008 -->                        architectures of a size, on 10 MB, at a learning rate
 <!-- bench:rates 1m 10 -->                              some of them at several rates
 <!-- bench:profile by_offset gpt,fast-2-4 books 1m 10 0.008 -->  bits a token by place, beside the first
@@ -172,12 +173,37 @@ def _case(records: Sequence[Record], theme: str, case: str) -> str:
     return _rows(lines)
 
 
+def _architectures(records: Sequence[Record]) -> str:
+    """Decoding, what a token costs and what is held, by work and architecture."""
+    chosen = [record for record in _latest(records, "speed", "architectures") if record.peer != "memory"]
+    lines = [["", "rows, context", "text tokens/s", "FLOPs a token", "bytes a step touches", "KV bytes, all rows"]]
+    for record in chosen:
+        work = record.workload
+        place = f"{work['layers']} layers, {work['batch']} x {work['context']:,}"
+        if record.skipped is not None:
+            lines.append([record.peer, place, f"skipped: {record.skipped}", "", "", ""])
+            continue
+        metrics = record.metrics
+        lines.append(
+            [
+                record.peer,
+                place,
+                shown("text_tokens_per_second", metrics["text_tokens_per_second"]),
+                f"{metrics['flops'].median / 1e6:,.0f}M",
+                f"{metrics['touched_bytes'].median / 1e6:,.0f} MB",
+                f"{metrics['kv_bytes'].median / 1e6:,.1f} MB",
+            ]
+        )
+    return _rows(lines)
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "claims": _claims,
     "compression": _compression,
     "recall": _recall,
     "bits": _bits,
     "case": _case,
+    "architectures": _architectures,
     "study": lambda *arguments: _rows(study_table(*arguments)),
     "rates": lambda *arguments: _rows(learning_rates_table(*arguments)),
     "profile": lambda *arguments: _rows(profile_table(*arguments)),

@@ -9,6 +9,7 @@ from thoughtformer.evaluate.bits import (
     document_bits,
     score_documents,
     window_sizes,
+    windows,
 )
 
-__all__ = ["BitsReport", "DocumentBits", "DocumentScore", "document_bits", "score_documents", "window_sizes"]
+__all__ = ["BitsReport", "DocumentBits", "DocumentScore", "document_bits", "score_documents", "window_sizes", "windows"]

@@ -46,13 +46,11 @@ class DocumentBits:
         num_bytes: of the text.
         bits: of each id, shape (ids,); 0 for the first, which nothing predicts.
         is_end: whether it is a sentence end.
-        window_start: index of the first id in the window that scored it.
     """
 
     num_bytes: int
     bits: np.ndarray
     is_end: np.ndarray
-    window_start: np.ndarray
 
     def score(self) -> DocumentScore:
         """The document's sums."""
@@ -181,7 +179,6 @@ def document_bits(
     context_tokens, stride_tokens = window_sizes(model, context_tokens, stride_tokens)
     ids = tokenizer.encode_document(document, complete=True)
     losses = torch.zeros(len(ids), dtype=torch.float64)
-    window_start = np.zeros(len(ids), dtype=np.int64)
     pending: list[tuple[int, int, int]] = []
     for start, scored, end in windows(
         ids,
@@ -189,7 +186,6 @@ def document_bits(
         stride_tokens=stride_tokens,
         sentence_end_token_id=model.config.sentence_end_token_id,
     ):
-        window_start[scored:end] = start
         pending.append((start, scored, end))
         if len(pending) == batch_size:
             _score(model, ids, pending, losses)
@@ -200,7 +196,6 @@ def document_bits(
         num_bytes=len(document.encode()),
         bits=(losses / math.log(2)).numpy(),
         is_end=ids == model.config.sentence_end_token_id,
-        window_start=window_start,
     )
 
 

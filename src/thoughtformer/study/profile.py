@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from thoughtformer.evaluate import DocumentBits
+from thoughtformer.evaluate import DocumentBits, windows
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["EDGES", "LossProfile", "sentence_places"]
+__all__ = ["EDGES", "LossProfile", "Places", "sentence_places"]
 
 #: Lower edges of the bins: 0, 1, 2, 3-4, 5-8, 9-16, 17-32, 33 and more.
 EDGES = (0, 1, 2, 3, 5, 9, 17, 33)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Places:
+    """For each token of a document but its start, sentence ends left out.
+
+    Attributes:
+        offset: tokens before it in its sentence.
+        earlier: sentences before its own in its window, a document's start among them.
+    """
+
+    offset: np.ndarray
+    earlier: np.ndarray
 
 
 @dataclass(kw_only=True)
@@ -23,20 +35,12 @@ class LossProfile:
     by_offset: np.ndarray = field(default_factory=lambda: np.zeros((2, len(EDGES))))
     by_earlier: np.ndarray = field(default_factory=lambda: np.zeros((2, len(EDGES))))
 
-    def add(self, document: DocumentBits, offset: np.ndarray, sentence: np.ndarray) -> None:
-        """A document's bits; `offset` and `sentence` are of its tokens without sentence ends.
-
-        The plain GPT's tokens are binned by the same sentences, though it doesn't see their ends.
-        """
-        token = np.cumsum(~document.is_end) - 1  # the token that stands at or before each id
-        is_scored = ~document.is_end
-        is_scored[0] = False  # nothing predicts a document's start
-        number = token[is_scored]
-        first_in_view = token[document.window_start[is_scored]]
-        earlier = sentence[number] - sentence[first_in_view]
-        for sums, key in ((self.by_offset, offset[number]), (self.by_earlier, earlier)):
+    def add(self, document: DocumentBits, places: Places) -> None:
+        """A document's bits. `places` are the same for every model, so that each token falls into one bin for all."""
+        bits = document.bits[~document.is_end][1:]  # nothing predicts a document's start
+        for sums, key in ((self.by_offset, places.offset), (self.by_earlier, places.earlier)):
             bins = np.searchsorted(EDGES, key, side="right") - 1
-            sums[0] += np.bincount(bins, document.bits[is_scored], minlength=len(EDGES))
+            sums[0] += np.bincount(bins, bits, minlength=len(EDGES))
             sums[1] += np.bincount(bins, minlength=len(EDGES))
 
     def bits_per_token(self) -> dict[str, list[float | None]]:
@@ -47,16 +51,26 @@ class LossProfile:
         }
 
 
-def sentence_places(tokenizer: SentenceTokenizer, documents: Iterable[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each document, the offset in its sentence and the sentence's number, of all tokens but sentence ends."""
-    places = []
-    for document in documents:
-        ids = tokenizer.encode_document(document, complete=True)
-        is_end = ids == tokenizer.sentence_end_token_id
-        closes = is_end.copy()
-        closes[0] = True  # the document's start is a sentence of its own
-        before = np.concatenate([[0], np.cumsum(closes)[:-1]])
-        index = np.arange(len(ids))
-        start = np.maximum.accumulate(np.where(np.concatenate([[True], closes[:-1]]), index, 0))
-        places.append(((index - start)[~is_end], before[~is_end]))
-    return places
+def sentence_places(tokenizer: SentenceTokenizer, document: str, *, context_tokens: int) -> Places:
+    """The places of a document's tokens, but its start, by a tokenizer that writes sentence ends.
+
+    Windows are those of a model that reads them; a plain GPT's lie a few tokens off.
+    """
+    ids = tokenizer.encode_document(document, complete=True)
+    is_end = ids == tokenizer.sentence_end_token_id
+    closes = is_end.copy()
+    closes[0] = True  # the document's start is a sentence of its own
+    sentence = np.concatenate([[0], np.cumsum(closes)[:-1]])
+    index = np.arange(len(ids))
+    start = np.maximum.accumulate(np.where(np.concatenate([[True], closes[:-1]]), index, 0))
+    window_start = np.zeros(len(ids), dtype=np.int64)
+    for first, scored, end in windows(
+        ids,
+        context_tokens=context_tokens,
+        stride_tokens=context_tokens // 2,
+        sentence_end_token_id=tokenizer.sentence_end_token_id,
+    ):
+        window_start[scored:end] = first
+    is_token = ~is_end
+    is_token[0] = False
+    return Places(offset=(index - start)[is_token], earlier=(sentence - sentence[window_start])[is_token])

@@ -187,11 +187,11 @@ def _score(
     model: GPTHFForCausalLM, tokenizer: SentenceTokenizer, reference: SentenceTokenizer, documents: list[str]
 ) -> tuple[BitsReport, LossProfile]:
     profile, scores = LossProfile(), []
-    for document, places in zip(documents, sentence_places(reference, documents), strict=True):
-        bits = document_bits(model, tokenizer, document)
-        profile.add(bits, *places)
-        scores.append(bits.score())
     context = model.config.max_position_embeddings
+    for document in documents:
+        bits = document_bits(model, tokenizer, document)
+        profile.add(bits, sentence_places(reference, document, context_tokens=context))
+        scores.append(bits.score())
     return BitsReport.from_scores(scores, context_tokens=context, stride_tokens=context // 2), profile
 
 
