@@ -20,6 +20,7 @@ from thoughtformer.attention.visibility import (
     Causal,
     EarlierSentences,
     OwnSentence,
+    TokenRule,
     VisibilityRule,
     body_rule,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryPlan",
     "OwnSentence",
     "RowCounters",
+    "TokenRule",
     "TokenStructure",
     "VisibilityRule",
     "attend_jointly",

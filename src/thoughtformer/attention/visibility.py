@@ -40,6 +40,7 @@ __all__ = [
     "Hybrid",
     "KeepLast",
     "OwnSentence",
+    "TokenRule",
     "VisibilityRule",
     "body_rule",
 ]
@@ -68,10 +69,6 @@ class VisibilityRule(ABC):
     def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
         """Whether a later query of the entry's row may still read it, `counters` being where the row now stands."""
 
-    @abstractmethod
-    def plan(self, tokens: TokenStructure) -> AttentionPlan:
-        """How to attend among `tokens` alone, by structure instead of by mask; equals `visible`."""
-
     def needs(
         self, tokens: TokenStructure, wanted: Bool[Tensor, " tokens"], num_layers: int
     ) -> Bool[Tensor, " tokens"]:
@@ -81,6 +78,14 @@ class VisibilityRule(ABC):
     def all_held_visible(self, new: TokenStructure) -> bool:
         """Whether each of `new`, one a row, may read everything that its row holds (then no mask is needed)."""
         return False
+
+
+class TokenRule(VisibilityRule):
+    """A rule among tokens, which can attend by structure."""
+
+    @abstractmethod
+    def plan(self, tokens: TokenStructure) -> AttentionPlan:
+        """How to attend among `tokens` alone, by structure instead of by mask; equals `visible`."""
 
 
 def _earlier(query: TokenStructure, key: TokenStructure) -> Bool[Tensor, "..."]:
@@ -117,7 +122,7 @@ def _starts_document(new: TokenStructure) -> bool:
     return bool(((new.position == 0) & (new.document > 0)).any())
 
 
-class Causal(VisibilityRule):
+class Causal(TokenRule):
     """Every earlier token of the document: the plain GPT."""
 
     name = "causal"
@@ -137,7 +142,7 @@ class Causal(VisibilityRule):
         return not _starts_document(new)
 
 
-class OwnSentence(VisibilityRule):
+class OwnSentence(TokenRule):
     """Earlier tokens of the query's own sentence, and of the `recent` sentences before it.
 
     The word-level encoder, and what a word-level decoder reads beside summaries.
@@ -191,14 +196,11 @@ class EarlierSentences(VisibilityRule):
     def keeps(self, entry: TokenStructure, counters: RowCounters) -> Bool[Tensor, "*shape"]:
         return _in_current_document(entry, counters) & entry.is_end
 
-    def plan(self, tokens: TokenStructure) -> AttentionPlan:
-        raise NotImplementedError("summaries are read beside tokens: attention.memory")
-
     def all_held_visible(self, new: TokenStructure) -> bool:
         return not _starts_document(new)
 
 
-class Fast(VisibilityRule):
+class Fast(TokenRule):
     """Sentence ends, and the query itself."""
 
     name = "fast"
@@ -223,7 +225,7 @@ class Fast(VisibilityRule):
         return not _starts_document(new)
 
 
-class KeepLast(VisibilityRule):
+class KeepLast(TokenRule):
     """Sentence ends, and earlier tokens of the query's own sentence and of the `recent` before it."""
 
     name = "keep_last"
@@ -266,10 +268,10 @@ class Hybrid(KeepLast):
         return not _starts_document(new) and not bool(new.is_end.any())
 
 
-BODY_RULES: dict[str, type[VisibilityRule]] = {rule.name: rule for rule in (Fast, KeepLast, Hybrid, Causal)}
+BODY_RULES: dict[str, type[TokenRule]] = {rule.name: rule for rule in (Fast, KeepLast, Hybrid, Causal)}
 
 
-def body_rule(name: str, recent_sentences: int = 0) -> VisibilityRule:
+def body_rule(name: str, recent_sentences: int = 0) -> TokenRule:
     """The body's rule by the name that `GPTHFConfig.body_visibility` gives; raises `ConfigError`."""
     if name not in BODY_RULES:
         raise ConfigError(f"body_visibility={name!r} is unknown.{nearest(name, BODY_RULES)}")

@@ -16,8 +16,8 @@ from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.linear import PackableLinear, compiled_linear
 from thoughtformer.models.loss import chunked_cross_entropy
-from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel, RaggedOutput
-from thoughtformer.models.outputs import GPTHFCausalLMOutput
+from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel
+from thoughtformer.models.outputs import GPTHFCausalLMOutput, RaggedOutput
 from thoughtformer.models.padding import kept_columns, real_tokens
 from thoughtformer.models.penalty import exempting_repetition_penalty
 from thoughtformer.models.sentence_losses import SentenceLosses

@@ -37,9 +37,10 @@ from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
 from thoughtformer.errors import ContextOverflowError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.layers import Layer, residual_projections
-from thoughtformer.models.stages import DecoderStage, Pass, Stage, Summaries
+from thoughtformer.models.outputs import RaggedOutput, SentenceVectors
+from thoughtformer.models.stages import DecoderStage, Pass, Stage, Summaries, depth_gains, rows_at, with_depths
 
-__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "RaggedOutput", "SentenceVectors", "compile_steps"]
+__all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "compile_steps"]
 
 
 def _stages(config: GPTHFConfig) -> list[Stage]:
@@ -53,29 +54,6 @@ def _stages(config: GPTHFConfig) -> list[Stage]:
     if config.num_decoder_layers:
         stages.append(DecoderStage(config))
     return stages
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SentenceVectors:
-    """What the encoder and the body made of the new tokens' closed sentences, in text order."""
-
-    encoder: Float[Tensor, "sentences hidden"]
-    body: Float[Tensor, "sentences hidden"]
-    structure: TokenStructure
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RaggedOutput:
-    """What `GPTHFModel.forward` returns, for the `wanted` tokens in text order.
-
-    `hidden_states` holds, when asked for, the embeddings and the outputs of every layer that all tokens pass: of an
-    hourglass, those of encoder and decoder.
-    """
-
-    last_hidden_state: Float[Tensor, "wanted hidden"]
-    tokens: TokenStructure
-    hidden_states: list[Float[Tensor, "tokens hidden"]] | None
-    sentences: SentenceVectors | None
 
 
 class GPTHFPreTrainedModel(PreTrainedModel):
@@ -111,8 +89,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
         self.stages = nn.ModuleList(_stages(config))
         more = config.summaries_per_sentence - 1
         self.summary_tokens = nn.Embedding(more, config.hidden_size) if more else None
-        self.body_depths = _depth_gains(config) if config.body_reads_depths else None
-        self.memory_depths = _depth_gains(config) if config.decoder_reads_depths else None
+        self.body_depths = depth_gains(config) if config.body_reads_depths else None
+        self.memory_depths = depth_gains(config) if config.decoder_reads_depths else None
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -262,13 +240,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
         if "decoder" in stages:
             summaries, vectors = self._summaries(encoded, tokens, stages["body"], shared, held["body"], keeps)
             index = passing["decoder"].nonzero().squeeze(1)
-            states = _rows(encoded.states, encoded.token_index[index])
+            states = rows_at(encoded.states, encoded.token_index[index])
             decoder = cast(DecoderStage, stages["decoder"])
             memory = held["memory"]
             states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], memory, collected)
             return states, index, vectors
         index = passing["body"].nonzero().squeeze(1)
-        states = _rows(self._into_body(encoded), index)
+        states = rows_at(self._into_body(encoded), index)
         states = stages["body"](states, tokens[index], shared, held["body"], collected)
         return states, index, self._sentence_vectors(tokens, encoded.states, states, index) if keeps else None
 
@@ -290,13 +268,13 @@ class GPTHFModel(GPTHFPreTrainedModel):
             states = encoder(embedded, structure, shared, held["encoder"], outputs)
         depths = [embedded, *(outputs or ())]
         if collected is not None:
-            collected += [_rows(depth, token_index) for depth in depths]
+            collected += [rows_at(depth, token_index) for depth in depths]
         return _Encoded(states=states, depths=depths, structure=structure, token_index=token_index)
 
     def _into_body(self, encoded: _Encoded) -> Float[Tensor, "entries hidden"]:
         if self.body_depths is None:
             return encoded.states
-        return _with_depths(encoded.states, encoded.depths, self.body_depths)
+        return with_depths(encoded.states, encoded.depths, self.body_depths)
 
     def _summaries(
         self,
@@ -312,16 +290,16 @@ class GPTHFModel(GPTHFPreTrainedModel):
         end_index, structure = summaries_of(tokens, count)
         # Repeated ends follow their end.
         entry = encoded.token_index[end_index] + torch.arange(count).repeat(len(end_index) // count)
-        states = body(_rows(self._into_body(encoded), entry), structure, shared, held)
+        states = body(rows_at(self._into_body(encoded), entry), structure, shared, held)
         vectors = None
         if keeps:
             last = slice(count - 1, None, count)
             vectors = SentenceVectors(
-                encoder=_rows(encoded.states, entry[last]), body=states[last], structure=structure[last]
+                encoder=rows_at(encoded.states, entry[last]), body=states[last], structure=structure[last]
             )
         if self.memory_depths is not None:
-            at_ends = [_rows(depth, entry) for depth in encoded.depths]
-            states = _with_depths(states, at_ends, self.memory_depths)
+            at_ends = [rows_at(depth, entry) for depth in encoded.depths]
+            states = with_depths(states, at_ends, self.memory_depths)
         return Summaries(states=states, structure=structure), vectors
 
     def _sentence_vectors(
@@ -333,8 +311,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
     ) -> SentenceVectors:
         is_end = tokens.is_end[index]
         at_ends = index[is_end]
-        body = _rows(states, is_end.nonzero().squeeze(1))
-        return SentenceVectors(encoder=_rows(encoded, at_ends), body=body, structure=tokens[at_ends])
+        body = rows_at(states, is_end.nonzero().squeeze(1))
+        return SentenceVectors(encoder=rows_at(encoded, at_ends), body=body, structure=tokens[at_ends])
 
     def _embedded(
         self, input_ids: Int[Tensor, " tokens"], tokens: TokenStructure
@@ -417,21 +395,3 @@ class _HeldStage:
     stage: Stage
     per_token: int
     per_end: int
-
-
-def _depth_gains(config: GPTHFConfig) -> nn.ParameterList:
-    """A gain for each feature of the embeddings' and of every encoder layer's output but the last; 0 at first."""
-    # Vectors, not one matrix: they are no linear map, and optimisers treat matrices as such.
-    return nn.ParameterList(torch.zeros(config.hidden_size) for _ in range(config.num_encoder_layers))
-
-
-def _with_depths(
-    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor], gains: nn.ParameterList
-) -> Float[Tensor, "entries hidden"]:
-    """The states with those of each depth added, weighted by feature; the last depth is the states themselves."""
-    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths[:-1], strict=True))
-
-
-def _rows(states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen hidden"]:
-    """The states at `index`, whose members increase; copied only if some are left out."""
-    return states if len(index) == len(states) else states.index_select(0, index.to(states.device))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thoughtformer.attention import TokenStructure
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.modeling_gpthf import SentenceVectors
+from thoughtformer.models.outputs import SentenceVectors
 
 __all__ = ["SentenceLosses"]
 

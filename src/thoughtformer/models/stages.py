@@ -20,6 +20,7 @@ from thoughtformer.attention import (
     MemoryPlan,
     OwnSentence,
     RowCounters,
+    TokenRule,
     TokenStructure,
     VisibilityRule,
     dense_mask,
@@ -33,7 +34,7 @@ from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.layers import Angles, Attend, Layer, compiled_step, compiled_step_with_memory
 from thoughtformer.models.linear import PackableLinear
 
-__all__ = ["DecoderStage", "Pass", "Stage", "Summaries"]
+__all__ = ["DecoderStage", "Pass", "Stage", "Summaries", "depth_gains", "rows_at", "with_depths"]
 
 #: Given a layer's number, keys and values, keeps them.
 _Write = Callable[[int, Tensor, Tensor], None]
@@ -67,7 +68,7 @@ class Summaries:
 class Stage(nn.Module):
     """Layers that share a visibility rule and a position scheme; of a width of their own, if the configuration says."""
 
-    def __init__(self, name: str, rule: VisibilityRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
+    def __init__(self, name: str, rule: TokenRule, positions: str, num_layers: int, config: GPTHFConfig) -> None:
         super().__init__()
         self.name = name
         self.rule = rule
@@ -330,3 +331,21 @@ def _is_plain_step(held: StageCache, attention: HeldAttention, tokens: TokenStru
         and fewest <= attention.num_keys < held.capacity
         and not torch.is_grad_enabled()
     )
+
+
+def depth_gains(config: GPTHFConfig) -> nn.ParameterList:
+    """A gain for each feature of the embeddings' and of every encoder layer's output but the last; 0 at first."""
+    # Vectors, not one matrix: they are no linear map, and optimisers treat matrices as such.
+    return nn.ParameterList(torch.zeros(config.hidden_size) for _ in range(config.num_encoder_layers))
+
+
+def with_depths(
+    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor], gains: nn.ParameterList
+) -> Float[Tensor, "entries hidden"]:
+    """The states with those of each depth added, weighted by feature; the last depth is the states themselves."""
+    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths[:-1], strict=True))
+
+
+def rows_at(states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen hidden"]:
+    """The states at `index`, whose members increase; copied only if some are left out."""
+    return states if len(index) == len(states) else states.index_select(0, index.to(states.device))
