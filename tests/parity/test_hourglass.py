@@ -10,6 +10,7 @@ from conftest import END, PAD, START, TEXTS, entries_expected, random_text, tiny
 from thoughtformer.attention import rotary_angles, rotate
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.stages import with_depths
 
 ATOL = 1e-9
 
@@ -300,3 +301,10 @@ def test_depths_switched_on_later_start_at_nothing(tmp_path):
 def test_switches_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_model(str(changes.pop("body_visibility", "hybrid")), **changes)
+
+
+def test_depths_by_hand():
+    """Embeddings and all encoder layers but the last, whose output is the state itself."""
+    states, embedded, first = (torch.tensor([[value, 2 * value]]) for value in (1.0, 10.0, 100.0))
+    gains = torch.nn.ParameterList([torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.25])])
+    assert with_depths(states, [embedded, first, states], gains).tolist() == [[1 + 5.0, 2 + 50.0]]
