@@ -157,3 +157,23 @@ TEXTS = {
 def text(request: pytest.FixtureRequest) -> torch.Tensor:
     """Each edge text in turn, shape (tokens,)."""
     return TEXTS[request.param]
+
+
+ATOL = 1e-9
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
+
+
+@torch.no_grad()
+def full_logits(model: GPTHFForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids[None], use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def chunked_logits(model: GPTHFForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    cache, parts = model.new_cache(1), []
+    for chunk in ids.split(sizes):
+        parts.append(model(chunk[None], past_key_values=cache).logits[0])
+    return torch.cat(parts)

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from prose import prose
-from thoughtformer.bench.records import read_records
+from thoughtformer.bench.records import Record, Spread, read_records
 from thoughtformer.bench.study_tables import BINS, learning_rates_table, profile_table, study_table
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits
@@ -165,6 +165,26 @@ def test_tables_of_what_was_measured(study):
         profile_table(records, "by_offset", "gpt,hybrid", "poems", "1m", "1", "0.004")
     assert len(BINS) == len(EDGES)
     assert [int(name.split("-")[0].rstrip("+")) for name in BINS] == list(EDGES)
+
+
+def test_rows_are_compared_seed_by_seed():
+    """A row of one seed beside the base's of that seed, not beside its mean over three."""
+
+    def row(name: str, seed: int, bits: float) -> Record:
+        metrics = {"poems_bits_per_byte": bits, "parameters": 1e6, "training_flops": 1e12}
+        return Record(
+            theme="study",
+            case="train",
+            peer=name,
+            workload={"size": "1m", "megabytes": 1, "learning_rate": 0.1, "seed": seed},
+            metrics={key: Spread.of([value]) for key, value in metrics.items()},
+        )
+
+    bits = {("gpt", 0): 2.0, ("gpt", 1): 3.0, ("a", 1): 2.7, ("b", 0): 1.8, ("b", 1): 3.15, ("c", 7): 1.0}
+    lines = study_table([row(*key, value) for key, value in bits.items()], "1m", "1", "0.1")
+    beside = {line[0]: line[2] for line in lines[1:]}
+    assert beside == {"gpt": "2.5000", "a": "-10.0%", "b": "-2.5% [-10.0, +5.0]", "c": "-"}
+    assert [line[0] for line in lines[1:]] == ["c", "b", "gpt", "a"]
 
 
 def test_places_by_hand():

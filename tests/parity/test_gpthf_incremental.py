@@ -6,27 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, PAD, START, TEXTS, random_text, tiny_model
+from conftest import END, PAD, START, TEXTS, chunked_logits, close, full_logits, random_text, tiny_model
 from thoughtformer.models import GPTHFForCausalLM
-
-ATOL = 1e-9
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
-
-
-@torch.no_grad()
-def full_logits(model: GPTHFForCausalLM, ids: Tensor) -> Tensor:
-    return model(ids[None], use_cache=False).logits[0]
-
-
-@torch.no_grad()
-def chunked_logits(model: GPTHFForCausalLM, ids: Tensor, sizes: list[int]) -> Tensor:
-    cache, parts = model.new_cache(1), []
-    for chunk in ids.split(sizes):
-        parts.append(model(chunk[None], past_key_values=cache).logits[0])
-    return torch.cat(parts)
 
 
 def test_gathered_equals_dense_mask(model, text):

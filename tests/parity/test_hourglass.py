@@ -6,30 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, PAD, START, TEXTS, entries_expected, random_text, tiny_model
+from conftest import (
+    END,
+    PAD,
+    START,
+    TEXTS,
+    chunked_logits,
+    close,
+    entries_expected,
+    full_logits,
+    random_text,
+    tiny_model,
+)
 from thoughtformer.attention import rotary_angles, rotate
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.stages import with_depths
-
-ATOL = 1e-9
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
-
-
-@torch.no_grad()
-def full_logits(model: GPTHFForCausalLM, ids: Tensor) -> Tensor:
-    return model(ids[None], use_cache=False).logits[0]
-
-
-@torch.no_grad()
-def chunked_logits(model: GPTHFForCausalLM, ids: Tensor, sizes: list[int]) -> Tensor:
-    cache, parts = model.new_cache(1), []
-    for chunk in ids.split(sizes):
-        parts.append(model(chunk[None], past_key_values=cache).logits[0])
-    return torch.cat(parts)
 
 
 def test_gathered_equals_dense_mask(switched_model):

@@ -39,9 +39,16 @@ class Trained:
         return statistics.fmean(row.metrics[name].median for row in self.rows)
 
     @property
-    def both(self) -> float:
+    def mean_bits(self) -> float:
         """Mean bits per byte of all texts."""
         return statistics.fmean(self.mean(text + SUFFIX) for text in self.texts)
+
+    def by_seed(self) -> dict[int, float]:
+        """Mean bits per byte of all texts, of each seed."""
+        return {
+            row.workload["seed"]: statistics.fmean(row.metrics[text + SUFFIX].median for text in self.texts)
+            for row in self.rows
+        }
 
     @property
     def texts(self) -> list[str]:
@@ -82,7 +89,10 @@ def trained(records: Sequence[Record], size: str, megabytes: str, learning_rate:
 def study_table(
     records: Sequence[Record], size: str, megabytes: str, learning_rate: str, names: str = "", base: str = "gpt"
 ) -> list[list[str]]:
-    """Architectures by mean bits per byte, the best first; `names` picks some."""
+    """Architectures by mean bits per byte, the best first; `names` picks some.
+
+    What is said beside `base` is seed by seed: a row is compared with the base's row of its own seed.
+    """
     rows = trained(records, size, megabytes, learning_rate)
     reference = next((row for row in rows if row.name == base), None)
     if reference is None:
@@ -90,20 +100,30 @@ def study_table(
     chosen = names.split(",") if names else [row.name for row in rows]
     texts = texts_of([record for row in rows for record in row.rows])
     lines = [["", *texts, f"mean, beside {base}", "parameters", "training TFLOPs", "seeds"]]
-    for row in sorted(rows, key=lambda row: row.both):
+    for row in sorted(rows, key=lambda row: row.mean_bits):
         if row.name not in chosen:
             continue
         lines.append(
             [
                 row.name,
                 *(_bits(row, text) for text in texts),
-                f"{100 * (row.both / reference.both - 1):+.1f}%" if row is not reference else f"{row.both:.4f}",
+                _beside(row, reference) if row is not reference else f"{row.mean_bits:.4f}",
                 f"{row.mean('parameters') / 1e6:.2f}M",
                 f"{row.mean('training_flops') / 1e12:.0f}",
                 str(len(row.rows)),
             ]
         )
     return lines
+
+
+def _beside(row: Trained, base: Trained) -> str:
+    """Per cent by which a row's mean bits differ from the base's, and over seeds from least to most."""
+    bases = base.by_seed()
+    parts = [100 * (bits / bases[seed] - 1) for seed, bits in row.by_seed().items() if seed in bases]
+    if not parts:
+        return "-"
+    mean = f"{statistics.fmean(parts):+.1f}%"
+    return mean if len(parts) == 1 else f"{mean} [{min(parts):+.1f}, {max(parts):+.1f}]"
 
 
 def _bits(row: Trained, text: str) -> str:
@@ -122,7 +142,7 @@ def learning_rates_table(records: Sequence[Record], size: str, megabytes: str) -
     names = dict.fromkeys(name for rows in by_rate.values() for name in rows)
     lines = [["", *(f"{rate:g}" for rate in rates)]]
     for name in names:
-        cells = {rate: by_rate[rate][name].both for rate in rates if name in by_rate[rate]}
+        cells = {rate: by_rate[rate][name].mean_bits for rate in rates if name in by_rate[rate]}
         if len(cells) == 1:
             continue
         best = min(cells.values())

@@ -191,7 +191,8 @@ class Stage(nn.Module):
 class DecoderStage(Stage):
     """Word-level layers that read, beside their sentence's tokens, what stands for earlier sentences.
 
-    Summaries enter every layer as further keys and values, by the layer's own norm and projections.
+    Summaries enter every layer as further keys and values, by the layer's own norm and projections. Running the middle
+    of the stack seldom, between word-level layers, is after arXiv 2406.02657 (blocks) and 2501.10322 (words).
     """
 
     def __init__(self, config: GPTHFConfig) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from thoughtformer.errors import ConfigError, nearest
@@ -108,22 +109,25 @@ SCREENED = (
     "hourglass-even-32",
     "hourglass-1-2-3",
     "hourglass-decoder-depths",
-    "hybrid-recent-1",
     "hourglass-rebuild",
-    "hourglass-k4",
     "hourglass-next",
+    "hourglass-k4",
     "hourglass-body-depths",
-    "hourglass-unturned",
-    "hourglass-3-2-1",
-    "hourglass-even-16",
     "hourglass-even-64",
+    "hourglass-wide",
+    "hourglass-3-2-1",
+    "hybrid-recent-1",
+    "hourglass-unturned",
+    "hourglass-even-16",
     "hourglass-1-1-4",
+    "keep_last-2-4",
     "hourglass-recent-2",
     "hourglass-blocks-32",
-    "hourglass-wide",
-    "keep_last-2-4",
     "hybrid-1-5",
 )
+
+#: Those of the final rows, for which chance and size are looked at too.
+FINALISTS = ("gpt", "hybrid-2-4", "hourglass-2-2-2", "fast-2-4", "hourglass-k2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +194,31 @@ def _screen() -> list[Row]:
     return [Row(variant=variant, learning_rate=LEARNING_RATE) for variant in SCREENED]
 
 
+def _seeds(size: str) -> list[Row]:
+    return [
+        Row(variant=variant, size=size, learning_rate=LEARNING_RATE, seed=seed)
+        for seed in (0, 1, 2)
+        for variant in FINALISTS
+    ]
+
+
+def _long() -> list[Row]:
+    return [Row(variant=variant, megabytes=40, learning_rate=LEARNING_RATE) for variant in FINALISTS]
+
+
+def _largest() -> list[Row]:
+    return [Row(variant=variant, size="8m", learning_rate=LEARNING_RATE) for variant in (FINALISTS[0], FINALISTS[-1])]
+
+
 #: Rows by what they are for; a row may be in several.
-GROUPS = {"learning-rates": _learning_rates, "screen": _screen}
+GROUPS: dict[str, Callable[[], list[Row]]] = {
+    "learning-rates": _learning_rates,
+    "screen": _screen,
+    "seeds-1m": partial(_seeds, "1m"),
+    "seeds-3m": partial(_seeds, "3m"),
+    "long": _long,
+    "largest": _largest,
+}
 
 
 def rows_of(group: str) -> list[Row]:

@@ -24,7 +24,7 @@ from thoughtformer.text.tokenizer import SentenceTokenizer
 __all__ = ["PackedRows", "TokenisedCorpus", "cache_folder"]
 
 #: Raise when what is stored, or how it is made, changes.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SMALL_CORPUS_BYTES = 1_000_000
 
 
@@ -41,11 +41,13 @@ class TokenisedCorpus:
         tokens: memory-mapped ids of all documents.
         starts: where each document starts in `tokens`, and the total length.
         num_bytes: UTF-8 bytes of each document.
+        digest: SHA-256 of all ids; the same wherever the text came from.
     """
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         self.folder = folder
+        self.digest: str = manifest["digest"]
         self.tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
         self.starts = np.load(folder / "starts.npy", allow_pickle=False)
         self.num_bytes = np.load(folder / "num_bytes.npy", allow_pickle=False)
@@ -178,13 +180,17 @@ def _write(
 ) -> None:
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     starts, num_bytes = [0], []
+    digest = hashlib.sha256()
     with (folder / "tokens.bin").open("wb") as stream:
         for ids, size in _tokenised(corpus, tokenizer, num_processes):
-            stream.write(ids.astype(dtype).tobytes())
+            written = ids.astype(dtype).tobytes()
+            stream.write(written)
+            digest.update(written)
             starts.append(starts[-1] + len(ids))
             num_bytes.append(size)
             if on_progress is not None:
                 on_progress(len(num_bytes), size)
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
     np.save(folder / "num_bytes.npy", np.asarray(num_bytes, dtype=np.int64))
-    (folder / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "dtype": dtype}))
+    manifest = {"version": FORMAT_VERSION, "dtype": dtype, "digest": digest.hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -58,9 +58,9 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
 
 
 def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: bool) -> None:
-    """Remembers which token file the run reads, or refuses to resume on another."""
+    """Remembers which ids the run reads, or refuses to resume on others; files may be copied or moved in between."""
     file = out / DATA_FILE
-    identity = {"tokens": len(tokens.tokens), "documents": len(tokens), "key": tokens.folder.name}
+    identity = {"tokens": len(tokens.tokens), "documents": len(tokens), "digest": tokens.digest}
     if resume:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: boo
             raise OutputError(
                 f"the run in {out} reads other data: it had {before.get('documents')} documents of "
                 f"{before.get('tokens')} tokens, these are {identity['documents']} of {identity['tokens']}, or their "
-                "files have changed."
+                "text has changed."
             )
     elif is_first:
         file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
