@@ -7,14 +7,25 @@ from jaxtyping import install_import_hook
 # Before the first import of the package: shapes are checked in the tests, and cost users nothing. Configurations are
 # left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
 CHECKED = ["attention", "cache", "decode", "engine", "models.causal_lm", "models.layers", "models.modeling_gpthf"]
-CHECKED += ["models.stages", "models.loss", "models.padding", "models.penalty", "text.packing"]
+CHECKED += [
+    "models.encoding",
+    "models.recall",
+    "models.stages",
+    "models.loss",
+    "models.padding",
+    "models.penalty",
+    "text.packing",
+]
 CHECKED += ["compression.attending", "compression.compressed", "compression.heavy_hitters"]
 with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
     import thoughtformer.models
 
+import sys
+
 import pytest
 import torch
 
+from thoughtformer.cli import main
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 
 torch.set_num_threads(1)
@@ -177,3 +188,17 @@ def chunked_logits(model: GPTHFForCausalLM, ids: torch.Tensor, sizes: list[int])
     for chunk in ids.split(sizes):
         parts.append(model(chunk[None], past_key_values=cache).logits[0])
     return torch.cat(parts)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run

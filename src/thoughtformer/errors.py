@@ -6,6 +6,7 @@
     │   ├── CorpusError               text that can't be read: missing, empty, binary, wrong column
     │   ├── ConfigError               a recipe or configuration with an unknown key or a wrong value
     │   ├── CheckpointError           weights that are truncated, foreign, or pickled
+    │   ├── StoreError                a sentence store that is damaged, or of another format
     │   ├── TokenizerError            a tokenizer without the tokens that the model needs
     │   └── OutputError               a place that can't be written to as asked
     └── UnsupportedError              a combination that can't be exact, refused instead of approximated
@@ -25,6 +26,7 @@ __all__ = [
     "CorpusError",
     "InputError",
     "OutputError",
+    "StoreError",
     "ThoughtformerError",
     "TokenizerError",
     "UnsupportedError",
@@ -54,6 +56,10 @@ class ConfigError(InputError):
 
 class CheckpointError(InputError):
     """Weights are truncated, belong to another architecture, or come as a pickle."""
+
+
+class StoreError(InputError):
+    """A sentence store is damaged, or not one of ours."""
 
 
 class TokenizerError(InputError):

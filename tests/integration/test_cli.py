@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
-from thoughtformer.cli import main
 from thoughtformer.models.loading import load
 
 
@@ -25,20 +24,6 @@ def folder(tmp_path_factory):
     (place / "data.txt").write_text(prose(3000), encoding="utf-8")
     (place / "prompt.txt").write_text(PAGE[:200], encoding="utf-8")
     return place
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_generate_json(run, folder):

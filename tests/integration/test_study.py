@@ -16,9 +16,10 @@ from thoughtformer.bench.records import Record, Spread, read_records
 from thoughtformer.bench.study_tables import BINS, learning_rates_table, profile_table, study_table
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits
-from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
+from thoughtformer.study import run as study_run
 from thoughtformer.study.profile import EDGES, LossProfile, Places, sentence_places
 from thoughtformer.study.rows import GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
@@ -165,6 +166,27 @@ def test_tables_of_what_was_measured(study):
         profile_table(records, "by_offset", "gpt,hybrid", "poems", "1m", "1", "0.004")
     assert len(BINS) == len(EDGES)
     assert [int(name.split("-")[0].rstrip("+")) for name in BINS] == list(EDGES)
+
+
+def test_flops_of_training_count_all_losses():
+    rows = [torch.randint(3, 40, (32,)) for _ in range(2)]
+    rows[0][::6] = rows[1][::5] = 1  # sentence ends
+    flops = {}
+    for weight in (0.0, 0.5):
+        model = GPTHFForCausalLM(
+            GPTHFConfig(
+                vocab_size=40,
+                hidden_size=16,
+                num_encoder_layers=1,
+                num_body_layers=1,
+                num_decoder_layers=1,
+                body_visibility="fast",
+                rebuild_loss_weight=weight,
+                next_sentence_loss_weight=weight,
+            )
+        )
+        flops[weight] = study_run._training_flops(model, rows)
+    assert flops[0.5] > flops[0.0] > 0
 
 
 def test_rows_are_compared_seed_by_seed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
     from thoughtformer.decode import SamplingParams
+    from thoughtformer.engine import Engine
 
 __all__ = ["generate"]
 
@@ -34,6 +36,10 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; repeatable.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Fold the context of a plain model with these sentinels.")] = None,
     context: Annotated[Path | None, typer.Option(help="Continue after a context of `compress context`.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Sentence store: sentences in it needn't be read again, others are added.")
+    ] = None,
+    context_file: Annotated[Path | None, typer.Option(help="UTF-8 text that comes before the prompt.")] = None,
     removed: Annotated[
         float, typer.Option(help="With --adapter: fraction of the tokens seen that is not held.", min=0.0, max=0.99)
     ] = 0.9,
@@ -45,6 +51,8 @@ def generate(
 
     Example: thoughtformer generate --prompt "The sea was calm that morning." --temperature 0.8 --top-p 0.95
 
+    Example: thoughtformer generate --store sentences --context-file book.txt --prompt "The end of it was that"
+
     Example: thoughtformer generate --model tiny-gpt --adapter tiny-gpt-sentinel --context book.ctx --prompt "He said"
     """
     if (prompt is None) == (file is None):
@@ -52,6 +60,8 @@ def generate(
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file).removesuffix("\n").removesuffix("\r")
     assert text is not None
+    if context_file is not None:
+        text = read_text(context_file) + text
 
     from thoughtformer.decode import SamplingParams
 
@@ -68,15 +78,21 @@ def generate(
 
     set_threads(threads)
     if adapter is not None or context is not None:
+        if store is not None:
+            raise InputError("--store keeps sentences of a GPTHF; --adapter and --context compress other models.")
         _generate_compressed(text, params, model, adapter, context, removed, allow_extrapolation, as_json)
         return
 
-    from thoughtformer.engine import Engine
+    from thoughtformer.engine import Engine, SentenceStore
     from thoughtformer.models.loading import load
 
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
-    engine = Engine(loaded, tokenizer)
+    with nullcontext() if store is None else SentenceStore(store) as opened:
+        _generate(Engine(loaded, tokenizer, store=opened), text, params, as_json)
+
+
+def _generate(engine: Engine, text: str, params: SamplingParams, as_json: bool) -> None:
     if not as_json:
         for event in engine.stream([text], params):
             sys.stdout.write(event.text)
@@ -98,7 +114,7 @@ def generate(
         },
         "bytes": {
             "kv_cache": completion.cache_bytes,
-            "weights": sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters()),
+            "weights": sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
         },
     }
     print(json.dumps(result, ensure_ascii=False))

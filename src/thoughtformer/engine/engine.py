@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import RowSampler, SamplingParams, TextStream
+from thoughtformer.engine.store import SentenceStore
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights, unpack_weights
@@ -29,10 +30,14 @@ FinishReason = Literal["end_of_text", "stop_string", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens read and written; sentence ends are tokens too, and also counted apart."""
+    """Tokens read and written; sentence ends are tokens too, and also counted apart.
+
+    `cached_prompt_tokens` are those of sentences that a store knew.
+    """
 
     prompt_tokens: int
     prompt_sentence_ends: int
+    cached_prompt_tokens: int
     new_tokens: int
     new_sentence_ends: int
 
@@ -82,6 +87,7 @@ class _Row:
     first_token_seconds: float = 0.0
     seconds: float = 0.0
     cache_bytes: int = 0
+    cached_prompt_tokens: int = 0
     text: list[str] = field(default_factory=list)
 
 
@@ -99,8 +105,13 @@ class Engine:
         max_rows: prompts that share a batch; more wait for the next.
         pack: on CPUs, give the weights a second copy that is 2 to 3 times as fast to read for few rows.
         compile: compile decoding of a single row; its first step then takes many seconds.
+        store: sentences known from before; those that prompts bring anew are added.
 
-    Both belong to the model: of several engines on one model, the one that last began a batch decides.
+    Raises:
+        InputError: no rows.
+        UnsupportedError: a store for a model without vectors of sentences.
+
+    Packing and compiling belong to the model: of several engines on one model, the one that last began a batch decides.
     """
 
     def __init__(
@@ -111,6 +122,7 @@ class Engine:
         max_rows: int = 32,
         pack: bool = True,
         compile: bool = False,
+        store: SentenceStore | None = None,
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
@@ -119,6 +131,7 @@ class Engine:
         self.compile = compile
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.sentences = None if store is None else store.of(model)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -171,9 +184,16 @@ class Engine:
         wanted[lengths.cumsum(0) - 1] = True
         cache = self.model.new_cache(len(rows))
         cache.reserve(_most_tokens(rows))
-        logits, _ = self.model.ragged_logits(
-            ids, torch.arange(len(rows)).repeat_interleave(lengths), cache, wanted=wanted
+        logits, output = self.model.ragged_logits(
+            ids,
+            torch.arange(len(rows)).repeat_interleave(lengths),
+            cache,
+            wanted=wanted,
+            sentence_source=self.sentences,
         )
+        if output.known_tokens is not None:
+            for row, known in zip(rows, output.known_tokens.tolist(), strict=True):
+                row.cached_prompt_tokens = known
         return self._choices(logits, rows), cache
 
     @torch.inference_mode()
@@ -284,6 +304,7 @@ class Engine:
             usage=Usage(
                 prompt_tokens=len(prompt),
                 prompt_sentence_ends=0 if end is None else prompt.count(end),
+                cached_prompt_tokens=row.cached_prompt_tokens,
                 new_tokens=len(new),
                 new_sentence_ends=0 if end is None else new.count(end),
             ),

@@ -31,13 +31,14 @@ from thoughtformer.attention import (
     body_rule,
     read_structure,
     summaries_of,
-    with_summaries,
 )
 from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
-from thoughtformer.errors import ContextOverflowError
+from thoughtformer.errors import ContextOverflowError, UnsupportedError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
+from thoughtformer.models.encoding import Encoded, Encoding
 from thoughtformer.models.layers import Layer, residual_projections
 from thoughtformer.models.outputs import RaggedOutput, SentenceVectors
+from thoughtformer.models.recall import Recalled, SentenceSource, recall
 from thoughtformer.models.stages import DecoderStage, Pass, Stage, Summaries, depth_gains, rows_at, with_depths
 
 __all__ = ["GPTHFModel", "GPTHFPreTrainedModel", "compile_steps"]
@@ -153,6 +154,39 @@ class GPTHFModel(GPTHFPreTrainedModel):
         )
         return stages + num_rows * 8 * 5  # four counters and the token count
 
+    @property
+    def sentence_vector_shape(self) -> tuple[int, int, int]:
+        """What the encoder's vector of a sentence is: (depths that are read, summaries, hidden size).
+
+        Raises:
+            UnsupportedError: later stages read more of a sentence than its vector.
+        """
+        config = self.config
+        if not config.num_encoder_layers or config.body_visibility == "keep_last":
+            raise UnsupportedError(
+                f"a model with num_encoder_layers={config.num_encoder_layers} and body_visibility="
+                f"{config.body_visibility!r} has no vectors of sentences that could be kept: it needs an encoder, and "
+                "a 'fast' or 'hybrid' body."
+            )
+        depths = config.num_encoder_layers + 1 if self._encoding().reads_depths else 1
+        return depths, config.summaries_per_sentence, config.hidden_size
+
+    @torch.no_grad()
+    def remember_sentences(self, input_ids: Int[Tensor, " tokens"], source: SentenceSource) -> None:
+        """Has the encoder read those whole sentences that `source` doesn't know, and tells it of them.
+
+        Texts may be longer than the model's trained length: sentences are read one by one. Those without an end are
+        left out.
+        """
+        row = torch.zeros(len(input_ids), dtype=torch.long)
+        counters = RowCounters.zeros(1)
+        tokens = self._structure(input_ids, row, counters)
+        known = recall(source, input_ids, tokens, torch.zeros(len(tokens), dtype=torch.bool))
+        shared = Pass(
+            after=counters, is_fresh=True, is_dense=self.config._attn_implementation == "eager", compiles=False
+        )
+        self._encoding().encode_new(input_ids, tokens, shared, None, known)
+
     def forward(
         self,
         input_ids: Int[Tensor, " tokens"],
@@ -164,6 +198,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         wanted: Bool[Tensor, " tokens"] | None = None,
         output_hidden_states: bool = False,
         keep_sentences: bool = False,
+        sentence_source: SentenceSource | None = None,
     ) -> RaggedOutput:
         """The hidden states of the `wanted` tokens (all by default), after the final norm.
 
@@ -176,6 +211,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
             wanted: on the CPU.
             output_hidden_states: also return every layer's output, of all tokens.
             keep_sentences: also return the vectors of sentences.
+            sentence_source: sentences known from before, which then skip the encoder; it takes up those that are new.
+                Without gradients, and where nothing may be rolled back, only.
 
         Raises:
             ContextOverflowError: a document grows past `max_position_embeddings`, and `allow_extrapolation` is off.
@@ -184,13 +221,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             counters = cache.counters
         else:
             counters = RowCounters.zeros(num_rows if num_rows is not None else int(row.max()) + 1 if len(row) else 0)
-        tokens = read_structure(
-            input_ids.cpu(),
-            row,
-            counters,
-            sentence_end_token_id=self.config.sentence_end_token_id,
-            document_start_token_id=self.config.bos_token_id,
-        )
+        tokens = self._structure(input_ids, row, counters)
         self._check_length(tokens)
         if wanted is None:
             wanted = torch.ones(len(tokens), dtype=torch.bool)
@@ -204,11 +235,16 @@ class GPTHFModel(GPTHFPreTrainedModel):
             compiles=self.compiles_steps,
         )
         held = dict.fromkeys(stage.name for stage in self._held_stages()) if cache is None else cache.by_name()
+        known = None
+        # Uncommitted tokens are counted in each stage.
+        may_skip = (cache is None or cache.autocommit) and not (output_hidden_states or keep_sentences)
+        if sentence_source is not None and may_skip and not torch.is_grad_enabled():
+            known = recall(sentence_source, input_ids, tokens, passing[self._stage_list()[-1].name])
         lengths = [] if cache is None else cache.lengths()
         collected: list[Tensor] | None = [] if output_hidden_states else None
         try:
             last, index, vectors = self._through_stages(
-                input_ids, tokens, passing, shared, held, collected, keep_sentences
+                input_ids, tokens, passing, shared, held, collected, keep_sentences, known
             )
             is_wanted = wanted[index]
             if not bool(is_wanted.all()):
@@ -221,7 +257,11 @@ class GPTHFModel(GPTHFPreTrainedModel):
         if cache is not None:
             cache.record(tokens, after, num_columns)
         return RaggedOutput(
-            last_hidden_state=last, tokens=tokens[index[is_wanted]], hidden_states=collected, sentences=vectors
+            last_hidden_state=last,
+            tokens=tokens[index[is_wanted]],
+            hidden_states=collected,
+            sentences=vectors,
+            known_tokens=None if known is None else torch.bincount(row[known.is_known], minlength=len(counters)),
         )
 
     def _through_stages(
@@ -233,10 +273,15 @@ class GPTHFModel(GPTHFPreTrainedModel):
         held: Mapping[str, StageCache | None],
         collected: list[Tensor] | None,
         keeps: bool,
+        known: Recalled | None,
     ) -> tuple[Float[Tensor, "passing hidden"], Int[Tensor, " passing"], SentenceVectors | None]:
         """The last stage's output for the tokens that pass it, their indices, and sentence vectors, if to be kept."""
         stages = {stage.name: stage for stage in self._stage_list()}
-        encoded = self._encoded(input_ids, tokens, stages.get("encoder"), shared, held, collected)
+        encoding, encoder_held = self._encoding(), held.get("encoder")
+        if known is None:
+            encoded = encoding.encode(input_ids, tokens, shared, encoder_held, collected)
+        else:
+            encoded = encoding.encode_new(input_ids, tokens, shared, encoder_held, known)
         if "decoder" in stages:
             summaries, vectors = self._summaries(encoded, tokens, stages["body"], shared, held["body"], keeps)
             index = passing["decoder"].nonzero().squeeze(1)
@@ -246,39 +291,28 @@ class GPTHFModel(GPTHFPreTrainedModel):
             states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], memory, collected)
             return states, index, vectors
         index = passing["body"].nonzero().squeeze(1)
-        states = rows_at(self._into_body(encoded), index)
+        states = rows_at(self._into_body(encoded), encoded.token_index[index])
         states = stages["body"](states, tokens[index], shared, held["body"], collected)
         return states, index, self._sentence_vectors(tokens, encoded.states, states, index) if keeps else None
 
-    def _encoded(
-        self,
-        input_ids: Int[Tensor, " tokens"],
-        tokens: TokenStructure,
-        encoder: Stage | None,
-        shared: Pass,
-        held: Mapping[str, StageCache | None],
-        collected: list[Tensor] | None,
-    ) -> _Encoded:
-        """Embeds all tokens, and lets them pass the encoder, if there is one."""
-        embedded, structure, token_index = self._embedded(input_ids, tokens)
-        reads_depths = self.body_depths is not None or self.memory_depths is not None
-        outputs: list[Tensor] | None = [] if reads_depths or collected is not None else None
-        states = embedded
-        if encoder is not None:
-            states = encoder(embedded, structure, shared, held["encoder"], outputs)
-        depths = [embedded, *(outputs or ())]
-        if collected is not None:
-            collected += [rows_at(depth, token_index) for depth in depths]
-        return _Encoded(states=states, depths=depths, structure=structure, token_index=token_index)
+    def _encoding(self) -> Encoding:
+        config = self.config
+        return Encoding(
+            embed_tokens=cast(nn.Embedding, self.embed_tokens),
+            summary_tokens=self.summary_tokens,
+            encoder=self._stage_list()[0] if config.num_encoder_layers else None,
+            num_summaries=config.summaries_per_sentence,
+            reads_depths=config.body_reads_depths or config.decoder_reads_depths,
+        )
 
-    def _into_body(self, encoded: _Encoded) -> Float[Tensor, "entries hidden"]:
+    def _into_body(self, encoded: Encoded) -> Float[Tensor, "entries hidden"]:
         if self.body_depths is None:
             return encoded.states
         return with_depths(encoded.states, encoded.depths, self.body_depths)
 
     def _summaries(
         self,
-        encoded: _Encoded,
+        encoded: Encoded,
         tokens: TokenStructure,
         body: Stage,
         shared: Pass,
@@ -314,20 +348,6 @@ class GPTHFModel(GPTHFPreTrainedModel):
         body = rows_at(states, is_end.nonzero().squeeze(1))
         return SentenceVectors(encoder=rows_at(encoded, at_ends), body=body, structure=tokens[at_ends])
 
-    def _embedded(
-        self, input_ids: Int[Tensor, " tokens"], tokens: TokenStructure
-    ) -> tuple[Float[Tensor, "entries hidden"], TokenStructure, Int[Tensor, " tokens"]]:
-        """What enters the encoder, its structure, and where in it the tokens are."""
-        embedded = self.embed_tokens(input_ids)
-        if self.summary_tokens is None:
-            return embedded, tokens, torch.arange(len(tokens))
-        index, entries = with_summaries(tokens, self.config.summaries_per_sentence)
-        number = entries.offset - tokens.offset[index]
-        # Further positions of a sentence end have vectors of their own, laid behind the tokens'.
-        source = torch.where(number == 0, index, len(tokens) + number - 1).to(embedded.device)
-        table = torch.cat([embedded, self.summary_tokens.weight.to(embedded.dtype)])
-        return table.index_select(0, source), entries, (number == 0).nonzero().squeeze(1)
-
     def _passing(
         self,
         tokens: TokenStructure,
@@ -350,6 +370,17 @@ class GPTHFModel(GPTHFPreTrainedModel):
             needed = last.rule.needs(tokens, needed, len(last.layers))
         return {last.name: needed}
 
+    def _structure(
+        self, input_ids: Int[Tensor, " tokens"], row: Int[Tensor, " tokens"], counters: RowCounters
+    ) -> TokenStructure:
+        return read_structure(
+            input_ids.cpu(),
+            row,
+            counters,
+            sentence_end_token_id=self.config.sentence_end_token_id,
+            document_start_token_id=self.config.bos_token_id,
+        )
+
     def _check_length(self, tokens: TokenStructure) -> None:
         limit = self.config.max_position_embeddings
         if self.config.allow_extrapolation or len(tokens) == 0:
@@ -367,23 +398,6 @@ def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
     for part in model.modules():
         if isinstance(part, GPTHFModel):
             part.compiles_steps = enabled
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Encoded:
-    """The encoder's entries, which are the tokens and, where sentences have several summaries, repeated ends.
-
-    Attributes:
-        states: what leaves the encoder.
-        depths: what entered it, and, if asked for, each layer's output.
-        structure: of the entries.
-        token_index: where the tokens are among them.
-    """
-
-    states: Float[Tensor, "entries hidden"]
-    depths: list[Float[Tensor, "entries hidden"]]
-    structure: TokenStructure
-    token_index: Int[Tensor, " tokens"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -34,10 +34,11 @@ class RaggedOutput:
     """What `GPTHFModel.forward` returns, for the `wanted` tokens in text order.
 
     `hidden_states` holds, when asked for, the embeddings and the outputs of every layer that all tokens pass: of an
-    hourglass, those of encoder and decoder.
+    hourglass, those of encoder and decoder. `known_tokens` counts each row's tokens that a `SentenceSource` knew.
     """
 
     last_hidden_state: Float[Tensor, "wanted hidden"]
     tokens: TokenStructure
     hidden_states: list[Float[Tensor, "tokens hidden"]] | None
     sentences: SentenceVectors | None
+    known_tokens: Int[Tensor, " rows"] | None = None

@@ -205,7 +205,8 @@ def _some_rows(recipe: Recipe, settings: StudySettings) -> list[Tensor]:
 
 def _training_flops(model: GPTHFForCausalLM, rows: Sequence[Tensor]) -> float:
     """FLOPs a token of training: three times those of a forward pass (arXiv 2001.08361), all losses included."""
-    model.train()
+    # The counter follows gradients of modules' inputs, and the sentence losses are handed the head's weight.
+    model.train().requires_grad_(False)
     with torch.inference_mode(), count_flops(causal_as_whole=False) as counted:
         for row in rows:
             model(row[None], labels=row[None])  # the chunked loss makes a gradient along the way

@@ -1,0 +1,160 @@
+"""`thoughtformer index` and `thoughtformer store`: sentences encoded once, for every later prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thoughtformer.cli.options import AsJson, Column, Model, Threads, set_threads
+from thoughtformer.errors import InputError
+
+if TYPE_CHECKING:
+    from thoughtformer.engine import IndexResult, SentenceStore
+
+__all__ = ["index", "store_app"]
+
+store_app = typer.Typer(help="Look after a sentence store.")
+
+Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
+MaxSize = Annotated[
+    str | None,
+    typer.Option("--max-size", help="Bytes used at most, e.g. 500MB or 8GiB; the least recently used sentences go."),
+]
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of `500MB` or `8GiB`; raises `InputError`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|b)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"--max-size {text!r} is no size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB.")
+    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+
+
+def index(
+    data: Annotated[list[str], typer.Argument(help="Files and folders of text, as for training.")],
+    store: Annotated[Path, typer.Option(help="The store's folder; made if it isn't there.")],
+    model: Model = "tiny-gpthf",
+    max_size: MaxSize = None,
+    column: Column = "text",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode every sentence of some texts once; prompts that hold them are then read many times as fast.
+
+    Example: thoughtformer index --model runs/mine --store sentences docs/ books/*.txt
+
+    Example: thoughtformer generate --model runs/mine --store sentences --context-file books/one.txt --prompt "He said"
+    """
+    import time
+
+    from rich.console import Console
+
+    from thoughtformer.engine import SentenceStore, index_documents
+    from thoughtformer.models.loading import load
+    from thoughtformer.text.corpus import Corpus
+
+    max_bytes = parse_size(max_size)
+    set_threads(threads)
+    corpus = Corpus(sources=list(data), column=column)
+    loaded, tokenizer = load(model)
+    console = Console(stderr=True, highlight=False)
+    started = time.monotonic()
+    with SentenceStore(store, max_bytes=max_bytes) as opened, console.status("reading") as status:
+
+        def told(result: IndexResult) -> None:
+            status.update(f"{result.documents:,} documents, {result.sentences:,} sentences")
+
+        result = index_documents(loaded, tokenizer, opened, corpus, on_progress=told)
+        used = opened.stats().used_bytes
+    seconds = time.monotonic() - started
+    if as_json:
+        print(json.dumps(asdict(result) | {"used_bytes": used, "seconds": seconds}))
+        return
+    console.print(
+        f"{result.documents:,} documents, {result.tokens:,} tokens: {result.sentences:,} sentences, "
+        f"{result.new_sentences:,} of them new, in {seconds:.1f} s. {store} uses {used / 1e6:,.1f} MB."
+    )
+
+
+@store_app.command("stats")
+def stats(folder: Folder, as_json: AsJson = False) -> None:
+    """Say what a store holds.
+
+    Example: thoughtformer store stats sentences
+    """
+    with _existing(folder) as store:
+        held = store.stats()
+    if as_json:
+        print(json.dumps(asdict(held)))
+        return
+    used, size = held.used_bytes / 1e6, held.file_bytes / 1e6
+    print(f"{held.sentences:,} sentences, {used:,.1f} MB used of a file of {size:,.1f} MB")
+    for model in held.models:
+        print(f"{model.fingerprint}  {model.dtype}  {model.sentences:,} sentences, {model.vector_bytes / 1e6:,.1f} MB")
+
+
+@store_app.command("verify")
+def verify(folder: Folder) -> None:
+    """Check every vector's checksum; exits with 1 if some are damaged.
+
+    Damaged vectors are never used: their sentences are read anew.
+
+    Example: thoughtformer store verify sentences
+    """
+    with _existing(folder) as store:
+        damaged, count = store.verify(), store.stats().sentences
+    print(f"{count:,} sentences, {damaged:,} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("prune")
+def prune(
+    folder: Folder,
+    max_size: MaxSize = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Fingerprint of a model whose sentences stay; repeatable. Others' go.")
+    ] = None,
+) -> None:
+    """Remove sentences, and give their room back.
+
+    Example: thoughtformer store prune sentences --max-size 1GB
+    """
+    if max_size is None and not keep:
+        raise InputError("say what to remove: --max-size SIZE, --keep FINGERPRINT, or both.")
+    with _existing(folder) as store:
+        known = [model.fingerprint for model in store.stats().models]
+        for fingerprint in keep or ():
+            if fingerprint not in known:
+                raise InputError(f"--keep {fingerprint}: the store has {', '.join(known) or 'no model'}.")
+        removed = store.prune(max_bytes=parse_size(max_size), keep=keep)
+        held = store.stats()
+    print(f"{removed:,} sentences removed, {held.sentences:,} left, {held.file_bytes / 1e6:,.1f} MB")
+
+
+def _existing(folder: Path) -> SentenceStore:
+    from thoughtformer.engine import SentenceStore
+    from thoughtformer.engine.store import FILE
+
+    if not (folder / FILE).exists():
+        raise InputError(f"{folder} holds no sentence store: `thoughtformer index --store {folder} ...` makes one.")
+    return SentenceStore(folder)

@@ -1,0 +1,429 @@
+"""The sentence store: what the encoder made of a sentence, kept on disk for every later prompt and process.
+
+One SQLite file, in write-ahead mode: many processes read while one writes, and a process that is killed in a write
+leaves the last whole one. Vectors are kept by the fingerprint of what made them and a digest of the sentence's token
+ids, in the model's own dtype, with a checksum each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError
+from thoughtformer.models import GPTHFForCausalLM
+
+__all__ = ["ModelStats", "SentenceStore", "StoreStats", "StoredSentences"]
+
+#: Raise when what is stored changes.
+FORMAT_VERSION = 1
+FILE = "sentences.sqlite"
+MIB = 1 << 20
+DIGEST_BYTES = 16
+#: Sentences of one query; SQLite takes 32,766 parameters at most.
+QUERY_SENTENCES = 1000
+#: A sentence's last use is noted this coarsely, so that finding seldom writes.
+USE_SECONDS = 600
+#: Uses noted at once.
+NOTED_USES = 4096
+BUSY_SECONDS = 60.0
+#: Eviction goes on until this part of the limit, so that it comes seldom.
+EVICT_TO = 0.9
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS models (
+    number INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS sentences (
+    model INTEGER NOT NULL, digest BLOB NOT NULL, used INTEGER NOT NULL, checksum INTEGER NOT NULL, vector BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS by_digest ON sentences (model, digest);
+CREATE INDEX IF NOT EXISTS by_use ON sentences (used);
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStats:
+    """What a store holds of one model."""
+
+    fingerprint: str
+    dtype: str
+    sentences: int
+    vector_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """What a store holds; `used_bytes` of the file's `file_bytes` are in use, the rest is given to what comes next."""
+
+    sentences: int
+    used_bytes: int
+    file_bytes: int
+    max_bytes: int | None
+    models: list[ModelStats]
+
+
+class SentenceStore:
+    """A folder of sentence vectors, of any number of models.
+
+    Use it as a context manager, or call `close`. May be shared by threads; other processes may have it open too.
+
+    Args:
+        folder: made if it isn't there.
+        max_bytes: the least recently used sentences go when the store would use more; None: no limit.
+
+    Raises:
+        ConfigError: a limit below 1 MiB.
+        OutputError: the folder can't be written to.
+        StoreError: what is there is no sentence store, or one of another format.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < MIB:
+            raise ConfigError(f"max_bytes={max_bytes} is less than an empty store needs: give {MIB} (1 MiB) or more.")
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._uses: dict[tuple[int, bytes], int] = {}
+        self._process = os.getpid()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"can't make a sentence store in {self.folder}: {error.strerror or error}.") from None
+        self._connection: sqlite3.Connection | None = self._open()
+
+    def __enter__(self) -> SentenceStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def file(self) -> Path:
+        """Where everything is; beside it SQLite keeps what isn't merged yet."""
+        return self.folder / FILE
+
+    def of(self, model: GPTHFForCausalLM) -> StoredSentences:
+        """The part of the store that is `model`'s, as the model's forward pass takes it.
+
+        Raises:
+            UnsupportedError: the model has no vectors of sentences that could be kept.
+        """
+        return StoredSentences(self, model)
+
+    def stats(self) -> StoreStats:
+        """What is held."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT fingerprint, dtype, count(vector), coalesce(sum(length(vector)), 0) "
+                "FROM models LEFT JOIN sentences ON model = number GROUP BY number ORDER BY number"
+            ).fetchall()
+            models = [
+                ModelStats(fingerprint=fingerprint, dtype=dtype, sentences=count, vector_bytes=size)
+                for fingerprint, dtype, count, size in rows
+            ]
+            return StoreStats(
+                sentences=sum(model.sentences for model in models),
+                used_bytes=_used_bytes(connection),
+                file_bytes=self.file.stat().st_size,
+                max_bytes=self.max_bytes,
+                models=models,
+            )
+
+    def verify(self) -> int:
+        """Checks the file and every vector's checksum; returns how many vectors are damaged.
+
+        Raises:
+            StoreError: the file itself is damaged.
+        """
+        with self._reading() as connection:
+            told = [line for (line,) in connection.execute("PRAGMA integrity_check(3)")]
+            if told != ["ok"]:
+                raise StoreError(f"{self.file} is damaged ({'; '.join(told)}): remove it, and index the text again.")
+            rows = connection.execute("SELECT digest, vector, checksum FROM sentences")
+            return sum(_checksum(digest, vector) != checksum for digest, vector, checksum in rows)
+
+    def prune(self, *, max_bytes: int | None = None, keep: Sequence[str] | None = None) -> int:
+        """Removes sentences and gives their room back to the file system; returns how many were removed.
+
+        Args:
+            max_bytes: remove the least recently used until the store uses no more.
+            keep: remove those of models of other fingerprints.
+        """
+        with self._writing() as connection:
+            before = _count(connection)
+            self._note_uses(connection)
+            if keep is not None:
+                others = [
+                    number
+                    for number, fingerprint in connection.execute("SELECT number, fingerprint FROM models")
+                    if fingerprint not in keep
+                ]
+                for number in others:
+                    connection.execute("DELETE FROM sentences WHERE model = ?", (number,))
+                    connection.execute("DELETE FROM models WHERE number = ?", (number,))
+            if max_bytes is not None:
+                _evict(connection, max_bytes)
+            removed = before - _count(connection)
+        with self._lock, self._told():
+            self._opened().execute("VACUUM")
+            self._opened().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def close(self) -> None:
+        """Notes what was used, and closes the file."""
+        with self._lock:
+            if self._connection is None:
+                return
+            if self._uses and self._process == os.getpid():
+                with self._writing() as connection:
+                    self._note_uses(connection)
+            if self._process == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        with self._told():
+            # Autocommit: transactions are begun by hand, and shared by threads under a lock.
+            connection = sqlite3.connect(self.file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                # A power cut may take the last transactions, but leaves a whole file.
+                connection.execute("PRAGMA synchronous=NORMAL")
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+                if version not in (0, FORMAT_VERSION) or (version == 0 and tables):
+                    raise StoreError(
+                        f"{self.file} is no sentence store of format {FORMAT_VERSION}: name another folder, or "
+                        "remove it."
+                    )
+                if version == 0:
+                    connection.execute("BEGIN IMMEDIATE")
+                    for statement in SCHEMA.split(";"):
+                        connection.execute(statement)
+                    connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+                    connection.execute("COMMIT")
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OutputError(f"can't use the sentence store {self.file}: {error}.") from None
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"{self.file} is damaged, or no sentence store ({error}): remove it, and index the text again."
+            ) from None
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise InputError(f"the sentence store {self.folder} is closed.")
+        if self._process != os.getpid():
+            # SQLite's connections must not cross a fork; the parent's is left to it.
+            self._process, self._uses, self._lock = os.getpid(), {}, threading.RLock()
+            self._connection = self._open()
+        return self._connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        connection = self._opened()
+        with self._lock, self._told():
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, or none of it."""
+        connection = self._opened()
+        with self._lock, self._told():
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+
+    def _note_uses(self, connection: sqlite3.Connection) -> None:
+        connection.executemany(
+            "UPDATE sentences SET used = ? WHERE model = ? AND digest = ?",
+            [(used, model, digest) for (model, digest), used in self._uses.items()],
+        )
+        self._uses = {}
+
+    def _model_number(self, fingerprint: str, dtype: str, shape: tuple[int, ...]) -> int:
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO models (fingerprint, dtype, shape) VALUES (?, ?, ?)",
+                (fingerprint, dtype, str(shape)),
+            )
+            (number,) = connection.execute("SELECT number FROM models WHERE fingerprint = ?", (fingerprint,)).fetchone()
+        return number
+
+    def _find(self, model: int, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Vectors by digest; a damaged one is as if it weren't there."""
+        found: dict[bytes, bytes] = {}
+        now = _now()
+        with self._reading() as connection:
+            for first in range(0, len(digests), QUERY_SENTENCES):
+                part = digests[first : first + QUERY_SENTENCES]
+                marks = ",".join("?" * len(part))
+                rows = connection.execute(
+                    f"SELECT digest, vector, checksum, used FROM sentences WHERE model = ? AND digest IN ({marks})",
+                    (model, *part),
+                )
+                for digest, vector, checksum, used in rows:
+                    if _checksum(digest, vector) != checksum:
+                        continue
+                    found[digest] = vector
+                    if used != now:
+                        self._uses[model, digest] = now
+            if len(self._uses) >= NOTED_USES:
+                with self._writing():
+                    self._note_uses(connection)
+        return found
+
+    def _add(self, model: int, vectors: dict[bytes, bytes]) -> None:
+        now = _now()
+        with self._writing() as connection:
+            self._note_uses(connection)
+            connection.executemany(
+                "INSERT OR REPLACE INTO sentences (model, digest, used, checksum, vector) VALUES (?, ?, ?, ?, ?)",
+                [(model, digest, now, _checksum(digest, vector), vector) for digest, vector in vectors.items()],
+            )
+            if self.max_bytes is not None and _used_bytes(connection) > self.max_bytes:
+                _evict(connection, int(self.max_bytes * EVICT_TO))
+
+
+class StoredSentences:
+    """One model's sentences in a store: a `SentenceSource`.
+
+    Follows the model: when its weights or their dtype change, so does the fingerprint, and what was kept before is not
+    found any more. Counts `hits` and `misses`, in sentences.
+    """
+
+    def __init__(self, store: SentenceStore, model: GPTHFForCausalLM) -> None:
+        self.store = store
+        self.model = model
+        self.shape = model.model.sentence_vector_shape
+        self.hits = 0
+        self.misses = 0
+        self._made_by: list[tuple[int, int, torch.dtype, torch.device]] | None = None
+        self._number = 0
+        self._fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what makes the vectors, now."""
+        self._follow()
+        return self._fingerprint
+
+    def find(self, sentences: Sequence[bytes]) -> tuple[list[int], Float[Tensor, "found depths summaries hidden"]]:
+        """See `SentenceSource`."""
+        self._follow()
+        digests = [_digest(sentence) for sentence in sentences]
+        vectors = self.store._find(self._number, list(dict.fromkeys(digests)))
+        found = [number for number, digest in enumerate(digests) if digest in vectors]
+        self.hits += len(found)
+        self.misses += len(digests) - len(found)
+        joined = bytearray(b"".join(vectors[digests[number]] for number in found))
+        if not found:
+            return [], torch.zeros(0, *self.shape, dtype=self.model.dtype)
+        return found, torch.frombuffer(joined, dtype=self.model.dtype).view(len(found), *self.shape)
+
+    def add(self, sentences: Sequence[bytes], vectors: Float[Tensor, "sentences depths summaries hidden"]) -> None:
+        """See `SentenceSource`."""
+        self._follow()
+        flat = vectors.detach().to("cpu", self.model.dtype).reshape(len(sentences), -1).contiguous().view(torch.uint8)
+        self.store._add(
+            self._number,
+            {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)},
+        )
+
+    def _follow(self) -> None:
+        """Looks whether the weights are those that the fingerprint was taken of."""
+        made_by = [
+            (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+            for _, weight in _encoder_weights(self.model)
+        ]
+        if made_by != self._made_by:
+            self._fingerprint = encoder_fingerprint(self.model)
+            self._number = self.store._model_number(self._fingerprint, str(self.model.dtype), self.shape)
+            self._made_by = made_by
+
+
+def encoder_fingerprint(model: GPTHFForCausalLM) -> str:
+    """32 hexadecimal digits of all that a sentence's vector depends on: shape, dtype, and every bit of the weights.
+
+    Models that share an encoder share vectors.
+    """
+    config = model.config
+    digest = hashlib.blake2b(digest_size=16)
+    shape = (model.model.sentence_vector_shape, config.layer_shape("encoder"), config.rope_theta, config.rms_norm_eps)
+    digest.update(repr((FORMAT_VERSION, shape, config.num_encoder_layers, str(model.dtype))).encode())
+    for name, weight in _encoder_weights(model):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder_weights(model: GPTHFForCausalLM) -> list[tuple[str, nn.Parameter]]:
+    """All weights that a sentence's vector depends on, by name."""
+    inner = model.model
+    encoder = next(stage for stage in inner.stages if stage.name == "encoder")
+    parts = {"embedding": inner.embed_tokens, "summaries": inner.summary_tokens, "encoder": encoder}
+    return [
+        (f"{part}.{name}", weight)
+        for part, module in parts.items()
+        if module is not None
+        for name, weight in module.named_parameters()
+    ]
+
+
+def _digest(sentence: bytes) -> bytes:
+    return hashlib.blake2b(sentence, digest_size=DIGEST_BYTES).digest()
+
+
+def _checksum(digest: bytes, vector: bytes) -> int:
+    """Of a vector together with whose it is."""
+    return zlib.crc32(vector, zlib.crc32(digest))
+
+
+def _now() -> int:
+    return int(time.time() // USE_SECONDS)
+
+
+def _count(connection: sqlite3.Connection) -> int:
+    return connection.execute("SELECT count(*) FROM sentences").fetchone()[0]
+
+
+def _used_bytes(connection: sqlite3.Connection) -> int:
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def _evict(connection: sqlite3.Connection, max_bytes: int) -> None:
+    """Removes the least recently used until no more than `max_bytes` are used."""
+    while (count := _count(connection)) and (used := _used_bytes(connection)) > max_bytes:
+        share = max(1, count * (used - max_bytes) // used)
+        connection.execute(
+            "DELETE FROM sentences WHERE rowid IN (SELECT rowid FROM sentences ORDER BY used, rowid LIMIT ?)", (share,)
+        )
