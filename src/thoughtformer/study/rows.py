@@ -87,6 +87,9 @@ VARIANTS: dict[str, Variant] = {
     # One layer of twice the width instead of two, for about as many parameters.
     "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.25)),
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
+    "hourglass-rebuild-0.3": _hourglass(2, 2, 2, rebuild_loss_weight=0.3),
+    "hourglass-k2-rebuild": _hourglass(2, 2, 2, summaries_per_sentence=2, rebuild_loss_weight=0.1),
+    "hybrid-rebuild": _gpthf(2, 4, "hybrid", rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
     "hourglass-even-32": _of_length(24, 40),
@@ -113,10 +116,13 @@ SCREENED = (
     "hourglass-next",
     "hourglass-k4",
     "hourglass-body-depths",
-    "hourglass-even-64",
+    "hybrid-recent-1",
+    "hourglass-k2-rebuild",
+    "hybrid-rebuild",
     "hourglass-wide",
     "hourglass-3-2-1",
-    "hybrid-recent-1",
+    "hourglass-rebuild-0.3",
+    "hourglass-even-64",
     "hourglass-unturned",
     "hourglass-even-16",
     "hourglass-1-1-4",
@@ -127,7 +133,7 @@ SCREENED = (
 )
 
 #: Those of the final rows, for which chance and size are looked at too.
-FINALISTS = ("gpt", "hybrid-2-4", "hourglass-2-2-2", "fast-2-4", "hourglass-k2")
+FINALISTS = ("gpt", "hourglass-2-2-2", "hybrid-2-4", "fast-2-4", "hourglass-k2-rebuild")
 
 
 @dataclass(frozen=True, kw_only=True)
