@@ -7,8 +7,10 @@
     │   ├── ConfigError               a recipe or configuration with an unknown key or a wrong value
     │   ├── CheckpointError           weights that are truncated, foreign, or pickled
     │   ├── StoreError                a sentence store that is damaged, or of another format
+    │   ├── TooLargeError             a request that would never fit the limits
     │   ├── TokenizerError            a tokenizer without the tokens that the model needs
     │   └── OutputError               a place that can't be written to as asked
+    ├── OverloadedError               more requests than may wait; the same one may do later
     └── UnsupportedError              a combination that can't be exact, refused instead of approximated
 
 Every message says what was given, which limit it met, and what to change.
@@ -26,9 +28,11 @@ __all__ = [
     "CorpusError",
     "InputError",
     "OutputError",
+    "OverloadedError",
     "StoreError",
     "ThoughtformerError",
     "TokenizerError",
+    "TooLargeError",
     "UnsupportedError",
     "nearest",
 ]
@@ -62,12 +66,20 @@ class StoreError(InputError):
     """A sentence store is damaged, or not one of ours."""
 
 
+class TooLargeError(InputError):
+    """A request needs more than all requests together may have."""
+
+
 class TokenizerError(InputError):
     """A tokenizer lacks tokens that are needed."""
 
 
 class OutputError(InputError):
     """An output folder or file can't be written as asked."""
+
+
+class OverloadedError(ThoughtformerError):
+    """More requests wait than may; the same request may do later."""
 
 
 class UnsupportedError(ThoughtformerError):

@@ -10,6 +10,8 @@ from conftest import VISIBILITIES
 from prose import PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
+from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.rows import make_row
 from thoughtformer.errors import ContextOverflowError, InputError
 
 PROMPTS = [PAGE[:300], "", "The ferry", PAGE[300:420], "Wait. What is it? She"]
@@ -80,13 +82,14 @@ def test_sampling_follows_the_same_distribution():
     generated = model.generate(
         ids, do_sample=True, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **settings
     )
-    engine = Engine(model, tokenizer)
-    row = engine._rows([ids[0].tolist()], SamplingParams(max_new_tokens=12, **settings))[0]
-    logits, cache = engine._prefill([row])
+    row = make_row(model, tokenizer, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
+    batch = Batch(model, sentences=None, pack=True, compile=False)
+    logits, cache = batch.read([row])
+    batch.join([row], cache)
     for scores, token in zip(generated.scores, generated.sequences[0, ids.shape[1] :].tolist()):
         torch.testing.assert_close(row.sampler.scores(row.ids, logits[0]), scores[0], rtol=1e-5, atol=1e-5)
         row.ids.append(token)
-        logits = engine._step([row], cache)
+        logits = batch.step()
 
 
 def test_sampled_rows_do_not_depend_on_neighbours():

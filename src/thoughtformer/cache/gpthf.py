@@ -7,6 +7,7 @@ State belongs to a row; rows never read each other.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 
 import torch
@@ -121,6 +122,32 @@ class GPTHFCache(RowsCache):
         self.counters = self.counters.map(lambda field: field[rows])
         self.num_tokens = self.num_tokens[rows]
         self._committed = (self.counters, self.num_tokens, self.num_columns)
+
+    def join(self, other: GPTHFCache) -> None:
+        """Adds another cache's rows behind these; it is used up by that. Nothing may be uncommitted in either."""
+        if self._pending or other._pending:
+            raise UnsupportedError("join needs committed caches: call commit() or rollback() first.")
+        theirs = other.by_name()
+        for name, stage in self.by_name().items():
+            stage.join(theirs[name])
+        self.counters = RowCounters(
+            **{
+                field.name: torch.cat([getattr(self.counters, field.name), getattr(other.counters, field.name)])
+                for field in fields(RowCounters)
+            }
+        )
+        self.num_tokens = torch.cat([self.num_tokens, other.num_tokens])
+        self.num_columns = max(self.num_columns, other.num_columns)
+        self._committed = (self.counters, self.num_tokens, self.num_columns)
+
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> GPTHFCache:
+        """A cache of the given rows, in storage of their own. Nothing may be uncommitted."""
+        if self._pending:
+            raise UnsupportedError("fork_rows needs a committed cache: call commit() or rollback() first.")
+        copied = copy.copy(self)
+        copied.stages, copied._pending = [copy.copy(stage) for stage in self.stages], []
+        copied.select(rows)
+        return copied
 
     def reset(self) -> None:
         """Forgets everything; the rows stay."""

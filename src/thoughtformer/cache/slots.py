@@ -156,6 +156,19 @@ class RowSlots:
         self.lengths = self.lengths[rows]
         self.fit()
 
+    def join(self, other: RowSlots) -> None:
+        """Adds another's rows behind these; it has the same layers, heads and fields."""
+        self.reserve_entries = max(self.reserve_entries, other.reserve_entries)
+        longest = max(self.longest, other.longest, self.reserve_entries)
+        capacity = allotted(longest, self.block_entries, self.block_growth)
+        for slots in (self, other):
+            if slots.capacity != capacity:
+                slots._resize(capacity)
+        self.keys = [torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True)]
+        self.values = [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)]
+        self.entries = torch.cat([self.entries, other.entries], dim=1)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+
     def fit(self) -> None:
         """Allots exactly the blocks that the entries, or the reserve, need."""
         capacity = allotted(max(self.longest, self.reserve_entries), self.block_entries, self.block_growth)

@@ -148,3 +148,8 @@ class StageCache(RowSlots):
         """Keeps the given rows, in that order, in storage of their own; a row may be named more than once."""
         super().select(rows)
         self._committed = self.lengths
+
+    def join(self, other: RowSlots) -> None:
+        """Adds another's rows behind these; both are committed."""
+        super().join(other)
+        self._committed = self.lengths

@@ -1,15 +1,21 @@
-"""The generation loop, and the sentence store."""
+"""The generation loop, its scheduler, and the sentence store."""
 
 from __future__ import annotations
 
-from thoughtformer.engine.engine import Completion, Engine, StreamEvent, Usage
+from thoughtformer.engine.engine import Engine
 from thoughtformer.engine.indexing import IndexResult, index_documents
+from thoughtformer.engine.rows import Completion, Row, StreamEvent, Usage
+from thoughtformer.engine.scheduler import Limits, Scheduler, SchedulerStats
 from thoughtformer.engine.store import SentenceStore, StoreStats
 
 __all__ = [
     "Completion",
     "Engine",
     "IndexResult",
+    "Limits",
+    "Row",
+    "Scheduler",
+    "SchedulerStats",
     "SentenceStore",
     "StoreStats",
     "StreamEvent",

@@ -12,7 +12,7 @@ by plan (nothing held yet) or to the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -153,6 +153,36 @@ class GPTHFModel(GPTHFPreTrainedModel):
             for held in self._held_stages()
         )
         return stages + num_rows * 8 * 5  # four counters and the token count
+
+    def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
+        """The most entries of each stage that a row holds between steps, once it has read and written so much.
+
+        For `cache_bytes`. Of the prompt's sentence ends it knows the number; of new tokens every other may be one.
+        """
+        config = self.config
+        closing = (config.sentence_end_token_id, config.bos_token_id)
+        total = len(prompt) + num_new_tokens
+        ends = sum(token in closing for token in prompt) + (num_new_tokens + 1) // 2
+        if config.max_sentence_tokens is None:
+            open_sentence = total
+        else:
+            # A prompt may bring sentences that the model itself wouldn't write.
+            in_prompt = _longest_sentence(prompt, closing)
+            open_sentence = min(max(in_prompt, config.max_sentence_tokens), total)
+        recent = min((config.recent_sentences + 1) * open_sentence, total)
+        most = {
+            "fast": ends,
+            "keep_last": ends + recent,
+            "hybrid": ends + recent,
+            "causal": total,
+        }
+        entries = {
+            "encoder": open_sentence,
+            "body": most[config.body_visibility] * config.summaries_per_sentence,
+            "decoder": recent,
+            "memory": ends * config.summaries_per_sentence,
+        }
+        return {held.name: entries[held.name] for held in self._held_stages()}
 
     @property
     def sentence_vector_shape(self) -> tuple[int, int, int]:
@@ -391,6 +421,17 @@ class GPTHFModel(GPTHFPreTrainedModel):
                 f"a document reaches {longest} tokens, but the model was trained for {limit}. Shorten the text, or "
                 "allow_extrapolation (config.allow_extrapolation=True, --allow-extrapolation)."
             )
+
+
+def _longest_sentence(ids: Sequence[int], closing: Sequence[int | None]) -> int:
+    """Tokens of the longest sentence, its end included."""
+    longest = length = 0
+    for token in ids:
+        length += 1
+        longest = max(longest, length)
+        if token in closing:
+            length = 0
+    return longest
 
 
 def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:

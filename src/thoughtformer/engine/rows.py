@@ -1,0 +1,213 @@
+"""One request as the engine sees it: its ids, how they are chosen, its text, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from thoughtformer.cache import GPTHFCache
+from thoughtformer.decode import RowSampler, SamplingParams, TextStream
+from thoughtformer.errors import ContextOverflowError, InputError
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.text import SentenceTokenizer
+
+__all__ = ["Completion", "FinishReason", "Row", "StreamEvent", "Usage", "make_row"]
+
+FinishReason = Literal["end_of_text", "stop_string", "length", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens read and written; sentence ends are tokens too, and also counted apart.
+
+    `cached_prompt_tokens` are those that were not read anew: of sentences that a store knew, or of a session.
+    """
+
+    prompt_tokens: int
+    prompt_sentence_ends: int
+    cached_prompt_tokens: int
+    new_tokens: int
+    new_sentence_ends: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEvent:
+    """One token of one row: `text` is what it adds to the shown text, perhaps nothing.
+
+    `token` is None where a row ends without one: cancelled, late, or failed.
+    """
+
+    row: int
+    token: int | None
+    text: str
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What came of one prompt.
+
+    Attributes:
+        text: the new text, without the stop string.
+        ids: the new tokens, sentence ends and a final end of text included.
+        finish_reason: why it ended.
+        usage: token counts.
+        first_token_seconds: from the call to this row's first token.
+        seconds: from the call to this row's last token.
+        cache_bytes: held by the whole batch when this row ended.
+    """
+
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    first_token_seconds: float
+    seconds: float
+    cache_bytes: int
+
+
+@dataclass(eq=False)
+class Row:
+    """A request from its submission to its end.
+
+    Attributes:
+        number: its name among the others.
+        ids: prompt and what was written.
+        num_prompt_tokens: of these, the prompt's.
+        num_read: of these, how many `held` has.
+        held: what the row alone holds: before it joined the batch, or, with `keeps_cache`, after it left.
+        keeps_cache: take the row's cache out of the batch when it ends.
+        most_entries: by stage, what it may hold at most.
+        client: for turns among clients.
+        deadline: on the monotonic clock; it ends then, wherever it stands.
+        on_event: told of every event of this row, in the scheduler's thread.
+    """
+
+    number: int
+    ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    sampler: RowSampler
+    stream: TextStream
+    most_entries: dict[str, int]
+    client: str = ""
+    deadline: float | None = None
+    on_event: Callable[[StreamEvent], None] | None = None
+    num_read: int = 0
+    num_known: int = 0
+    held: GPTHFCache | None = None
+    keeps_cache: bool = False
+    is_cancelled: bool = False
+    error: BaseException | None = None
+    finish_reason: FinishReason | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    cache_bytes: int = 0
+    text: list[str] = field(default_factory=list)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it may grow to."""
+        return self.num_prompt_tokens + self.params.max_new_tokens
+
+    def accept(self, token: int, end_of_text: int | None) -> StreamEvent:
+        """Adds a chosen token; the row may have ended then."""
+        self.ids.append(token)
+        text = self.stream.add(token)
+        if token == end_of_text:
+            self.finish_reason = "end_of_text"
+        elif self.stream.is_stopped:
+            self.finish_reason = "stop_string"
+        elif len(self.ids) - self.num_prompt_tokens >= self.params.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self.stream.finish()
+            if self.stream.is_stopped:
+                self.finish_reason = "stop_string"
+        self.seconds = time.perf_counter() - self.submitted
+        if len(self.ids) == self.num_prompt_tokens + 1:
+            self.first_token_seconds = self.seconds
+        return self._event(token, text)
+
+    def end(self, reason: FinishReason) -> StreamEvent:
+        """Ends it without another token; what was held back of its text is shown."""
+        self.finish_reason = reason
+        self.seconds = time.perf_counter() - self.submitted
+        return self._event(None, self.stream.finish())
+
+    def _event(self, token: int | None, text: str) -> StreamEvent:
+        self.text.append(text)
+        return StreamEvent(row=self.number, token=token, text=text, finish_reason=self.finish_reason)
+
+    def completion(self, sentence_end: int | None) -> Completion:
+        """What came of it, once it has ended."""
+        assert self.finish_reason is not None
+        prompt, new = self.ids[: self.num_prompt_tokens], self.ids[self.num_prompt_tokens :]
+        return Completion(
+            text="".join(self.text),
+            ids=new,
+            finish_reason=self.finish_reason,
+            usage=Usage(
+                prompt_tokens=len(prompt),
+                prompt_sentence_ends=0 if sentence_end is None else prompt.count(sentence_end),
+                cached_prompt_tokens=self.num_known,
+                new_tokens=len(new),
+                new_sentence_ends=0 if sentence_end is None else new.count(sentence_end),
+            ),
+            first_token_seconds=self.first_token_seconds,
+            seconds=self.seconds,
+            cache_bytes=self.cache_bytes,
+        )
+
+
+def make_row(
+    model: GPTHFForCausalLM,
+    tokenizer: SentenceTokenizer,
+    prompt: str | Sequence[int],
+    params: SamplingParams,
+    *,
+    number: int,
+) -> Row:
+    """A row for a prompt: text, or token ids that start with the end-of-text token.
+
+    Raises:
+        InputError: no ids, or ids outside the vocabulary.
+        ContextOverflowError: prompt and new tokens exceed the model's trained length.
+    """
+    config = model.config
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    check_prompt(model, ids, params, number)
+    exempt = [token for token in (config.sentence_end_token_id, config.bos_token_id) if token is not None]
+    return Row(
+        number=number,
+        ids=ids,
+        num_prompt_tokens=len(ids),
+        params=params,
+        sampler=RowSampler(params, exempt, model.device),
+        stream=TextStream(tokenizer.backend_tokenizer, params.stop),
+        most_entries=model.model.most_entries(ids, params.max_new_tokens),
+    )
+
+
+def check_prompt(model: GPTHFForCausalLM, ids: Sequence[int], params: SamplingParams, number: int) -> None:
+    """Raises what `make_row` does."""
+    config = model.config
+    if not ids:
+        raise InputError(f"prompt {number} has no tokens: start it with the end-of-text token, as for an empty text.")
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        raise InputError(f"prompt {number} has ids outside 0 to {config.vocab_size - 1}.")
+    limit = config.max_position_embeddings
+    needed = len(ids) + params.max_new_tokens
+    if needed > limit and not config.allow_extrapolation:
+        advice = (
+            f"Lower max_new_tokens to {limit - len(ids)}"
+            if len(ids) < limit
+            else f"Shorten the prompt by at least {len(ids) + 1 - limit} tokens"
+        )
+        raise ContextOverflowError(
+            f"prompt ({len(ids)} tokens) + max_new_tokens ({params.max_new_tokens}) = {needed}, but the model was "
+            f"trained for {limit}. {advice}, or allow extrapolation (--allow-extrapolation)."
+        )

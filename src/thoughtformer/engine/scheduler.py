@@ -1,0 +1,329 @@
+"""Continuous batching: requests join the running batch and leave it at any step, under limits.
+
+A round drops what was cancelled or is late, admits who fits, reads some of their prompts, and takes one step with all
+rows. Requests are admitted in turns among clients, first come first served within one; whoever's turn it is and
+doesn't fit yet is waited for, so that large requests get in too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from thoughtformer.cache import GPTHFCache
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
+from thoughtformer.engine.store import StoredSentences
+from thoughtformer.errors import ConfigError, OverloadedError, TooLargeError
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.text import SentenceTokenizer
+
+__all__ = ["Limits", "Scheduler", "SchedulerStats"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a scheduler takes on.
+
+    Attributes:
+        max_rows: requests written at once.
+        max_bytes: that the rows may come to hold together, between steps; None: no limit.
+        max_waiting: requests that wait; more are refused. None: no limit.
+        max_prefill_tokens: prompt tokens read between two steps of the running rows; longer prompts are read in
+            pieces. None: all at once.
+
+    Raises:
+        ConfigError: a limit below 1.
+    """
+
+    max_rows: int = 32
+    max_bytes: int | None = None
+    max_waiting: int | None = None
+    max_prefill_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_bytes", "max_waiting", "max_prefill_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerStats:
+    """Where a scheduler stands, and what it has done; for metrics."""
+
+    waiting: int
+    reading: int
+    running: int
+    cache_bytes: int
+    rounds: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    new_tokens: int
+    finished: dict[FinishReason, int]
+
+
+class Scheduler:
+    """The generation loop of any number of requests.
+
+    `submit`, `cancel` and `stats` may be called from any thread; `round` from one.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's own.
+        limits: what is taken on.
+        sentences: known from before; those that prompts bring anew are added.
+        pack, compile: see `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: GPTHFForCausalLM,
+        tokenizer: SentenceTokenizer,
+        limits: Limits | None = None,
+        *,
+        sentences: StoredSentences | None = None,
+        pack: bool = True,
+        compile: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.limits = limits or Limits()
+        self.batch = Batch(model, sentences=sentences, pack=pack, compile=compile)
+        self._waiting: OrderedDict[str, deque[Row]] = OrderedDict()
+        self._reading: list[Row] = []
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._next_number = 0
+        self._rounds = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._finished: dict[FinishReason, int] = {}
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        client: str = "",
+        deadline_seconds: float | None = None,
+        on_event: Callable[[StreamEvent], None] | None = None,
+    ) -> Row:
+        """Takes on a request; what comes of it is told to `on_event`, in the thread that runs the rounds.
+
+        Args:
+            prompt: text, or token ids that start with the end-of-text token.
+            params: default: greedy.
+            client: whose request it is; clients take turns.
+            deadline_seconds: from now; it ends then with `finish_reason="deadline"`, wherever it stands.
+
+        Raises:
+            InputError, ContextOverflowError: a prompt that can't be; see `make_row`.
+            TooLargeError: it would never fit `max_bytes`.
+            OverloadedError: `max_waiting` requests wait already.
+        """
+        row = make_row(self.model, self.tokenizer, prompt, params or SamplingParams(), number=self._number())
+        row.client, row.on_event = client, on_event
+        if deadline_seconds is not None:
+            row.deadline = time.monotonic() + deadline_seconds
+        self.enqueue(row)
+        return row
+
+    def enqueue(self, row: Row) -> None:
+        """Takes on a row; raises as `submit` does."""
+        limits = self.limits
+        if limits.max_bytes is not None and (needed := self.batch.most_bytes([row])) > limits.max_bytes:
+            raise TooLargeError(
+                f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
+                f"{needed} bytes, but all requests together may hold {limits.max_bytes}. Shorten the prompt or lower "
+                "max_new_tokens."
+            )
+        with self._work:
+            waiting = sum(map(len, self._waiting.values()))
+            if limits.max_waiting is not None and waiting >= limits.max_waiting:
+                raise OverloadedError(f"{waiting} requests wait already, and no more may: try again later.")
+            self._waiting.setdefault(row.client, deque()).append(row)
+            self._work.notify()
+
+    def cancel(self, row: Row) -> None:
+        """Ends a request at the next round with `finish_reason="cancelled"`, unless it has ended."""
+        with self._work:
+            row.is_cancelled = True
+            self._work.notify()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a round would do anything."""
+        return bool(self._waiting or self._reading or self.batch.rows)
+
+    def wait_for_work(self, timeout: float | None = None) -> bool:
+        """Blocks until there is work; False after `timeout` seconds without."""
+        with self._work:
+            return self._work.wait_for(lambda: self.has_work, timeout)
+
+    def stats(self) -> SchedulerStats:
+        """Where it stands."""
+        with self._lock:
+            return SchedulerStats(
+                waiting=sum(map(len, self._waiting.values())),
+                reading=len(self._reading),
+                running=len(self.batch.rows),
+                cache_bytes=self._held_bytes(),
+                rounds=self._rounds,
+                prompt_tokens=self._prompt_tokens,
+                cached_prompt_tokens=self._cached_tokens,
+                new_tokens=self._new_tokens,
+                finished=dict(self._finished),
+            )
+
+    def completion(self, row: Row) -> Completion:
+        """What came of a row that has ended."""
+        return row.completion(self.model.config.sentence_end_token_id)
+
+    def round(self) -> list[StreamEvent]:
+        """One round; returns its events in order, which `on_event`s have been told of.
+
+        If the model fails, every request in work ends with `finish_reason="error"`, and its `error` says why; those
+        that wait go on waiting.
+        """
+        self._rounds += 1
+        events = self._drop()
+        try:
+            events += self._read()
+            if self.batch.rows:
+                events += self._accept(self.batch.step(), self.batch.rows)
+                self._leave()
+        except Exception as error:
+            events += self._fail(error)
+        return events
+
+    def _number(self) -> int:
+        with self._lock:
+            self._next_number += 1
+            return self._next_number - 1
+
+    def _held_bytes(self) -> int:
+        alone = sum(row.held.num_bytes() for row in self._reading if row.held is not None)
+        return self.batch.num_bytes() + alone
+
+    def _tell(self, row: Row, event: StreamEvent) -> StreamEvent:
+        if event.token is not None:
+            self._new_tokens += 1
+        if event.finish_reason is not None:
+            self._finished[event.finish_reason] = self._finished.get(event.finish_reason, 0) + 1
+        if row.on_event is not None:
+            row.on_event(event)
+        return event
+
+    def _drop(self) -> list[StreamEvent]:
+        """Ends what was cancelled or is late."""
+        now = time.monotonic()
+
+        def reason(row: Row) -> FinishReason | None:
+            if row.is_cancelled:
+                return "cancelled"
+            return "deadline" if row.deadline is not None and now >= row.deadline else None
+
+        ended: list[Row] = []
+        with self._lock:
+            for client, queue in list(self._waiting.items()):
+                ended += [row for row in queue if reason(row)]
+                left = deque(row for row in queue if not reason(row))
+                if left:
+                    self._waiting[client] = left
+                else:
+                    del self._waiting[client]
+            ended += [row for row in self._reading if reason(row)]
+            self._reading = [row for row in self._reading if not reason(row)]
+        ended += [row for row in self.batch.rows if reason(row)]
+        events = [self._tell(row, row.end(reason(row) or "cancelled")) for row in ended]
+        self._leave()
+        for row in ended:
+            if not row.keeps_cache:
+                row.held = None
+        return events
+
+    def _admit(self) -> None:
+        """Moves who fits from the queues to those that are read, in turns among clients."""
+        limits = self.limits
+        with self._lock:
+            while self._waiting:
+                taken = [*self.batch.rows, *self._reading]
+                client, queue = next(iter(self._waiting.items()))
+                if len(taken) >= limits.max_rows:
+                    return
+                if limits.max_bytes is not None and self.batch.most_bytes([*taken, queue[0]]) > limits.max_bytes:
+                    return
+                row = queue.popleft()
+                self._reading.append(row)
+                self._prompt_tokens += row.num_prompt_tokens
+                # The client goes to the end of the line.
+                del self._waiting[client]
+                if queue:
+                    self._waiting[client] = queue
+
+    def _read(self) -> list[StreamEvent]:
+        """Reads prompts: whole ones together, and a piece of the first that is longer than may be read at once."""
+        self._admit()
+        most = self.limits.max_prefill_tokens
+        left = most or 0
+        together: list[Row] = []
+        long: Row | None = None
+        for row in self._reading:
+            if row.held is None and (most is None or len(row.ids) <= most):
+                left -= len(row.ids)
+                if most is None or left >= 0:
+                    together.append(row)
+            elif long is None:
+                long = row
+        events: list[StreamEvent] = []
+        if together:
+            events += self._join(together, *self.batch.read(together))
+        if long is not None:
+            logits = self.batch.read_piece(long, self._piece(long))
+            if long.num_read == len(long.ids):
+                assert long.held is not None
+                events += self._join([long], logits, long.held)
+        return events
+
+    def _piece(self, row: Row) -> int:
+        """How many tokens of a long prompt to read now; with a store whole sentences, so that they can be known."""
+        unread, most = row.ids[row.num_read :], self.limits.max_prefill_tokens
+        if most is None or len(unread) <= most:
+            return len(unread)
+        end = self.model.config.sentence_end_token_id
+        if self.batch.sentences is not None and end in unread[:most]:
+            return most - unread[:most][::-1].index(end)
+        return most
+
+    def _join(self, rows: list[Row], logits: torch.Tensor, cache: GPTHFCache) -> list[StreamEvent]:
+        with self._lock:
+            self._reading = [row for row in self._reading if row not in rows]
+        self._cached_tokens += sum(row.num_known for row in rows)
+        self.batch.join(rows, cache)
+        events = self._accept(logits, rows)
+        self._leave()
+        return events
+
+    def _accept(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[StreamEvent]:
+        rows = list(rows)
+        return [self._tell(row, event) for row, event in zip(rows, self.batch.choose(logits, rows), strict=True)]
+
+    def _leave(self) -> None:
+        self.batch.drop_ended()
+
+    def _fail(self, error: Exception) -> list[StreamEvent]:
+        """Ends all requests in work: what they hold may be half written."""
+        with self._lock:
+            rows = [*self.batch.clear(), *self._reading]
+            self._reading = []
+        events = []
+        for row in rows:
+            row.error, row.held = error, None
+            if row.finish_reason is None:
+                events.append(self._tell(row, row.end("error")))
+        return events

@@ -1,0 +1,371 @@
+"""Continuous batching: what a row writes never depends on who shares the batch, when it came, or who left."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+
+import pytest
+import torch
+
+from conftest import SWITCHES, close, entries_expected, random_text, tiny_model
+from prose import PAGE, prose, tiny_pair
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
+from thoughtformer.engine.batch import Batch
+from thoughtformer.errors import ConfigError, ContextOverflowError, OverloadedError, TooLargeError, UnsupportedError
+
+KINDS = {
+    "fast": {"body_visibility": "fast"},
+    "keep_last": {"body_visibility": "keep_last"},
+    "hybrid": {"body_visibility": "hybrid"},
+    "plain": {"plain": True},
+    "hourglass": {"body_visibility": "fast", "num_decoder_layers": 2, "summaries_per_sentence": 2},
+}
+
+
+@pytest.fixture(params=list(KINDS))
+def pair(request: pytest.FixtureRequest):
+    return tiny_pair(**KINDS[request.param])
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict[int, list[torch.Tensor]]:
+    """The logits that each row chose from, in float64, by the row's name."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    original = Batch._choices
+
+    def choices(self, logits, rows):
+        for row, vector in zip(rows, logits.clone(), strict=True):
+            if row.num_read == len(row.ids):
+                seen.setdefault(id(row), []).append(vector)
+        return original(self, logits, rows)
+
+    monkeypatch.setattr(Batch, "_choices", choices)
+    return seen
+
+
+def prompts_and_params(count: int, seed: int) -> list[tuple[str, SamplingParams]]:
+    chooser = random.Random(seed)
+    requests = []
+    for number in range(count):
+        prompt = prose(chooser.choice([0, 5, 80, 300, 700]), seed=number)[: chooser.randint(0, 700)]
+        temperature = chooser.choice([0.0, 1.0])
+        params = SamplingParams(
+            max_new_tokens=chooser.randint(1, 25),
+            temperature=temperature,
+            seed=number,
+            stop=chooser.choice([(), ("e", "a")]),
+            repetition_penalty=chooser.choice([1.0, 1.3]),
+        )
+        requests.append((prompt, params))
+    return requests
+
+
+def run(scheduler: Scheduler) -> None:
+    while scheduler.has_work:
+        scheduler.round()
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [None, 30])
+def test_rows_that_come_and_go_equal_rows_alone(pair, seen, max_prefill_tokens):
+    requests = prompts_and_params(14, seed=1)
+    alone = []
+    for prompt, params in requests:
+        scheduler = Scheduler(*pair)
+        row = scheduler.submit(prompt, params)
+        run(scheduler)
+        alone.append((row.ids, "".join(row.text), row.finish_reason, seen[id(row)], row))
+
+    scheduler = Scheduler(*pair, Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
+    chooser = random.Random(3)
+    rows, cancelled, waiting = [], set(), list(requests)
+    while waiting or scheduler.has_work:
+        for _ in range(chooser.randint(0, 3)):
+            if waiting:
+                rows.append(scheduler.submit(*waiting.pop(0), client=str(chooser.randint(0, 2))))
+        unfinished = [row for row in rows if row.finish_reason is None]
+        if unfinished and chooser.random() < 0.1:
+            row = chooser.choice(unfinished)
+            scheduler.cancel(row)
+            cancelled.add(row.number)
+        scheduler.round()
+    assert len(cancelled) < len(rows)
+    for row, (ids, text, reason, logits, _) in zip(rows, alone, strict=True):
+        assert row.finish_reason is not None
+        if row.finish_reason == "cancelled":
+            assert row.number in cancelled
+            assert row.ids == ids[: len(row.ids)]
+        else:
+            assert (row.ids, "".join(row.text), row.finish_reason) == (ids, text, reason)
+            assert len(seen[id(row)]) == len(logits)
+        for mine, theirs in zip(seen.get(id(row), []), logits, strict=False):
+            close(mine, theirs)
+    assert_nothing_is_left(scheduler)
+
+
+def assert_nothing_is_left(scheduler: Scheduler) -> None:
+    stats = scheduler.stats()
+    assert (stats.waiting, stats.reading, stats.running, stats.cache_bytes) == (0, 0, 0, 0)
+    assert scheduler.batch.cache is None
+    assert not scheduler.has_work
+
+
+def test_pieces_with_a_store_equal_one_reading(tmp_path):
+    """A long prompt read in pieces, some of its sentences known: the same text, and the store filled."""
+    model, tokenizer = tiny_pair(**KINDS["hourglass"])
+    prompt, params = prose(900, seed=4), SamplingParams(max_new_tokens=20)
+    expected = Engine(model, tokenizer).generate([prompt], params)[0]
+    with SentenceStore(tmp_path) as store:
+        known = []
+        for _ in range(2):
+            scheduler = Scheduler(model, tokenizer, Limits(max_prefill_tokens=200), sentences=store.of(model))
+            row = scheduler.submit(prompt, params)
+            run(scheduler)
+            assert row.ids[row.num_prompt_tokens :] == expected.ids
+            known.append(row.num_known)
+        assert known[0] < known[1]
+        assert known[1] > row.num_prompt_tokens / 2
+
+
+def test_the_budget_is_kept(pair):
+    model, tokenizer = pair
+    scheduler = Scheduler(model, tokenizer)
+    requests = prompts_and_params(12, seed=5)
+    rows = [scheduler.submit(prompt, params) for prompt, params in requests]
+    largest = max(scheduler.batch.most_bytes([row]) for row in rows)
+    for row in rows:
+        scheduler.cancel(row)
+    run(scheduler)
+
+    limit = 2 * largest
+    scheduler = Scheduler(model, tokenizer, Limits(max_bytes=limit))
+    rows = [scheduler.submit(prompt, params) for prompt, params in requests]
+    together = 0
+    while scheduler.has_work:
+        scheduler.round()
+        held = scheduler.stats().cache_bytes
+        assert held <= scheduler.batch.most_bytes(scheduler.batch.rows) <= limit
+        together = max(together, scheduler.stats().running)
+    assert together > 1
+    assert all(row.finish_reason in ("end_of_text", "stop_string", "length") for row in rows)
+    with pytest.raises(TooLargeError, match=r"may hold \d+ bytes, but all requests together may hold 1000"):
+        Scheduler(model, tokenizer, Limits(max_bytes=1000)).submit(PAGE[:500])
+
+
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_a_row_holds_no_more_than_expected(name):
+    """The bound that admission goes by, against the documentation's count of entries, at every length."""
+    model = tiny_model(**SWITCHES[name])  # type: ignore[arg-type]
+    for seed in range(3):
+        ids = random_text(60, seed=seed, end_every=3.0)
+        for prompt_tokens in (1, 7, 30, 59):
+            most = model.model.most_entries(ids[:prompt_tokens].tolist(), 60 - prompt_tokens)
+            for length in range(prompt_tokens, 61):
+                held = entries_expected(model, ids[:length])
+                assert held.keys() == most.keys()
+                assert all(held[stage] <= most[stage] for stage in held), (length, held, most)
+
+
+def test_clients_take_turns():
+    """A client with many requests doesn't keep another waiting."""
+    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1))
+    order = []
+
+    def told(name):
+        return lambda event: order.append(name) if event.finish_reason is not None else None
+
+    params = SamplingParams(max_new_tokens=2)
+    for number in range(4):
+        scheduler.submit("One", params, client="busy", on_event=told(f"busy{number}"))
+    for name in ("x", "y"):
+        scheduler.submit("Two", params, client=name, on_event=told(name))
+    run(scheduler)
+    assert order == ["busy0", "x", "y", "busy1", "busy2", "busy3"]
+
+
+def test_a_large_request_gets_its_turn():
+    """Small ones that came later don't overtake it for ever, though they would fit."""
+    model, tokenizer = tiny_pair(plain=True)
+    probe = Scheduler(model, tokenizer)
+    big_prompt, params = PAGE[:900], SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
+    limit = probe.batch.most_bytes([probe.submit(big_prompt, params)]) + 1
+    scheduler = Scheduler(model, tokenizer, Limits(max_bytes=limit))
+    small = SamplingParams(max_new_tokens=30, ignore_end_of_text=True)
+    first = scheduler.submit("A", small)
+    scheduler.round()
+    big = scheduler.submit(big_prompt, params)
+    later = [scheduler.submit("B", small) for _ in range(5)]
+    while first.finish_reason is None:
+        scheduler.round()
+    assert all(row.num_read == 0 for row in later)
+    while big.finish_reason is None:
+        scheduler.round()
+    run(scheduler)
+    assert all(len(row.ids) - row.num_prompt_tokens == 30 for row in later)
+
+
+def test_a_long_prompt_does_not_keep_others_waiting():
+    scheduler = Scheduler(*tiny_pair(), Limits(max_prefill_tokens=32))
+    long = scheduler.submit(PAGE[:900], SamplingParams(max_new_tokens=3))
+    short = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3, ignore_end_of_text=True))
+    rounds = 0
+    while short.finish_reason is None:
+        scheduler.round()
+        rounds += 1
+    assert rounds == 2  # the first reads and takes a step
+    assert long.num_read == 2 * 32
+    run(scheduler)
+    assert long.finish_reason is not None
+
+
+def test_limits_are_told():
+    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1, max_waiting=2))
+    for _ in range(2):
+        scheduler.submit("a")
+    with pytest.raises(OverloadedError, match="2 requests wait already"):
+        scheduler.submit("a")
+    scheduler.round()
+    scheduler.submit("a")  # one has begun
+    with pytest.raises(ContextOverflowError):
+        scheduler.submit(PAGE, SamplingParams(max_new_tokens=100_000))
+    assert scheduler.stats().waiting == 2
+    for name in ("max_rows", "max_bytes", "max_waiting", "max_prefill_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}=0"):
+            Limits(**{name: 0})
+
+
+def test_cancelled_and_late_wherever_they_stand(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("thoughtformer.engine.scheduler.time.monotonic", lambda: now[0])
+    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=2, max_prefill_tokens=32))
+    params = SamplingParams(max_new_tokens=50, ignore_end_of_text=True)
+    events: list = []
+    running = scheduler.submit("Once", params, deadline_seconds=10, on_event=events.append)
+    reading = scheduler.submit(PAGE[:850], params)
+    waiting = scheduler.submit("Later", params, deadline_seconds=5)
+    other = scheduler.submit("Other", params)
+    for _ in range(3):
+        scheduler.round()
+    assert 0 < reading.num_read < reading.num_prompt_tokens
+    scheduler.cancel(reading)
+    scheduler.round()
+    assert (reading.finish_reason, reading.held) == ("cancelled", None)
+    now[0] += 6
+    scheduler.round()
+    assert waiting.finish_reason == "deadline" or waiting.num_read > 0
+    now[0] += 6
+    scheduler.round()
+    assert running.finish_reason == "deadline"
+    assert events[-1].token is None
+    assert "".join(event.text for event in events) == "".join(running.text)
+    scheduler.cancel(other)
+    scheduler.cancel(running)  # has ended: nothing happens
+    run(scheduler)
+    assert running.finish_reason == "deadline"
+    assert_nothing_is_left(scheduler)
+    assert scheduler.stats().finished["cancelled"] >= 1
+
+
+def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
+    model, tokenizer = tiny_pair()
+    scheduler = Scheduler(model, tokenizer, Limits(max_rows=2))
+    params = SamplingParams(max_new_tokens=5, ignore_end_of_text=True)
+    rows = [scheduler.submit("The ferry", params) for _ in range(3)]
+    scheduler.round()
+    original = model.ragged_logits
+    monkeypatch.setattr(model, "ragged_logits", lambda *arguments, **more: 1 / 0)
+    events = scheduler.round()
+    monkeypatch.setattr(model, "ragged_logits", original)
+    assert [event.finish_reason for event in events[-2:]] == ["error", "error"]
+    assert all(isinstance(row.error, ZeroDivisionError) for row in rows[:2])
+    run(scheduler)
+    assert rows[2].finish_reason == "length"
+    assert_nothing_is_left(scheduler)
+    monkeypatch.setattr(model, "ragged_logits", lambda *arguments, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine(model, tokenizer).generate(["a"])
+
+
+def test_rows_keep_what_they_held(pair):
+    """A row's cache, taken along, continues as the row would have; the batch's other rows don't notice."""
+    model, tokenizer = pair
+    scheduler = Scheduler(model, tokenizer)
+    params = SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
+    rows = [scheduler.submit(prompt, params) for prompt in (PAGE[:200], "The ferry", PAGE[30:90])]
+    rows[1].keeps_cache = True
+    run(scheduler)
+    kept = rows[1]
+    assert kept.held is not None
+    assert kept.held.num_rows == 1
+    assert rows[0].held is None
+    with torch.no_grad():
+        ids = torch.tensor([*kept.ids[kept.num_read :], 5, 6])
+        logits, _ = model.ragged_logits(ids, torch.zeros(len(ids), dtype=torch.long), kept.held)
+        close(logits[-1], model(torch.tensor([[*kept.ids, 5, 6]]), use_cache=False).logits[0, -1])
+
+
+def test_joined_caches_equal_one(pair):
+    """join, select and fork_rows against a batch read at once."""
+    model, tokenizer = pair
+    texts = [tokenizer(text)["input_ids"] for text in (PAGE[:150], "Wait. What", PAGE[200:420])]
+
+    def read(rows):
+        cache = model.new_cache(len(rows))
+        lengths = torch.tensor([len(ids) for ids in rows])
+        row = torch.arange(len(rows)).repeat_interleave(lengths)
+        model.ragged_logits(torch.tensor([token for ids in rows for token in ids]), row, cache)
+        return cache
+
+    with torch.no_grad():
+        together, parts = read(texts), read(texts[2:])
+        parts.join(read(texts[:2]))
+        forked = parts.fork_rows(torch.tensor([1, 2, 0]))
+        before = parts.num_bytes()
+        ids, row = torch.tensor([7, 8, 9]), torch.arange(3)
+        expected = model.ragged_logits(ids, row, together)[0]
+        close(model.ragged_logits(ids, row, forked)[0], expected)
+        assert parts.num_bytes() == before, "a fork is a copy"
+        close(model.ragged_logits(ids[[2, 0, 1]], row, parts)[0], expected[[2, 0, 1]])
+        forked.autocommit = False
+        model.ragged_logits(ids, row, forked)
+        with pytest.raises(UnsupportedError, match="join needs"):
+            parts.join(forked)
+        with pytest.raises(UnsupportedError, match="fork_rows needs"):
+            forked.fork_rows(torch.tensor([0]))
+
+
+def test_threads_submit_while_rounds_run():
+    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=4))
+    rows, lock = [], threading.Lock()
+
+    def submit(seed: int) -> None:
+        for number in range(5):
+            row = scheduler.submit(f"Number {seed}", SamplingParams(max_new_tokens=3, seed=seed, temperature=1.0))
+            with lock:
+                rows.append(row)
+            if number == 3:
+                scheduler.cancel(row)
+
+    threads = [threading.Thread(target=submit, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or scheduler.has_work:
+        if scheduler.wait_for_work(0.01):
+            scheduler.round()
+    assert len(rows) == 20
+    assert all(row.finish_reason is not None for row in rows)
+    assert len({row.number for row in rows}) == 20
+    assert_nothing_is_left(scheduler)
+
+
+def test_ended_rows_are_given_back():
+    scheduler = Scheduler(*tiny_pair())
+    row = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3))
+    run(scheduler)
+    gone = weakref.ref(row)
+    del row
+    gc.collect()
+    assert gone() is None
