@@ -194,6 +194,7 @@ def test_rows_are_compared_seed_by_seed():
 
     def row(name: str, seed: int, bits: float) -> Record:
         metrics = {"poems_bits_per_byte": bits, "parameters": 1e6, "training_flops": 1e12}
+        metrics |= {"decode_flops": 1e6, "bytes": 4.0, "tokens": 1.0}
         return Record(
             theme="study",
             case="train",
@@ -207,6 +208,8 @@ def test_rows_are_compared_seed_by_seed():
     beside = {line[0]: line[2] for line in lines[1:]}
     assert beside == {"gpt": "2.5000", "a": "-10.0%", "b": "-2.5% [-10.0, +5.0]", "c": "-"}
     assert [line[0] for line in lines[1:]] == ["c", "b", "gpt", "a"]
+    perplexity = {line[0]: line[3] for line in lines[1:]}
+    assert perplexity == {"gpt": "", "a": f"{100 * (2**-1.2 - 1):+.1f}%", "b": f"{100 * (2**-0.1 - 1):+.1f}%", "c": "-"}
 
 
 def test_places_by_hand():

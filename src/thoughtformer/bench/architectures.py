@@ -21,7 +21,7 @@ from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights
 from thoughtformer.models.modeling_gpthf import compile_steps
 
-__all__ = ["architectures"]
+__all__ = ["architectures", "decode_flops"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,15 +159,24 @@ def _is_plain(model: GPTHFForCausalLM) -> bool:
 
 
 @torch.inference_mode()
+def decode_flops(model: GPTHFForCausalLM, context: int) -> float:
+    """FLOPs of a generated token, the mean over a sentence of 25 that starts at `context`."""
+    cache = filled_cache(model, num_rows=1, context=context, reserve_tokens=context + 2 * SENTENCE_TOKENS)
+    with count_flops() as counted:
+        for position in range(context, context + SENTENCE_TOKENS):
+            model.ragged_logits(next_ids(model, 1, position), torch.arange(1), cache, num_columns=1)
+    return counted.total / SENTENCE_TOKENS
+
+
+@torch.inference_mode()
 def _needed(model: GPTHFForCausalLM, work: _Work) -> dict[str, float]:
-    """FLOPs that one row's token takes, counted over a sentence, and bytes that a step of the batch must touch."""
+    """FLOPs that one row's token takes, and bytes that a step of the batch must touch, over a sentence."""
     cache = filled_cache(model, num_rows=1, context=work.context, reserve_tokens=work.context + 2 * SENTENCE_TOKENS)
     touched = 0.0
-    with count_flops() as counted:
-        for position in range(work.context, work.context + SENTENCE_TOKENS):
-            touched += _touched(model, cache, work.batch)
-            model.ragged_logits(next_ids(model, 1, position), torch.arange(1), cache, num_columns=1)
-    return {"flops": counted.total / SENTENCE_TOKENS, "touched_bytes": touched / SENTENCE_TOKENS}
+    for position in range(work.context, work.context + SENTENCE_TOKENS):
+        touched += _touched(model, cache, work.batch)
+        model.ragged_logits(next_ids(model, 1, position), torch.arange(1), cache, num_columns=1)
+    return {"flops": decode_flops(model, work.context), "touched_bytes": touched / SENTENCE_TOKENS}
 
 
 def _touched(model: GPTHFForCausalLM, cache: GPTHFCache, batch: int) -> float:

@@ -99,7 +99,8 @@ def study_table(
         raise InputError(f"no rows of {base!r} to compare with.")
     chosen = names.split(",") if names else [row.name for row in rows]
     texts = texts_of([record for row in rows for record in row.rows])
-    lines = [["", *texts, f"mean, beside {base}", "parameters", "training TFLOPs", "seeds"]]
+    costs = ["parameters", "training TFLOPs", "MFLOPs a written token", "seeds"]
+    lines = [["", *texts, f"mean, beside {base}", "perplexity", *costs]]
     for row in sorted(rows, key=lambda row: row.mean_bits):
         if row.name not in chosen:
             continue
@@ -108,8 +109,10 @@ def study_table(
                 row.name,
                 *(_bits(row, text) for text in texts),
                 _beside(row, reference) if row is not reference else f"{row.mean_bits:.4f}",
+                _perplexity_beside(row, reference),
                 f"{row.mean('parameters') / 1e6:.2f}M",
                 f"{row.mean('training_flops') / 1e12:.0f}",
+                f"{row.mean('decode_flops') / 1e6:.1f}",
                 str(len(row.rows)),
             ]
         )
@@ -124,6 +127,15 @@ def _beside(row: Trained, base: Trained) -> str:
         return "-"
     mean = f"{statistics.fmean(parts):+.1f}%"
     return mean if len(parts) == 1 else f"{mean} [{min(parts):+.1f}, {max(parts):+.1f}]"
+
+
+def _perplexity_beside(row: Trained, base: Trained) -> str:
+    """Per cent by which the perplexity a token differs, at as many bytes a token as the base's training text has."""
+    if row is base:
+        return ""
+    bases, bytes_a_token = base.by_seed(), base.mean("bytes") / base.mean("tokens")
+    less = [bits - bases[seed] for seed, bits in row.by_seed().items() if seed in bases]
+    return f"{100 * (2 ** (bytes_a_token * statistics.fmean(less)) - 1):+.1f}%" if less else "-"
 
 
 def _bits(row: Trained, text: str) -> str:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
+from thoughtformer.bench.architectures import decode_flops
 from thoughtformer.bench.flops import count_flops
 from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
 from thoughtformer.errors import ConfigError, OutputError
@@ -153,6 +154,7 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         "tokens": float(result.tokens),
         "bytes": float(result.corpus_bytes),
         "training_flops": _training_flops(model, _some_rows(recipe, settings)) * result.tokens,
+        "decode_flops": decode_flops(model, model.config.max_position_embeddings // 2),
     }
     details: dict[str, Any] = {"recipe": recipe.to_dict(), "data": [Path(source).name for source in settings.data]}
     reference = load_tokenizer("tiny-gpthf")
