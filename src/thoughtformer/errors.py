@@ -10,6 +10,7 @@
     │   ├── TooLargeError             a request that would never fit the limits
     │   ├── TokenizerError            a tokenizer without the tokens that the model needs
     │   └── OutputError               a place that can't be written to as asked
+    ├── BusyError                     a session with a request under way
     ├── OverloadedError               more requests than may wait; the same one may do later
     └── UnsupportedError              a combination that can't be exact, refused instead of approximated
 
@@ -22,6 +23,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "ConfigError",
     "ContextOverflowError",
@@ -76,6 +78,10 @@ class TokenizerError(InputError):
 
 class OutputError(InputError):
     """An output folder or file can't be written as asked."""
+
+
+class BusyError(ThoughtformerError):
+    """A session takes one request at a time."""
 
 
 class OverloadedError(ThoughtformerError):

@@ -8,6 +8,7 @@ State belongs to a row; rows never read each other.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import fields
 
 import torch
@@ -148,6 +149,33 @@ class GPTHFCache(RowsCache):
         copied.stages, copied._pending = [copy.copy(stage) for stage in self.stages], []
         copied.select(rows)
         return copied
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything held, by name; for `restore_saved`. Nothing may be uncommitted."""
+        if self._pending:
+            raise UnsupportedError("saving needs a committed cache: call commit() or rollback() first.")
+        held = {f"counters.{field.name}": getattr(self.counters, field.name) for field in fields(RowCounters)}
+        held |= {"num_tokens": self.num_tokens}
+        for name, stage in self.by_name().items():
+            held |= {f"{name}.{part}": tensor for part, tensor in stage.saved().items()}
+        return held
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave, of a cache of the same model and as many rows.
+
+        Raises:
+            KeyError, ValueError: something is missing, or of another shape.
+        """
+        for name, stage in self.by_name().items():
+            prefix = f"{name}."
+            stage.restore_saved({key.removeprefix(prefix): held[key] for key in held if key.startswith(prefix)})
+        counters = {field.name: held[f"counters.{field.name}"] for field in fields(RowCounters)}
+        num_tokens = held["num_tokens"]
+        if any(tensor.shape != num_tokens.shape for tensor in counters.values()) or len(num_tokens) != self.num_rows:
+            raise ValueError(f"counters of {len(num_tokens)} rows, not {self.num_rows}")
+        self.counters, self.num_tokens = RowCounters(**counters), num_tokens
+        self._pending = []
+        self.commit()
 
     def reset(self) -> None:
         """Forgets everything; the rows stay."""

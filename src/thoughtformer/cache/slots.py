@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -168,6 +170,37 @@ class RowSlots:
         self.values = [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)]
         self.entries = torch.cat([self.entries, other.entries], dim=1)
         self.lengths = torch.cat([self.lengths, other.lengths])
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is held, by name and without the unused parts of blocks; for `restore_saved`."""
+        longest = self.longest
+        held = {"entries": self.entries[:, :, :longest].clone(), "lengths": self.lengths.clone()}
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            held |= {f"keys.{layer}": key[:, :, :longest].clone(), f"values.{layer}": value[:, :, :longest].clone()}
+        return held
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave, of as many rows, layers and heads.
+
+        Raises:
+            KeyError, ValueError: something is missing, or of another shape.
+        """
+        lengths, entries = held["lengths"].cpu(), held["entries"].cpu()
+        longest = entries.shape[2]
+        if lengths.shape != self.lengths.shape or int(lengths.max()) != longest or int(lengths.min()) < 0:
+            raise ValueError(f"lengths {lengths.tolist()} for entries of {tuple(entries.shape)}")
+        if entries.shape[:2] != self.entries.shape[:2]:
+            raise ValueError(f"entries of {tuple(entries.shape)}, not {tuple(self.entries.shape)}")
+        self.lengths = lengths
+        self.fit()
+        self.entries[:, :, :longest] = entries
+        for layer in range(len(self.keys)):
+            for name, mine in (("keys", self.keys[layer]), ("values", self.values[layer])):
+                found = held[f"{name}.{layer}"]
+                shape = (*mine.shape[:2], longest, mine.shape[3])
+                if found.shape != shape or found.dtype != mine.dtype:
+                    raise ValueError(f"{name}.{layer} is {found.dtype} {tuple(found.shape)}, not {mine.dtype} {shape}")
+                mine[:, :, :longest].copy_(found)
 
     def fit(self) -> None:
         """Allots exactly the blocks that the entries, or the reserve, need."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -152,4 +154,9 @@ class StageCache(RowSlots):
     def join(self, other: RowSlots) -> None:
         """Adds another's rows behind these; both are committed."""
         super().join(other)
+        self._committed = self.lengths
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave; all of it is committed."""
+        super().restore_saved(held)
         self._committed = self.lengths

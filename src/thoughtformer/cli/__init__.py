@@ -15,6 +15,7 @@ from thoughtformer.cli.demo import demo
 from thoughtformer.cli.evaluate import evaluate
 from thoughtformer.cli.generate import generate
 from thoughtformer.cli.info import info
+from thoughtformer.cli.serve import serve
 from thoughtformer.cli.store import index, store_app
 from thoughtformer.cli.study import study_app
 from thoughtformer.cli.tokenizer import tokenizer_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("index")(index)
 app.add_typer(store_app, name="store")
 app.command("train")(train)

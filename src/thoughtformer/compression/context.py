@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from thoughtformer.compression.heavy_hitters import HeavyHitterStore
 from thoughtformer.compression.policies import Callback
 from thoughtformer.compression.settings import settings_of
 from thoughtformer.errors import CheckpointError, InputError, OutputError, UnsupportedError
+from thoughtformer.models.writing import new_file
 
 __all__ = ["Context", "read_manifest"]
 
@@ -107,19 +106,11 @@ class Context:
             "num_columns": self.cache.num_columns,
         }
         tensors = _tensors(self.cache) | {"ids": torch.tensor(self.ids, dtype=torch.int32)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            os.close(handle)
-        except OSError as error:
-            raise OutputError(f"can't write to {path.parent}: {error}") from None
-        try:
-            save_file(tensors, draft, metadata={"thoughtformer_context": json.dumps(manifest)})
-            Path(draft).replace(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"couldn't write {path}: {error}") from error
-        finally:
-            Path(draft).unlink(missing_ok=True)
+        with new_file(path, replace=True) as draft:
+            try:
+                save_file(tensors, draft, metadata={"thoughtformer_context": json.dumps(manifest)})
+            except SafetensorError as error:
+                raise OutputError(f"couldn't write {path}: {error}") from error
 
     @classmethod
     def load(cls, compressed: CompressedModel, path: str | Path) -> Context:
@@ -174,11 +165,7 @@ def _tensors(cache: CompressedCache) -> dict[str, Tensor]:
     """What a cache of one row holds, without the unused parts of blocks."""
     store = cache.store
     if isinstance(store, EntrySlots):
-        longest = store.longest
-        held = {"entries": store.entries[:, :, :longest].clone(), "lengths": store.lengths}
-        for layer, (key, value) in enumerate(zip(store.keys, store.values, strict=True)):
-            held |= {f"keys.{layer}": key[:, :, :longest].clone(), f"values.{layer}": value[:, :, :longest].clone()}
-        return held
+        return store.saved()
     assert isinstance(store, HeavyHitterStore)
     held = {"lengths": store.lengths}
     for name in ("keys", "values", "attention", "position"):
@@ -188,31 +175,14 @@ def _tensors(cache: CompressedCache) -> dict[str, Tensor]:
 
 def _fill(cache: CompressedCache, tensors: dict[str, Tensor]) -> None:
     store = cache.store
-    lengths = tensors["lengths"].cpu()
     if isinstance(store, EntrySlots):
-        entries = tensors["entries"].cpu()
-        longest = entries.shape[2]
-        if int(lengths.max()) != longest or entries.shape[:2] != store.entries.shape[:2]:
-            raise ValueError(f"{int(lengths.max())} entries of {tuple(entries.shape)}")
-        store.lengths = lengths
-        store.fit()
-        store.entries[:, :, :longest] = entries
-        for layer in range(len(store.keys)):
-            store.keys[layer][:, :, :longest].copy_(_like(tensors[f"keys.{layer}"], store.keys[layer], longest))
-            store.values[layer][:, :, :longest].copy_(_like(tensors[f"values.{layer}"], store.values[layer], longest))
+        store.restore_saved(tensors)
         return
     assert isinstance(store, HeavyHitterStore)
-    store.lengths = lengths
+    store.lengths = tensors["lengths"].cpu()
     for name in ("keys", "values", "attention", "position"):
         for layer, tensor in enumerate(getattr(store, name)):
             found = tensors[f"{name}.{layer}"]
             if found.shape[:2] != tensor.shape[:2]:
                 raise ValueError(f"{name}.{layer} has shape {tuple(found.shape)}")
             getattr(store, name)[layer] = found
-
-
-def _like(found: Tensor, expected: Tensor, longest: int) -> Tensor:
-    shape = (*expected.shape[:2], longest, expected.shape[3])
-    if found.shape != shape:
-        raise ValueError(f"a tensor has shape {tuple(found.shape)}, not {shape}")
-    return found

@@ -6,7 +6,9 @@ from thoughtformer.engine.engine import Engine
 from thoughtformer.engine.indexing import IndexResult, index_documents
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, Usage
 from thoughtformer.engine.scheduler import Limits, Scheduler, SchedulerStats
+from thoughtformer.engine.sessions import Session, Sessions
 from thoughtformer.engine.store import SentenceStore, StoreStats
+from thoughtformer.engine.worker import Worker
 
 __all__ = [
     "Completion",
@@ -17,8 +19,11 @@ __all__ = [
     "Scheduler",
     "SchedulerStats",
     "SentenceStore",
+    "Session",
+    "Sessions",
     "StoreStats",
     "StreamEvent",
     "Usage",
+    "Worker",
     "index_documents",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from thoughtformer.cache import GPTHFCache
-from thoughtformer.engine.rows import Row, StreamEvent
+from thoughtformer.engine.rows import Row, RowContext, StreamEvent
 from thoughtformer.engine.store import StoredSentences
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights, unpack_weights
@@ -111,8 +112,26 @@ class Batch:
         events = []
         for index, row in enumerate(rows):
             token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
-            events.append(row.accept(token, end_of_text))
+            event = row.accept(token, end_of_text)
+            events.append(replace(event, context=self.context_of(row)) if row.wants_context else event)
         return events
+
+    def context_of(self, row: Row) -> RowContext:
+        """What a row of the batch holds."""
+        assert self.cache is not None
+        index, model = self.rows.index(row), self.model.model
+        entries = {stage.name: int(stage.lengths[index]) for stage in self.cache.stages}
+        config = model.config
+        closing = (config.sentence_end_token_id, config.bos_token_id)
+        ends = [place for place, token in enumerate(row.ids) if token in closing]
+        shape = config.layer_shape("decoder")
+        entry = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+        return RowContext(
+            closed_sentences=sum(row.ids[place] == config.sentence_end_token_id for place in ends),
+            open_tokens=len(row.ids) - (ends[-1] + 1 if ends else 0),
+            held_bytes=model.cache_bytes(entries, 1),
+            plain_bytes=entry * (len(row.ids) - len(ends)),
+        )
 
     def join(self, rows: Sequence[Row], cache: GPTHFCache) -> None:
         """Takes in rows that have been read, with what they hold, which is the batch's from now on."""

@@ -13,7 +13,7 @@ from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["Completion", "FinishReason", "Row", "StreamEvent", "Usage", "make_row"]
+__all__ = ["Completion", "FinishReason", "Row", "RowContext", "StreamEvent", "Usage", "make_row"]
 
 FinishReason = Literal["end_of_text", "stop_string", "length", "cancelled", "deadline", "error"]
 
@@ -33,16 +33,34 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowContext:
+    """A row's context as the model holds it.
+
+    Attributes:
+        closed_sentences: that were folded, or would be if the model folded.
+        open_tokens: of the open sentence.
+        held_bytes: what the row alone would hold now.
+        plain_bytes: what a plain GPT of as many layers would, for the same text without sentence ends.
+    """
+
+    closed_sentences: int
+    open_tokens: int
+    held_bytes: int
+    plain_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamEvent:
     """One token of one row: `text` is what it adds to the shown text, perhaps nothing.
 
-    `token` is None where a row ends without one: cancelled, late, or failed.
+    `token` is None where a row ends without one: cancelled, late, or failed. `context` is there if asked for.
     """
 
     row: int
     token: int | None
     text: str
     finish_reason: FinishReason | None
+    context: RowContext | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +100,7 @@ class Row:
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
+        wants_context: its events say what it holds.
         on_event: told of every event of this row, in the scheduler's thread.
     """
 
@@ -94,6 +113,7 @@ class Row:
     most_entries: dict[str, int]
     client: str = ""
     deadline: float | None = None
+    wants_context: bool = False
     on_event: Callable[[StreamEvent], None] | None = None
     num_read: int = 0
     num_known: int = 0

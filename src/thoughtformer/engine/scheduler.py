@@ -120,18 +120,23 @@ class Scheduler:
             params: default: greedy.
             client: whose request it is; clients take turns.
             deadline_seconds: from now; it ends then with `finish_reason="deadline"`, wherever it stands.
+            on_event: must not raise, and return soon.
 
         Raises:
             InputError, ContextOverflowError: a prompt that can't be; see `make_row`.
             TooLargeError: it would never fit `max_bytes`.
             OverloadedError: `max_waiting` requests wait already.
         """
-        row = make_row(self.model, self.tokenizer, prompt, params or SamplingParams(), number=self._number())
+        row = self.prepare(prompt, params or SamplingParams())
         row.client, row.on_event = client, on_event
         if deadline_seconds is not None:
             row.deadline = time.monotonic() + deadline_seconds
         self.enqueue(row)
         return row
+
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Row:
+        """A row to `enqueue`; arguments and errors as in `submit`."""
+        return make_row(self.model, self.tokenizer, prompt, params, number=self.next_number())
 
     def enqueue(self, row: Row) -> None:
         """Takes on a row; raises as `submit` does."""
@@ -154,6 +159,13 @@ class Scheduler:
         with self._work:
             row.is_cancelled = True
             self._work.notify()
+
+    def cancel_all(self) -> None:
+        """Ends every request at once; only where no round is under way."""
+        with self._work:
+            for row in [*(row for queue in self._waiting.values() for row in queue), *self._reading, *self.batch.rows]:
+                row.is_cancelled = True
+        self._drop()
 
     @property
     def has_work(self) -> bool:
@@ -196,12 +208,12 @@ class Scheduler:
             events += self._read()
             if self.batch.rows:
                 events += self._accept(self.batch.step(), self.batch.rows)
-                self._leave()
         except Exception as error:
             events += self._fail(error)
         return events
 
-    def _number(self) -> int:
+    def next_number(self) -> int:
+        """A number that no other row has."""
         with self._lock:
             self._next_number += 1
             return self._next_number - 1
@@ -210,14 +222,16 @@ class Scheduler:
         alone = sum(row.held.num_bytes() for row in self._reading if row.held is not None)
         return self.batch.num_bytes() + alone
 
-    def _tell(self, row: Row, event: StreamEvent) -> StreamEvent:
-        if event.token is not None:
-            self._new_tokens += 1
-        if event.finish_reason is not None:
-            self._finished[event.finish_reason] = self._finished.get(event.finish_reason, 0) + 1
-        if row.on_event is not None:
-            row.on_event(event)
-        return event
+    def _tell(self, events: Sequence[tuple[Row, StreamEvent]]) -> list[StreamEvent]:
+        """Counts events and tells those who wait; a row that has ended has left the batch by now."""
+        for row, event in events:
+            if event.token is not None:
+                self._new_tokens += 1
+            if event.finish_reason is not None:
+                self._finished[event.finish_reason] = self._finished.get(event.finish_reason, 0) + 1
+            if row.on_event is not None:
+                row.on_event(event)
+        return [event for _, event in events]
 
     def _drop(self) -> list[StreamEvent]:
         """Ends what was cancelled or is late."""
@@ -240,12 +254,12 @@ class Scheduler:
             ended += [row for row in self._reading if reason(row)]
             self._reading = [row for row in self._reading if not reason(row)]
         ended += [row for row in self.batch.rows if reason(row)]
-        events = [self._tell(row, row.end(reason(row) or "cancelled")) for row in ended]
-        self._leave()
+        events = [(row, row.end(reason(row) or "cancelled")) for row in ended]
+        self.batch.drop_ended()
         for row in ended:
             if not row.keeps_cache:
                 row.held = None
-        return events
+        return self._tell(events)
 
     def _admit(self) -> None:
         """Moves who fits from the queues to those that are read, in turns among clients."""
@@ -267,32 +281,37 @@ class Scheduler:
                     self._waiting[client] = queue
 
     def _read(self) -> list[StreamEvent]:
-        """Reads prompts: whole ones together, and a piece of the first that is longer than may be read at once."""
+        """Reads prompts: new ones together in one pass; in pieces those that are long, or hold something already."""
         self._admit()
         most = self.limits.max_prefill_tokens
         left = most or 0
         together: list[Row] = []
-        long: Row | None = None
+        apart: list[Row] = []
         for row in self._reading:
-            if row.held is None and (most is None or len(row.ids) <= most):
-                left -= len(row.ids)
-                if most is None or left >= 0:
-                    together.append(row)
-            elif long is None:
-                long = row
+            if row.held is not None or (most is not None and len(row.ids) > most):
+                apart.append(row)
+                continue
+            left -= len(row.ids)
+            if most is None or left >= 0:
+                together.append(row)
         events: list[StreamEvent] = []
         if together:
             events += self._join(together, *self.batch.read(together))
-        if long is not None:
-            logits = self.batch.read_piece(long, self._piece(long))
-            if long.num_read == len(long.ids):
-                assert long.held is not None
-                events += self._join([long], logits, long.held)
+        left = most or 0
+        for row in apart:
+            piece = self._piece(row, None if most is None else left)
+            left -= piece
+            logits = self.batch.read_piece(row, piece)
+            if row.num_read == len(row.ids):
+                assert row.held is not None
+                events += self._join([row], logits, row.held)
+            if most is not None and left <= 0:
+                break
         return events
 
-    def _piece(self, row: Row) -> int:
-        """How many tokens of a long prompt to read now; with a store whole sentences, so that they can be known."""
-        unread, most = row.ids[row.num_read :], self.limits.max_prefill_tokens
+    def _piece(self, row: Row, most: int | None) -> int:
+        """How many tokens of a prompt to read now; with a store whole sentences, so that they can be known."""
+        unread = row.ids[row.num_read :]
         if most is None or len(unread) <= most:
             return len(unread)
         end = self.model.config.sentence_end_token_id
@@ -305,25 +324,23 @@ class Scheduler:
             self._reading = [row for row in self._reading if row not in rows]
         self._cached_tokens += sum(row.num_known for row in rows)
         self.batch.join(rows, cache)
-        events = self._accept(logits, rows)
-        self._leave()
-        return events
+        return self._accept(logits, rows)
 
     def _accept(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[StreamEvent]:
+        """Chooses a token for each row, and lets those go that have ended by it."""
         rows = list(rows)
-        return [self._tell(row, event) for row, event in zip(rows, self.batch.choose(logits, rows), strict=True)]
-
-    def _leave(self) -> None:
+        events = list(zip(rows, self.batch.choose(logits, rows), strict=True))
         self.batch.drop_ended()
+        return self._tell(events)
 
     def _fail(self, error: Exception) -> list[StreamEvent]:
         """Ends all requests in work: what they hold may be half written."""
         with self._lock:
             rows = [*self.batch.clear(), *self._reading]
             self._reading = []
-        events = []
+        ended = []
         for row in rows:
             row.error, row.held = error, None
             if row.finish_reason is None:
-                events.append(self._tell(row, row.end("error")))
-        return events
+                ended.append((row, row.end("error")))
+        return self._tell(ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if out.is_dir() or (out.exists() and not replace):
         raise OutputError(f"{out} exists. Name a new file.")
     _make_parent(out)
-    draft = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    draft = out.with_name(f".{out.name}.writing-{os.getpid()}-{threading.get_ident()}")
     try:
         yield draft
         draft.replace(out)

@@ -1,0 +1,261 @@
+"""Named contexts that stay compressed between requests: in memory while in use, on disk when idle.
+
+A session is the tokens read so far and what the model holds of them. Requests continue from it without reading it
+again. On disk it is one safetensors file, named by a digest of the session's name, and refused if another model wrote
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from thoughtformer.cache import GPTHFCache
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine.rows import Row, make_row
+from thoughtformer.errors import BusyError, CheckpointError, OutputError
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.models.writing import new_file
+from thoughtformer.text import SentenceTokenizer
+
+__all__ = ["Session", "Sessions"]
+
+FORMAT_VERSION = 1
+SUFFIX = ".session"
+MANIFEST = "thoughtformer_session"
+
+
+@dataclass(eq=False)
+class Session:
+    """One context.
+
+    Attributes:
+        key: digest of its name.
+        ids: tokens of its prompts and completions.
+        num_read: of these, how many `cache` has.
+        cache: of one row; None before the first request.
+        is_busy: a request is under way.
+        used: when a request last ended, on the monotonic clock.
+        is_saved: the file has it as it is.
+    """
+
+    key: str
+    ids: list[int] = field(default_factory=list)
+    num_read: int = 0
+    cache: GPTHFCache | None = None
+    is_busy: bool = False
+    used: float = field(default_factory=time.monotonic)
+    is_saved: bool = False
+
+    def num_bytes(self) -> int:
+        """Held in memory."""
+        return 0 if self.cache is None else self.cache.num_bytes()
+
+
+class Sessions:
+    """The sessions of one model. Methods may be called from any thread.
+
+    Args:
+        model: whose contexts they are.
+        tokenizer: the model's own.
+        folder: for those not in memory; None: they are lost when memory is short.
+        max_bytes: held in memory by idle sessions; the least recently used are saved and let go.
+        idle_seconds: a session unused for so long is saved and let go.
+
+    Raises:
+        OutputError: the folder can't be written to.
+    """
+
+    def __init__(
+        self,
+        model: GPTHFForCausalLM,
+        tokenizer: SentenceTokenizer,
+        *,
+        folder: Path | None = None,
+        max_bytes: int = 1 << 30,
+        idle_seconds: float = 300.0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.idle_seconds = idle_seconds
+        self._lock = threading.RLock()
+        self._held: OrderedDict[str, Session] = OrderedDict()
+        self._fingerprint = fingerprint(model)
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for draft in folder.glob(f".*{SUFFIX}.writing-*"):
+                    draft.unlink(missing_ok=True)  # of a process that was killed
+            except OSError as error:
+                raise OutputError(f"can't keep sessions in {folder}: {error.strerror or error}.") from None
+
+    def has(self, name: str) -> bool:
+        """Whether there is something to go on from, in memory or on disk."""
+        key = _key(name)
+        file = self._file(key)
+        return key in self._held or (file is not None and file.exists())
+
+    def begin(
+        self, name: str, prompt: str | Sequence[int], params: SamplingParams, *, number: int = 0
+    ) -> tuple[Session, Row]:
+        """A row that goes on from the named session with `prompt`, text or ids; end it with `finish`.
+
+        Raises:
+            BusyError: another request on the session is under way.
+            CheckpointError: its file is damaged, or another model's.
+            InputError, ContextOverflowError: as `make_row`, counting the session's tokens.
+        """
+        key = _key(name)
+        with self._lock:
+            session = self._held.get(key) or self._load(key)
+            if session.is_busy:
+                raise BusyError(f"a request on session {name!r} is under way: wait for it, or use another session.")
+            if isinstance(prompt, str):
+                new = self.tokenizer.encode_document(prompt, complete=False, start=not session.ids).tolist()
+            else:
+                new = list(prompt)
+            row = make_row(self.model, self.tokenizer, [*session.ids, *new], params, number=number)
+            if session.cache is not None and row.num_prompt_tokens > session.num_read:
+                # A copy: a request that fails leaves the session as it was.
+                row.held = session.cache.fork_rows(torch.tensor([0]))
+                row.num_read = row.num_known = session.num_read
+            row.keeps_cache = True
+            session.is_busy = True
+            self._held[key] = session
+            self._held.move_to_end(key)
+        return session, row
+
+    def finish(self, session: Session, row: Row) -> None:
+        """Takes over what a row came to, if it has ended by itself; else the session stays as it was before.
+
+        A row that is still in work may be finished with as well: it goes on with a copy.
+        """
+        with self._lock:
+            session.is_busy = False
+            session.used = time.monotonic()
+            if row.finish_reason in ("end_of_text", "stop_string", "length") and row.held is not None:
+                ids = row.ids
+                if row.finish_reason == "end_of_text":
+                    ids = ids[:-1]  # what follows would be another document, which doesn't see this one
+                session.ids, session.cache, session.num_read = ids, row.held, min(row.num_read, len(ids))
+                session.is_saved = False
+            if session.cache is None:
+                self._held.pop(session.key, None)
+            self._make_room()
+
+    def delete(self, name: str) -> bool:
+        """Forgets a session, in memory and on disk; whether there was one.
+
+        Raises:
+            BusyError: a request on it is under way.
+        """
+        key = _key(name)
+        with self._lock:
+            session = self._held.get(key)
+            if session is not None and session.is_busy:
+                raise BusyError(f"a request on session {name!r} is under way: wait for it.")
+            file = self._file(key)
+            existed = self._held.pop(key, None) is not None or (file is not None and file.exists())
+            if file is not None:
+                file.unlink(missing_ok=True)
+        return existed
+
+    def num_bytes(self) -> int:
+        """Held in memory."""
+        with self._lock:
+            return sum(session.num_bytes() for session in self._held.values())
+
+    def num_held(self) -> int:
+        """Sessions in memory."""
+        return len(self._held)
+
+    def save_idle(self) -> None:
+        """Saves and lets go of those unused for long; to be called now and then."""
+        with self._lock:
+            now = time.monotonic()
+            for session in list(self._held.values()):
+                if not session.is_busy and now - session.used >= self.idle_seconds and self.folder is not None:
+                    self._let_go(session)
+
+    def close(self) -> None:
+        """Saves all that aren't saved."""
+        with self._lock:
+            for session in list(self._held.values()):
+                if not session.is_busy and self.folder is not None:
+                    self._let_go(session)
+
+    def _make_room(self) -> None:
+        for session in list(self._held.values()):
+            if self.num_bytes() <= self.max_bytes:
+                return
+            if not session.is_busy:
+                self._let_go(session)
+
+    def _let_go(self, session: Session) -> None:
+        if not session.is_saved:
+            self._save(session)
+        del self._held[session.key]
+
+    def _file(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}{SUFFIX}"
+
+    def _save(self, session: Session) -> None:
+        file = self._file(session.key)
+        if file is None or session.cache is None:
+            return
+        manifest = {"version": FORMAT_VERSION, "model": self._identity(), "num_read": session.num_read}
+        tensors = session.cache.saved() | {"ids": torch.tensor(session.ids, dtype=torch.int32)}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with new_file(file, replace=True) as draft:
+            try:
+                save_file(tensors, draft, metadata={MANIFEST: json.dumps(manifest)})
+            except SafetensorError as error:
+                raise OutputError(f"couldn't write {file}: {error}") from error
+        session.is_saved = True
+
+    def _load(self, key: str) -> Session:
+        """The session of that key: from its file, or a new one."""
+        session, file = Session(key=key), self._file(key)
+        if file is None or not file.exists():
+            return session
+        try:
+            with safe_open(file, framework="pt") as opened:
+                manifest = json.loads((opened.metadata() or {})[MANIFEST])
+                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if manifest["version"] != FORMAT_VERSION:
+                raise CheckpointError(f"session {file} has version {manifest['version']}; this is {FORMAT_VERSION}.")
+            if manifest["model"] != self._identity():
+                raise CheckpointError(
+                    f"session {file} is of model {manifest['model']}, not {self._identity()}: delete it, or serve "
+                    "that model."
+                )
+            cache = self.model.new_cache(1)
+            cache.restore_saved(held)
+            session.ids, session.num_read, session.cache = held["ids"].tolist(), int(manifest["num_read"]), cache
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"session {file} is damaged ({error}): delete it.") from error
+        session.is_saved = True
+        return session
+
+    def _identity(self) -> str:
+        return f"{self._fingerprint} {str(self.model.dtype).removeprefix('torch.')}"
+
+
+def _key(name: str) -> str:
+    """A name for a file, whatever the session's name holds."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,80 @@
+"""What is looked at before a request is read: its size, and who sends it."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from thoughtformer.serve.errors import error_response
+
+__all__ = ["BearerToken", "BodyLimit"]
+
+
+class BodyLimit:
+    """Refuses bodies that say they are too long, and those that turn out to be."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes one request; see ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = error_response(
+            f"the body is longer than {self.max_bytes} bytes, which is all this server takes.",
+            status=413,
+            code="body_too_large",
+        )
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > self.max_bytes:
+            await refusal(scope, receive, send)
+            return
+        seen, has_begun, is_over = 0, False, False
+
+        async def counted() -> Message:
+            nonlocal seen, is_over
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_bytes:
+                is_over = True
+                # What follows isn't read: for the application the body ends here, and its answer is dropped.
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return message
+
+        async def answered(message: Message) -> None:
+            nonlocal has_begun
+            if not is_over:
+                has_begun = True
+                await send(message)
+
+        await self.app(scope, counted, answered)
+        if is_over and not has_begun:
+            await refusal(scope, receive, send)
+
+
+class BearerToken:
+    """Lets nobody but those who bear the token further than the page and `/health`."""
+
+    OPEN = ("/", "/page.css", "/page.js", "/health")
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app = app
+        self.expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes one request; see ASGI."""
+        if scope["type"] == "http" and scope["path"] not in self.OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                refusal = error_response(
+                    "this server wants a bearer token: send the header `Authorization: Bearer TOKEN`.",
+                    status=401,
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

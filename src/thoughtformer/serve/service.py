@@ -1,0 +1,227 @@
+"""Requests to rows and back: the part of the server between HTTP and the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
+from thoughtformer.errors import InputError
+from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from thoughtformer.text import SentenceTokenizer
+from thoughtformer.text.chat import encode_chat
+
+__all__ = ["Generation", "ServeSettings", "Service"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the server takes on, beside the scheduler's limits.
+
+    Attributes:
+        model_name: as clients name it.
+        token: that clients must bear; None: none.
+        max_body_bytes: of a request; more is refused with 413.
+        max_choices: completions that one request may ask for, over all prompts.
+        max_new_tokens: that one completion may ask for.
+        default_new_tokens: of a chat that doesn't say.
+        request_seconds: a request that takes longer ends with 504.
+    """
+
+    model_name: str
+    token: str | None = None
+    max_body_bytes: int = 8 << 20
+    max_choices: int = 64
+    max_new_tokens: int = 4096
+    default_new_tokens: int = 256
+    request_seconds: float = 600.0
+
+
+class Service:
+    """One model, served.
+
+    Args:
+        scheduler: runs its rounds here, in a thread of its own.
+        sessions: named contexts.
+        settings: limits.
+    """
+
+    def __init__(self, scheduler: Scheduler, sessions: Sessions, settings: ServeSettings) -> None:
+        self.scheduler = scheduler
+        self.sessions = sessions
+        self.settings = settings
+        self.worker = Worker(scheduler, on_idle=sessions.save_idle)
+        self.created = int(time.time())
+        # One thread: the tokenizer's settings are no two threads' business.
+        self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="thoughtformer-prepare")
+
+    @property
+    def tokenizer(self) -> SentenceTokenizer:
+        """The model's."""
+        return self.scheduler.tokenizer
+
+    def start(self) -> None:
+        """Begins to work."""
+        self.worker.start()
+
+    def stop(self) -> None:
+        """Ends all requests, and saves sessions."""
+        self.worker.stop()
+        self._preparing.shutdown(wait=True)
+        self.sessions.close()
+
+    async def prepared(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+    async def begin(self, request: GenerationRequest) -> Generation:
+        """Takes on a request; iterate over it, and close it whatever happens.
+
+        Raises:
+            ThoughtformerError: what can't be taken on; nothing of it is then.
+        """
+        generation = Generation(self, asyncio.get_running_loop())
+        try:
+            await self.prepared(lambda: self._submit(request, generation))
+        except BaseException:
+            await generation.close()
+            raise
+        return generation
+
+    def _submit(self, request: GenerationRequest, generation: Generation) -> None:
+        settings = self.settings
+        if isinstance(request, CompletionRequest):
+            new_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
+            prompts: list[str | list[int]] = request.prompts
+        else:
+            assert isinstance(request, ChatRequest)
+            asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+            new_tokens = settings.default_new_tokens if asked is None else asked
+            prompts = [self._chat(request)]
+        count = len(prompts) * request.number_of_choices
+        if not prompts:
+            raise InputError("prompt is an empty list: give one prompt or more.")
+        if count > settings.max_choices:
+            raise InputError(
+                f"{len(prompts)} prompts with n={request.number_of_choices} are {count} completions, but one request "
+                f"may ask for {settings.max_choices}."
+            )
+        if new_tokens > settings.max_new_tokens:
+            raise InputError(f"max_tokens={new_tokens}, but this server writes {settings.max_new_tokens} at most.")
+        if request.session is not None and len(prompts) > 1:
+            raise InputError("a session takes one prompt at a time.")
+        params = _params(request, new_tokens)
+        for index in range(count):
+            prompt = prompts[index // request.number_of_choices]
+            # Choices of one prompt differ; those of different prompts needn't.
+            own = replace(params, seed=(params.seed + index % request.number_of_choices) % (1 << 63))
+            self._enqueue(prompt, own, request, generation)
+
+    def _enqueue(
+        self, prompt: str | list[int], params: SamplingParams, request: GenerationRequest, generation: Generation
+    ) -> None:
+        session = None
+        if request.session is None:
+            row = self.scheduler.prepare(prompt, params)
+        else:
+            session, row = self.sessions.begin(request.session, prompt, params, number=self.scheduler.next_number())
+        generation.add(row, session)
+        row.wants_context = request.return_context
+        row.deadline = time.monotonic() + self.settings.request_seconds
+        self.scheduler.enqueue(row)
+
+    def sentences_of(self, row: Row) -> tuple[list[str], str]:
+        """A prompt's closed sentences, and the open one, as text."""
+        end = self.tokenizer.sentence_end_token_id
+        prompt, closed, start = row.ids[: row.num_prompt_tokens], [], 0
+        for place, token in enumerate(prompt):
+            if token == end:
+                closed.append(self.tokenizer.decode(prompt[start:place]))
+                start = place + 1
+        return closed, self.tokenizer.decode(prompt[start:])
+
+    def _chat(self, request: ChatRequest) -> list[int]:
+        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        is_new = request.session is None or not self.sessions.has(request.session)
+        return encode_chat(self.tokenizer, messages, start=is_new)
+
+
+class Generation:
+    """The rows of one request, as events in the order in which they come.
+
+    Closing it before the end cancels what is left; that is what a client who goes away amounts to.
+    """
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+        self.service = service
+        self.rows: list[Row] = []
+        self.session: Session | None = None
+        self._loop = loop
+        self._events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
+        self._unfinished = 0
+
+    def add(self, row: Row, session: Session | None = None) -> None:
+        """Follows a row, before it is enqueued, and its session."""
+        index, self.session = len(self.rows), session
+        self.rows.append(row)
+        self._unfinished += 1
+
+        def tell(event: StreamEvent) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            except RuntimeError:  # the loop has closed: nobody waits any more
+                self.service.scheduler.cancel(row)
+
+        row.on_event = tell
+
+    async def events(self) -> AsyncIterator[tuple[int, StreamEvent]]:
+        """Each row's index and event, until all have ended."""
+        while self._unfinished:
+            index, event = await self._events.get()
+            if event.finish_reason is not None:
+                self._unfinished -= 1
+                if not self._unfinished:
+                    await self._end_session()
+            yield index, event
+
+    def completions(self) -> Sequence[Completion]:
+        """What came of the rows, once all have ended."""
+        return [self.service.scheduler.completion(row) for row in self.rows]
+
+    async def close(self) -> None:
+        """Cancels what hasn't ended."""
+        for row in self.rows:
+            if row.finish_reason is None:
+                self.service.scheduler.cancel(row)
+        await self._end_session()
+
+    async def _end_session(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            finish = partial(self.service.sessions.finish, session, self.rows[0])
+            await asyncio.shield(self.service.prepared(finish))
+
+
+def _params(request: GenerationRequest, new_tokens: int) -> SamplingParams:
+    chosen = {
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+    }
+    return SamplingParams(
+        max_new_tokens=new_tokens,
+        temperature=1.0 if request.temperature is None else request.temperature,  # OpenAI's default
+        seed=secrets.randbits(62) if request.seed is None else request.seed,
+        stop=request.stop_strings,
+        **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
+    )

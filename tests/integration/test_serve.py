@@ -1,0 +1,341 @@
+"""The server as clients meet it: OpenAI's own client, raw HTTP, mistakes, limits, and people who go away."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import random
+
+import httpx
+import openai
+import pytest
+
+from prose import PAGE, prose, tiny_pair
+from serving import serving
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine import Engine, Limits, SentenceStore
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def server(pair, tmp_path_factory):
+    place = tmp_path_factory.mktemp("serve")
+    with (
+        SentenceStore(place / "store") as store,
+        serving(pair, limits=Limits(max_rows=8, max_prefill_tokens=128), store=store, folder=place / "s") as running,
+    ):
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        yield http
+
+
+def test_completions_are_the_engines(server, client, pair):
+    engine = Engine(*pair)
+    for prompt, settings, params in [
+        (PAGE[:200], {"temperature": 0}, SamplingParams(max_new_tokens=20)),
+        (
+            "The ferry",
+            {"temperature": 0.9, "top_p": 0.8, "seed": 5, "stop": ["e"], "extra_body": {"top_k": 30}},
+            SamplingParams(max_new_tokens=20, temperature=0.9, top_p=0.8, top_k=30, seed=5, stop=["e"]),
+        ),
+    ]:
+        expected = engine.generate([prompt], params)[0]
+        done = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, **settings)
+        assert done.choices[0].text == expected.text
+        assert done.choices[0].finish_reason == ("length" if expected.finish_reason == "length" else "stop")
+        assert done.usage.prompt_tokens == expected.usage.prompt_tokens
+        assert done.usage.completion_tokens == expected.usage.new_tokens
+        assert done.usage.prompt_tokens_details.sentence_ends == expected.usage.prompt_sentence_ends
+        stream = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=20, stream=True, stream_options={"include_usage": True}, **settings
+        )
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected.text
+        assert chunks[-1].usage.completion_tokens == expected.usage.new_tokens
+        assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == done.choices[0].finish_reason
+    server.settle()
+
+
+def test_several_prompts_and_choices(client, pair):
+    ids = pair[1]("Wait.")["input_ids"]
+    done = client.completions.create(model="tiny", prompt=["The ferry", "Wait."], n=2, max_tokens=6, seed=1)
+    assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+    assert done.choices[0].text != done.choices[1].text
+    alone = client.completions.create(model="tiny", prompt=ids, max_tokens=6, seed=1)
+    assert alone.choices[0].text == done.choices[2].text
+    assert done.usage.prompt_tokens == len(pair[1]("The ferry")["input_ids"]) + len(ids)
+    nested = client.completions.create(model="tiny", prompt=[ids, ids], max_tokens=6, seed=1)
+    assert [choice.text for choice in nested.choices] == [alone.choices[0].text] * 2
+
+
+def test_known_sentences_are_counted(client):
+    prompt = prose(400, seed=77)
+    counts = [
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens
+        for _ in range(2)
+    ]
+    assert counts[0] < counts[1]
+
+
+def test_models_health_and_metrics(client, http):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "thoughtformer"
+    assert http.get("/health").json() == {"status": "ok"}
+    client.completions.create(model="tiny", prompt="a", max_tokens=3)
+    metrics = http.get("/metrics").text
+    assert 'thoughtformer_requests_total{reason="length"}' in metrics
+    assert "thoughtformer_cache_bytes 0.0" in metrics
+    assert "thoughtformer_first_token_seconds_count" in metrics
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told", "param"),
+    [
+        ({"model": "other", "prompt": "a"}, 404, "'other' does not exist; this server has 'tiny'", "model"),
+        ({"prompt": "a"}, 400, "model: Field required", "model"),
+        ({"model": "tiny"}, 400, "prompt: Field required", "prompt"),
+        ({"model": "tiny", "prompt": []}, 400, "empty list", None),
+        ({"model": "tiny", "prompt": [[]]}, 400, "has no tokens", None),
+        ({"model": "tiny", "prompt": [0, 10**6]}, 400, "outside 0 to", None),
+        ({"model": "tiny", "prompt": [-1]}, 400, "outside 0 to", None),
+        ({"model": "tiny", "prompt": {"a": 1}}, 400, "prompt", "prompt"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": "7"}, 400, "max_tokens", "max_tokens"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 5000}, 400, "this server writes 4096 at most", None),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 4000}, 400, "but the model was trained for 512", None),
+        ({"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature", "temperature"),
+        ({"model": "tiny", "prompt": "a", "top_p": 0}, 400, "top_p", "top_p"),
+        ({"model": "tiny", "prompt": "a", "seed": -1}, 400, "seed", "seed"),
+        ({"model": "tiny", "prompt": "a", "n": 65}, 400, "one request may ask for 64", None),
+        ({"model": "tiny", "prompt": "a", "n": 1000}, 400, "n: ", "n"),
+        ({"model": "tiny", "prompt": "a", "stop": ["a"] * 20}, 400, "stop", "stop"),
+        ({"model": "tiny", "prompt": "a", "stop": ""}, 400, "stop must be", None),
+        ({"model": "tiny", "prompt": "a", "logprobs": 3}, 400, "logprobs is not supported", None),
+        ({"model": "tiny", "prompt": "a", "echo": True}, 400, "echo is not supported", None),
+        ({"model": "tiny", "prompt": "a", "bogus": 1}, 400, "bogus: Extra inputs are not permitted", "bogus"),
+        ({"model": "tiny", "prompt": "a", "stream_options": {}}, 400, "needs stream=true", None),
+        ({"model": "tiny", "prompt": ["a", "b"], "session": "s"}, 400, "one prompt at a time", None),
+        ({"model": "tiny", "prompt": "a \ud800 b"}, 400, "lone surrogate", None),
+        ({"model": "\ud800", "prompt": "a"}, 404, "does not exist", "model"),
+        ([1, 2], 400, "must be a JSON object", None),
+    ],
+)
+def test_mistakes_are_told(server, http, body, status, told, param):
+    answer = http.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == status, error
+    assert told in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert not server.service.scheduler.has_work
+
+
+def test_malformed_bodies(http):
+    headers = {"Content-Type": "application/json"}
+    for content in (b'{"mod', b"", b"\xff\xfe\x00", b"null", b'"text"', b"[" * 100_000, b'{"prompt": NaN}', b"1e999"):
+        answer = http.post("/v1/completions", content=content, headers=headers)
+        assert answer.status_code == 400, content[:20]
+        assert answer.json()["error"]["message"]
+    nan = b'{"model": "tiny", "prompt": "a", "temperature": NaN}'
+    assert http.post("/v1/completions", content=nan, headers=headers).status_code == 400
+    assert http.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 400
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/", 405)):
+        answer = http.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openai_clients_see_their_own_errors(client):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="gpt", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="trained for 512") as caught:
+        client.completions.create(model="tiny", prompt=PAGE)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_limits(pair):
+    limits = Limits(max_rows=1, max_waiting=1, max_bytes=100_000)
+    with serving(pair, limits=limits, max_body_bytes=5000, token="sesame") as running:
+        wrong = httpx.Client(base_url=running.url)
+        assert wrong.get("/health").status_code == 200
+        assert wrong.get("/").status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            assert wrong.get(path).status_code == 401
+            assert wrong.get(path, headers={"Authorization": "Bearer sesam"}).status_code == 401
+        http = httpx.Client(base_url=running.url, headers={"Authorization": "Bearer sesame"}, timeout=60)
+        assert http.get("/v1/models").status_code == 200
+        with (
+            openai.OpenAI(base_url=f"{running.url}/v1", api_key="x") as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+
+        def post(**more):
+            return http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 5} | more)
+
+        assert post(prompt="x" * 6000).status_code == 413
+        chunked = http.post("/v1/completions", content=iter([b"x" * 3000] * 3))
+        assert chunked.status_code == 413
+        assert chunked.json()["error"]["code"] == "body_too_large"
+        answer = post(max_tokens=500)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+        # Two prompts wait where one may: nothing of the request is begun.
+        answer = post(n=8)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+        assert answer.headers["Retry-After"] == "1"
+        running.settle()
+        assert post().status_code == 200
+        wrong.close()
+        http.close()
+
+
+def test_late_requests(pair):
+    with serving(pair, request_seconds=0.001) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        body = {"model": "tiny", "prompt": PAGE[:300], "max_tokens": 200}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 504
+        assert "longer than 0.001 seconds" in answer.json()["error"]["message"]
+        lines = http.post("/v1/completions", json=body | {"stream": True}).text
+        assert '"code": "deadline"' in lines
+        assert "[DONE]" not in lines
+        running.settle()
+
+
+def test_failures_of_the_engine(pair, monkeypatch):
+    model, tokenizer = tiny_pair()
+    with serving((model, tokenizer)) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        monkeypatch.setattr(model, "ragged_logits", lambda *arguments, **more: 1 / 0)
+        body = {"model": "tiny", "prompt": "a"}
+        answer = http.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+        assert '"engine_error"' in http.post("/v1/completions", json=body | {"stream": True}).text
+        monkeypatch.undo()
+        assert http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_sessions_go_on_where_they_were(server, client, http, pair):
+    """Two turns in a session write what one prompt of both writes; the second reads only what is new."""
+    name = "../a session/ with % odd \x00 name"
+    settings = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    first = client.completions.create(prompt=PAGE[:120], extra_body={"session": name}, **settings)
+    second = client.completions.create(prompt=" And then she", extra_body={"session": name}, **settings)
+    engine, tokenizer = Engine(*pair), pair[1]
+    start = tokenizer(PAGE[:120])["input_ids"]
+    turn = engine.generate([start], SamplingParams(max_new_tokens=8))[0]
+    assert turn.text == first.choices[0].text
+    new = tokenizer.encode_document(" And then she", complete=False, start=False).tolist()
+    whole = engine.generate([[*start, *turn.ids, *new]], SamplingParams(max_new_tokens=8))[0]
+    assert second.choices[0].text == whole.text
+    # All but the last token that the first turn wrote, which nothing had read yet.
+    assert second.usage.prompt_tokens_details.cached_tokens == len(start) + 7
+    quoted = httpx.URL(server.url).copy_with(
+        raw_path=b"/v1/sessions/..%2Fa%20session%2F%20with%20%25%20odd%20%00%20name"
+    )
+    assert http.delete(quoted).json()["deleted"] is True
+    assert http.delete(quoted).status_code == 404
+    fresh = client.completions.create(prompt=PAGE[:120], extra_body={"session": name}, **settings)
+    assert fresh.usage.prompt_tokens == first.usage.prompt_tokens
+
+
+def test_chat_by_template():
+    model, tokenizer = tiny_pair()
+    tokenizer = copy.deepcopy(tokenizer)
+    added = tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert added == 2
+    user, assistant = (tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "<|assistant|>"))
+    with serving((model, tokenizer)) as running:
+        seen = []
+        original = running.service.scheduler.prepare
+        running.service.scheduler.prepare = lambda prompt, params: seen.append(prompt) or original(prompt, params)
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+            messages = [{"role": "user", "content": "Who <|assistant|> is there?"}]
+            done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, temperature=0)
+            assert done.choices[0].message.role == "assistant"
+            ids = seen[0]
+            assert ids[0] == tokenizer.start_token_id
+            assert [ids.count(user), ids.count(assistant)] == [1, 1]
+            assert ids[-1] == assistant
+            assert tokenizer.decode(ids) == "Who <|assistant|> is there?"
+            stream = client.chat.completions.create(
+                model="tiny", messages=messages, max_tokens=5, temperature=0, stream=True
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == done.choices[0].message.content
+            with pytest.raises(openai.BadRequestError, match="text alone"):
+                client.chat.completions.create(
+                    model="tiny", messages=[{"role": "user", "content": [{"type": "image_url"}]}]
+                )
+
+
+def test_chat_without_a_template(client):
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("count", [60])
+def test_many_streams_with_people_who_leave(server, pair, count):
+    """Whoever stays gets what they would have got alone, and nothing is left of the others."""
+    chooser = random.Random(0)
+    requests = [
+        {
+            "model": "tiny",
+            "prompt": prose(300, seed=number)[: chooser.randint(0, 300)],
+            "max_tokens": chooser.randint(1, 30),
+            "temperature": chooser.choice([0, 1.0]),
+            "seed": number,
+            "stream": True,
+        }
+        for number in range(count)
+    ]
+    leaves = {number: chooser.randint(0, 5) for number in chooser.sample(range(count), count // 3)}
+
+    async def one(http: httpx.AsyncClient, number: int) -> str | None:
+        await asyncio.sleep(chooser.random() * 0.5)
+        text, chunks = "", 0
+        async with http.stream("POST", "/v1/completions", json=requests[number]) as response:
+            if response.status_code != 200:
+                raise AssertionError(await response.aread())
+            async for line in response.aiter_lines():
+                if number in leaves and chunks >= leaves[number]:
+                    return None  # closes the connection
+                if line.startswith("data: {"):
+                    chunks += 1
+                    text += json.loads(line[6:])["choices"][0]["text"]
+        return text
+
+    async def all_of_them() -> list[str | None]:
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+            return await asyncio.gather(*(one(http, number) for number in range(count)))
+
+    texts = asyncio.run(all_of_them())
+    server.settle()
+    engine = Engine(*pair)
+    stayed = [number for number in range(count) if texts[number] is not None]
+    assert len(stayed) >= count - len(leaves)
+    for number in stayed:
+        request = requests[number]
+        params = SamplingParams(max_new_tokens=request["max_tokens"], temperature=request["temperature"], seed=number)
+        assert texts[number] == engine.generate([request["prompt"]], params)[0].text
