@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import SamplingParams
@@ -220,10 +220,8 @@ class Sessions:
         tensors = session.cache.saved() | {"ids": torch.tensor(session.ids, dtype=torch.int32)}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with new_file(file, replace=True) as draft:
-            try:
-                save_file(tensors, draft, metadata={MANIFEST: json.dumps(manifest)})
-            except SafetensorError as error:
-                raise OutputError(f"couldn't write {file}: {error}") from error
+            # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
+            draft.write_bytes(save(tensors, metadata={MANIFEST: json.dumps(manifest)}))
         session.is_saved = True
 
     def _load(self, key: str) -> Session:

@@ -1,0 +1,214 @@
+"""Sessions: contexts that go on between requests, leave memory, come back from disk, and are refused when damaged."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from prose import PAGE, prose, tiny_pair
+from thoughtformer.decode import SamplingParams
+from thoughtformer.engine import Scheduler, Sessions
+from thoughtformer.errors import BusyError, CheckpointError, ContextOverflowError, OutputError
+
+PARAMS = SamplingParams(max_new_tokens=8, ignore_end_of_text=True)
+KINDS = {
+    "hourglass": {"body_visibility": "fast", "num_decoder_layers": 2, "summaries_per_sentence": 2},
+    "hybrid": {"body_visibility": "hybrid"},
+    "plain": {"plain": True},
+}
+
+
+def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PARAMS) -> list[int]:
+    """One request on a session; the tokens that it wrote."""
+    scheduler = Scheduler(sessions.model, sessions.tokenizer)
+    session, row = sessions.begin(name, prompt, params)
+    scheduler.enqueue(row)
+    while scheduler.has_work:
+        scheduler.round()
+    sessions.finish(session, row)
+    return row.ids[row.num_prompt_tokens :]
+
+
+@pytest.fixture(params=list(KINDS))
+def pair(request: pytest.FixtureRequest):
+    return tiny_pair(**KINDS[request.param])
+
+
+def test_from_memory_and_from_disk_alike(pair, tmp_path):
+    """Three turns: held all the time, saved in between, and by another process's eyes."""
+    model, tokenizer = pair
+    prompts = [PAGE[:150], " And then", " She laughed. But"]
+    held = Sessions(model, tokenizer)
+    expected = [turn(held, "a", prompt) for prompt in prompts]
+    saved = Sessions(model, tokenizer, folder=tmp_path, max_bytes=1)
+    assert [turn(saved, "a", prompt) for prompt in prompts] == expected
+    assert saved.num_held() == saved.num_bytes() == 0
+    assert turn(Sessions(model, tokenizer, folder=tmp_path), "a", " Once more") == turn(held, "a", " Once more")
+    assert [file.suffix for file in tmp_path.iterdir()] == [".session"]
+    assert "a" not in next(tmp_path.iterdir()).stem.split("-")
+
+
+def test_only_what_is_new_is_read(pair):
+    model, tokenizer = pair
+    sessions = Sessions(model, tokenizer)
+    turn(sessions, "a", PAGE[:200])
+    _, row = sessions.begin("a", " And", PARAMS)
+    new = tokenizer.encode_document(" And", complete=False, start=False)
+    assert row.num_prompt_tokens - row.num_read == 1 + len(new), "the last token written was never read"
+    assert row.num_known == row.num_read
+
+
+def test_end_of_text_is_no_part_of_a_session(pair):
+    """After it another document would begin, which doesn't see this one."""
+    model, tokenizer = pair
+    sessions = Sessions(model, tokenizer)
+    session, row = sessions.begin("a", PAGE[:60], PARAMS)
+    scheduler = Scheduler(model, tokenizer)
+    scheduler.enqueue(row)
+    scheduler.round()
+    row.params = SamplingParams(max_new_tokens=50)
+    scheduler.batch.choose = lambda logits, rows: [row.accept(0, 0) for row in rows]  # type: ignore[method-assign]
+    scheduler.round()
+    sessions.finish(session, row)
+    assert row.finish_reason == "end_of_text"
+    assert 0 not in session.ids[1:]
+    _, row = sessions.begin("a", "", PARAMS)
+    assert row.num_prompt_tokens == len(session.ids)
+
+
+def test_what_fails_leaves_the_session_as_it_was(pair):
+    model, tokenizer = pair
+    sessions = Sessions(model, tokenizer)
+    turn(sessions, "a", PAGE[:100])
+    undisturbed = Sessions(model, tokenizer)
+    turn(undisturbed, "a", PAGE[:100])
+    scheduler = Scheduler(model, tokenizer)
+    session, row = sessions.begin("a", " Never mind", PARAMS)
+    with pytest.raises(BusyError, match="'a' is under way"):
+        sessions.begin("a", " Impatient", PARAMS)
+    with pytest.raises(BusyError):
+        sessions.delete("a")
+    scheduler.enqueue(row)
+    scheduler.round()
+    scheduler.cancel(row)
+    scheduler.round()
+    sessions.finish(session, row)
+    # A request that isn't waited for: it goes on with a copy.
+    session, row = sessions.begin("a", " Gone", PARAMS)
+    scheduler.enqueue(row)
+    scheduler.round()
+    sessions.finish(session, row)
+    while scheduler.has_work:
+        scheduler.round()
+    with pytest.raises(ContextOverflowError):
+        sessions.begin("a", PAGE, PARAMS)
+    assert turn(sessions, "a", " And then") == turn(undisturbed, "a", " And then")
+    assert sessions.delete("a")
+    assert not sessions.delete("a")
+    assert sessions.num_held() == 0
+
+
+def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("thoughtformer.engine.sessions.time.monotonic", lambda: now[0])
+    sessions = Sessions(*tiny_pair(), folder=tmp_path, idle_seconds=60)
+    for name in ("a", "b"):
+        turn(sessions, name, "The ferry")
+        now[0] += 40
+    sessions.save_idle()
+    assert sessions.num_held() == 1
+    assert sessions.has("a")
+    assert sessions.has("b")
+    assert not sessions.has("c")
+    sessions.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    # Without a folder nothing can be saved: what is idle stays, and goes for want of memory alone.
+    lost = Sessions(*tiny_pair(), max_bytes=1)
+    turn(lost, "a", "The ferry")
+    assert lost.num_held() == 0
+
+
+def test_what_cannot_be_used_is_refused(tmp_path):
+    model, tokenizer = tiny_pair()
+    sessions = Sessions(model, tokenizer, folder=tmp_path, max_bytes=1)
+    turn(sessions, "a", PAGE[:100])
+    file = next(tmp_path.iterdir())
+    whole = file.read_bytes()
+    other, _ = tiny_pair()
+    other.model.norm.weight.data += 1
+    with pytest.raises(CheckpointError, match="is of model"):
+        turn(Sessions(other, tokenizer, folder=tmp_path), "a", "b")
+    with pytest.raises(CheckpointError, match="is of model"):
+        turn(Sessions(tiny_pair()[0].float(), tokenizer, folder=tmp_path), "a", "b")
+    for damaged in (
+        whole[:-10],
+        whole[:50],
+        b"",
+        b"no safetensors file at all",
+        whole.replace(b"num_read", b"num_dear"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            turn(sessions, "a", "b")
+    assert sessions.delete("a")
+    assert len(turn(sessions, "a", "b")) == 8
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't keep sessions"):
+        Sessions(model, tokenizer, folder=tmp_path / "file")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_survives_being_killed_in_a_write(tmp_path):
+    """A process that saves sessions is killed again and again: each loads as some turn left it, or isn't there."""
+    model, tokenizer = tiny_pair()
+    expected = Sessions(model, tokenizer)
+    turn(expected, "a", PAGE[:150])
+    after_one = turn(expected, "a", " And then")
+    kept = Sessions(model, tokenizer, folder=tmp_path)
+    turn(kept, "a", PAGE[:150])
+    session = next(iter(kept._held.values()))
+    loaded = 0
+    for attempt in range(int(os.environ.get("THOUGHTFORMER_KILLS", "15"))):
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            while True:
+                session.is_saved = False
+                kept._save(session)
+                os.write(tell, b".")
+        os.close(tell)
+        os.read(told, 1)
+        time.sleep(random.Random(attempt).uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+        assert turn(Sessions(model, tokenizer, folder=tmp_path), "a", " And then") == after_one
+        loaded += 1
+        assert len(list(tmp_path.iterdir())) == 1, "drafts are cleared away"
+    assert loaded
+
+
+def test_many_sessions_side_by_side():
+    sessions = Sessions(*tiny_pair())
+    scheduler = Scheduler(sessions.model, sessions.tokenizer)
+    begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
+    for _, row in begun:
+        scheduler.enqueue(row)
+    while scheduler.has_work:
+        scheduler.round()
+    for session, row in begun:
+        sessions.finish(session, row)
+    alone = Sessions(*tiny_pair())
+    for number, (_, row) in enumerate(begun):
+        assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), prose(80, seed=number))
+    again = [sessions.begin(str(number), " Yes", PARAMS) for number in range(5)]
+    for _, row in again:
+        scheduler.enqueue(row)
+    while scheduler.has_work:
+        scheduler.round()
+    for number, (_, row) in enumerate(again):
+        assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), " Yes")
