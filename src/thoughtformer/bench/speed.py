@@ -22,6 +22,7 @@ from thoughtformer.bench.running import (
     start_llama_cpp,
     without_llama_cpp,
 )
+from thoughtformer.bench.serving import known, requests
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
 from thoughtformer.bench.timing import Run, seconds_of
@@ -239,4 +240,6 @@ CASES: dict[str, Callable[[Options], Iterator[Record]]] = {
     "packed": packed,
     "compressed": compressed,
     "architectures": architectures,
+    "known": known,
+    "requests": requests,
 }
