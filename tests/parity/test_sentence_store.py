@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from conftest import END, PAD, START, SWITCHES, VOCAB, close, full_logits, random_text, tiny_model
-from thoughtformer.engine.store import FILE, MIB, SentenceStore, StoredSentences, encoder_fingerprint
+from thoughtformer.engine.store import FILE, MIB, SentenceStore, StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.fingerprint import encoder_fingerprint
 
 STORABLE: dict[str, dict[str, object]] = {name: {"visibility": name} for name in ("fast", "hybrid", "hourglass")} | {
     name: changes for name, changes in SWITCHES.items() if changes["visibility"] != "keep_last"

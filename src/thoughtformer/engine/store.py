@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models.fingerprint import encoder_fingerprint, encoder_weights
 
 __all__ = ["ModelStats", "SentenceStore", "StoreStats", "StoredSentences"]
 
@@ -34,10 +35,8 @@ MIB = 1 << 20
 DIGEST_BYTES = 16
 #: Sentences of one query; SQLite takes 32,766 parameters at most.
 QUERY_SENTENCES = 1000
-#: A sentence's last use is noted this coarsely, so that finding seldom writes.
-USE_SECONDS = 600
-#: Uses noted at once.
-NOTED_USES = 4096
+#: A sentence's last use is noted this coarsely, and so many at once, so that finding seldom writes.
+USE_SECONDS, NOTED_USES = 600, 4096
 BUSY_SECONDS = 60.0
 #: Eviction goes on until this part of the limit, so that it comes seldom.
 EVICT_TO = 0.9
@@ -360,40 +359,12 @@ class StoredSentences:
         """Looks whether the weights are those that the fingerprint was taken of."""
         made_by = [
             (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-            for _, weight in _encoder_weights(self.model)
+            for _, weight in encoder_weights(self.model)
         ]
         if made_by != self._made_by:
             self._fingerprint = encoder_fingerprint(self.model)
             self._number = self.store._model_number(self._fingerprint, str(self.model.dtype), self.shape)
             self._made_by = made_by
-
-
-def encoder_fingerprint(model: GPTHFForCausalLM) -> str:
-    """32 hexadecimal digits of all that a sentence's vector depends on: shape, dtype, and every bit of the weights.
-
-    Models that share an encoder share vectors.
-    """
-    config = model.config
-    digest = hashlib.blake2b(digest_size=16)
-    shape = (model.model.sentence_vector_shape, config.layer_shape("encoder"), config.rope_theta, config.rms_norm_eps)
-    digest.update(repr((FORMAT_VERSION, shape, config.num_encoder_layers, str(model.dtype))).encode())
-    for name, weight in _encoder_weights(model):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _encoder_weights(model: GPTHFForCausalLM) -> list[tuple[str, nn.Parameter]]:
-    """All weights that a sentence's vector depends on, by name."""
-    inner = model.model
-    encoder = next(stage for stage in inner.stages if stage.name == "encoder")
-    parts = {"embedding": inner.embed_tokens, "summaries": inner.summary_tokens, "encoder": encoder}
-    return [
-        (f"{part}.{name}", weight)
-        for part, module in parts.items()
-        if module is not None
-        for name, weight in module.named_parameters()
-    ]
 
 
 def _digest(sentence: bytes) -> bytes:

@@ -13,7 +13,6 @@ by plan (nothing held yet) or to the cache.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -27,15 +26,15 @@ from thoughtformer.attention import (
     OwnSentence,
     RowCounters,
     TokenStructure,
-    VisibilityRule,
     body_rule,
     read_structure,
     summaries_of,
 )
-from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
+from thoughtformer.cache import GPTHFCache, StageCache
 from thoughtformer.errors import ContextOverflowError, UnsupportedError
 from thoughtformer.models.configuration_gpthf import GPTHFConfig
 from thoughtformer.models.encoding import Encoded, Encoding
+from thoughtformer.models.holding import HeldStage, cache_bytes, held_stages, most_entries, new_cache
 from thoughtformer.models.layers import Layer, residual_projections
 from thoughtformer.models.outputs import RaggedOutput, SentenceVectors
 from thoughtformer.models.recall import Recalled, SentenceSource, recall
@@ -104,84 +103,27 @@ class GPTHFModel(GPTHFPreTrainedModel):
     def _stage_list(self) -> list[Stage]:
         return cast(list[Stage], list(self.stages))
 
-    def _held_stages(self) -> list[_HeldStage]:
-        """What a cache holds, in its order: the stages' entries, then the decoder's memory."""
-        more = self.config.summaries_per_sentence
-        is_hourglass = self.config.num_decoder_layers > 0
-        per_token = {"encoder": (1, more), "body": (0, more) if is_hourglass else (1, 1), "decoder": (1, 1)}
-        stages = self._stage_list()
-        held = [_HeldStage(stage.name, stage.rule, stage, *per_token[stage.name]) for stage in stages]
-        if is_hourglass:
-            decoder = cast(DecoderStage, stages[-1])
-            held.append(_HeldStage("memory", decoder.memory_rule, decoder, 0, more))
-        return held
+    def _held_stages(self) -> list[HeldStage]:
+        """What a cache holds, in its order."""
+        return held_stages(cast(GPTHFConfig, self.config), self._stage_list())
 
     def new_cache(self, num_rows: int) -> GPTHFCache:
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
-        stages = [
-            StageCache(
-                held.rule,
-                name=held.name,
-                per_token=held.per_token,
-                per_end=held.per_end,
-                num_layers=len(held.stage.layers),
-                num_rows=num_rows,
-                num_kv_heads=held.stage.shape.num_kv_heads,
-                head_dim=held.stage.shape.head_dim,
-                dtype=self.dtype,
-                device=self.device,
-            )
-            for held in self._held_stages()
-        ]
-        return GPTHFCache(stages, num_rows)
+        return new_cache(self._held_stages(), num_rows, dtype=self.dtype, device=self.device)
 
     def cache_bytes(self, longest_row_entries: dict[str, int], num_rows: int, *, reserve_tokens: int = 0) -> int:
         """What `num_bytes()` of a committed cache must be, given each stage's longest row and the reserve.
 
         Stages are `encoder`, `body`, and in an hourglass `decoder` and `memory`.
         """
-        stages = sum(
-            stage_bytes(
-                held.rule,
-                num_layers=len(held.stage.layers),
-                num_rows=num_rows,
-                longest_row_entries=max(longest_row_entries[held.name], reserve_tokens if held.rule.keeps_all else 0),
-                num_kv_heads=held.stage.shape.num_kv_heads,
-                head_dim=held.stage.shape.head_dim,
-                dtype=self.dtype,
-            )
-            for held in self._held_stages()
-        )
-        return stages + num_rows * 8 * 5  # four counters and the token count
+        return cache_bytes(self._held_stages(), longest_row_entries, num_rows, reserve_tokens, self.dtype)
 
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
         """The most entries of each stage that a row holds between steps, once it has read and written so much.
 
         For `cache_bytes`. Of the prompt's sentence ends it knows the number; of new tokens every other may be one.
         """
-        config = self.config
-        closing = (config.sentence_end_token_id, config.bos_token_id)
-        total = len(prompt) + num_new_tokens
-        ends = sum(token in closing for token in prompt) + (num_new_tokens + 1) // 2
-        if config.max_sentence_tokens is None:
-            open_sentence = total
-        else:
-            # A prompt may bring sentences that the model itself wouldn't write.
-            in_prompt = _longest_sentence(prompt, closing)
-            open_sentence = min(max(in_prompt, config.max_sentence_tokens), total)
-        recent = min((config.recent_sentences + 1) * open_sentence, total)
-        most = {
-            "fast": ends,
-            "keep_last": ends + recent,
-            "hybrid": ends + recent,
-            "causal": total,
-        }
-        entries = {
-            "encoder": open_sentence,
-            "body": most[config.body_visibility] * config.summaries_per_sentence,
-            "decoder": recent,
-            "memory": ends * config.summaries_per_sentence,
-        }
+        entries = most_entries(cast(GPTHFConfig, self.config), prompt, num_new_tokens)
         return {held.name: entries[held.name] for held in self._held_stages()}
 
     @property
@@ -423,30 +365,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
             )
 
 
-def _longest_sentence(ids: Sequence[int], closing: Sequence[int | None]) -> int:
-    """Tokens of the longest sentence, its end included."""
-    longest = length = 0
-    for token in ids:
-        length += 1
-        longest = max(longest, length)
-        if token in closing:
-            length = 0
-    return longest
-
-
 def compile_steps(model: nn.Module, *, enabled: bool = True) -> None:
     """Compiles the steps of single rows, stage by stage; the first step then takes many seconds."""
     for part in model.modules():
         if isinstance(part, GPTHFModel):
             part.compiles_steps = enabled
-
-
-@dataclass(frozen=True)
-class _HeldStage:
-    """What a cache holds of a stage: entries of a token, and of a sentence end."""
-
-    name: str
-    rule: VisibilityRule
-    stage: Stage
-    per_token: int
-    per_end: int
