@@ -12,6 +12,7 @@
     │   └── OutputError               a place that can't be written to as asked
     ├── BusyError                     a session with a request under way
     ├── OverloadedError               more requests than may wait; the same one may do later
+    ├── StoppedError                  requests to an engine that works no more
     └── UnsupportedError              a combination that can't be exact, refused instead of approximated
 
 Every message says what was given, which limit it met, and what to change.
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "OverloadedError",
+    "StoppedError",
     "StoreError",
     "ThoughtformerError",
     "TokenizerError",
@@ -86,6 +88,10 @@ class BusyError(ThoughtformerError):
 
 class OverloadedError(ThoughtformerError):
     """More requests wait than may; the same request may do later."""
+
+
+class StoppedError(ThoughtformerError):
+    """The engine has stopped, or failed for good."""
 
 
 class UnsupportedError(ThoughtformerError):

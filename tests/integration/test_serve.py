@@ -174,7 +174,7 @@ def test_openai_clients_see_their_own_errors(client):
 
 
 def test_limits(pair):
-    limits = Limits(max_rows=1, max_waiting=1, max_bytes=100_000)
+    limits = Limits(max_rows=1, max_waiting=1, max_bytes=400_000)
     with serving(pair, limits=limits, max_body_bytes=5000, token="sesame") as running:
         wrong = httpx.Client(base_url=running.url)
         assert wrong.get("/health").status_code == 200
@@ -199,12 +199,18 @@ def test_limits(pair):
         assert chunked.json()["error"]["code"] == "body_too_large"
         answer = post(max_tokens=500)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
-        # Two prompts wait where one may: nothing of the request is begun.
-        answer = post(n=8)
+        # More at once than could ever be in work, and more than may wait just now; nothing of either is begun.
+        answer = post(n=3)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+        params = SamplingParams(max_new_tokens=150, ignore_end_of_text=True)
+        rows = [running.service.scheduler.submit("a", params) for _ in range(2)]
+        answer = post()
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert answer.headers["Retry-After"] == "1"
+        for row in rows:
+            running.service.scheduler.cancel(row)
         running.settle()
-        assert post().status_code == 200
+        assert post(n=2).status_code == 200
         wrong.close()
         http.close()
 

@@ -26,7 +26,7 @@ def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PA
     """One request on a session; the tokens that it wrote."""
     scheduler = Scheduler(sessions.model, sessions.tokenizer)
     session, row = sessions.begin(name, prompt, params)
-    scheduler.enqueue(row)
+    scheduler.enqueue([row])
     while scheduler.has_work:
         scheduler.round()
     sessions.finish(session, row)
@@ -68,7 +68,7 @@ def test_end_of_text_is_no_part_of_a_session(pair):
     sessions = Sessions(model, tokenizer)
     session, row = sessions.begin("a", PAGE[:60], PARAMS)
     scheduler = Scheduler(model, tokenizer)
-    scheduler.enqueue(row)
+    scheduler.enqueue([row])
     scheduler.round()
     row.params = SamplingParams(max_new_tokens=50)
     scheduler.batch.choose = lambda logits, rows: [row.accept(0, 0) for row in rows]  # type: ignore[method-assign]
@@ -92,14 +92,14 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
         sessions.begin("a", " Impatient", PARAMS)
     with pytest.raises(BusyError):
         sessions.delete("a")
-    scheduler.enqueue(row)
+    scheduler.enqueue([row])
     scheduler.round()
     scheduler.cancel(row)
     scheduler.round()
     sessions.finish(session, row)
     # A request that isn't waited for: it goes on with a copy.
     session, row = sessions.begin("a", " Gone", PARAMS)
-    scheduler.enqueue(row)
+    scheduler.enqueue([row])
     scheduler.round()
     sessions.finish(session, row)
     while scheduler.has_work:
@@ -197,7 +197,7 @@ def test_many_sessions_side_by_side():
     scheduler = Scheduler(sessions.model, sessions.tokenizer)
     begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
     for _, row in begun:
-        scheduler.enqueue(row)
+        scheduler.enqueue([row])
     while scheduler.has_work:
         scheduler.round()
     for session, row in begun:
@@ -207,7 +207,7 @@ def test_many_sessions_side_by_side():
         assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), prose(80, seed=number))
     again = [sessions.begin(str(number), " Yes", PARAMS) for number in range(5)]
     for _, row in again:
-        scheduler.enqueue(row)
+        scheduler.enqueue([row])
     while scheduler.has_work:
         scheduler.round()
     for number, (_, row) in enumerate(again):

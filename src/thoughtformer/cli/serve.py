@@ -67,37 +67,42 @@ def serve(
             f"--host {host} lets other machines in: set {TOKEN_VARIABLE} to a bearer token that they must send, or "
             "listen at 127.0.0.1."
         )
-    body_bytes, session_bytes = parse_size(max_body_size), parse_size(session_size)
+    body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
     limits = Limits(
         max_rows=max_rows,
-        max_bytes=parse_size(max_cache_size),
+        max_bytes=parse_size(max_cache_size, "--max-cache-size"),
         max_waiting=max_waiting,
         max_prefill_tokens=max_prefill_tokens,
     )
     settings = ServeSettings(
-        model_name=name or Path(model).name,
+        model_name=name or Path(model).resolve().name,
         token=token,
         max_body_bytes=body_bytes,
         max_new_tokens=max_new_tokens,
         request_seconds=request_seconds,
+        allowed_hosts=("127.0.0.1", "localhost") if token is None and host != "::1" else (),
     )
     set_threads(threads)
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
-    opened = None if store is None else SentenceStore(store, max_bytes=parse_size(store_size))
+    opened = (
+        None
+        if store is None
+        else SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
+    )
     try:
         scheduler = Scheduler(
             loaded,
             tokenizer,
             limits,
-            sentences=None if opened is None else opened.of(loaded),
+            sentences=None if opened is None else opened.of(loaded, is_strict=False),
             compile=compile,
         )
         kept = Sessions(loaded, tokenizer, folder=sessions, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
-        uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+        uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
     finally:
         if opened is not None:
             opened.close()

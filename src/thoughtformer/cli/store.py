@@ -39,13 +39,13 @@ UNITS = {
 }
 
 
-def parse_size(text: str | None) -> int | None:
+def parse_size(text: str | None, option: str = "--max-size") -> int | None:
     """Bytes of `500MB` or `8GiB`; raises `InputError`."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|b)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise InputError(f"--max-size {text!r} is no size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB.")
+        raise InputError(f"{option} {text!r} is no size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB.")
     return int(float(match[1]) * UNITS[(match[2] or "").upper()])
 
 

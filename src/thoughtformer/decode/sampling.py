@@ -54,11 +54,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, is_valid, needed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-4, "0 (greedy), or 0.0001 or more"),
             ("top_k", self.top_k is None or self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             ("seed", 0 <= self.seed < 1 << 63, "at least 0 and below 2**63"),
         ):
             if not is_valid:

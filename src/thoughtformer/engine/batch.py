@@ -41,7 +41,8 @@ class Batch:
 
     def num_bytes(self) -> int:
         """Held by the rows."""
-        return 0 if self.cache is None else self.cache.num_bytes()
+        cache = self.cache  # once: another thread may ask while the last row leaves
+        return 0 if cache is None else cache.num_bytes()
 
     def most_bytes(self, rows: Sequence[Row]) -> int:
         """What these rows may come to hold together, between steps."""
@@ -111,7 +112,12 @@ class Batch:
         likeliest = logits.argmax(-1).tolist()
         events = []
         for index, row in enumerate(rows):
-            token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
+            try:
+                token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
+            except RuntimeError as error:  # no distribution to draw from: this row's affair alone
+                row.error = error
+                events.append(row.end("error"))
+                continue
             event = row.accept(token, end_of_text)
             events.append(replace(event, context=self.context_of(row)) if row.wants_context else event)
         return events
@@ -154,8 +160,9 @@ class Batch:
         for index, row in enumerate(self.rows):
             if row.finish_reason is not None:
                 row.cache_bytes = num_bytes
-                if row.keeps_cache:
+                if row.keeps_cache and row.finish_reason in ("end_of_text", "stop_string", "length"):
                     row.held = self.cache.fork_rows(torch.tensor([index]))
+                    row.held.reserve(0)
         self.rows = [self.rows[index] for index in writing]
         if self.rows:
             self.cache.select(torch.tensor(writing))

@@ -85,8 +85,7 @@ class Engine:
             pack=self.pack,
             compile=self.compile,
         )
-        for row in rows:
-            scheduler.enqueue(row)
+        scheduler.enqueue(rows)
         while scheduler.has_work:
             yield from scheduler.round()
             failed = next((row.error for row in rows if row.error is not None), None)

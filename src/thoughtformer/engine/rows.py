@@ -100,6 +100,7 @@ class Row:
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
+        is_told: its last event has been told.
         wants_context: its events say what it holds.
         on_event: told of every event of this row, in the scheduler's thread.
     """
@@ -120,6 +121,7 @@ class Row:
     held: GPTHFCache | None = None
     keeps_cache: bool = False
     is_cancelled: bool = False
+    is_told: bool = False
     error: BaseException | None = None
     finish_reason: FinishReason | None = None
     submitted: float = field(default_factory=time.perf_counter)

@@ -20,7 +20,7 @@ from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
 from thoughtformer.engine.store import StoredSentences
-from thoughtformer.errors import ConfigError, OverloadedError, TooLargeError
+from thoughtformer.errors import ConfigError, OverloadedError, StoppedError, TooLargeError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.text import SentenceTokenizer
 
@@ -101,6 +101,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._next_number = 0
+        self.is_closed = False
         self._rounds = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._finished: dict[FinishReason, int] = {}
 
@@ -126,32 +127,43 @@ class Scheduler:
             InputError, ContextOverflowError: a prompt that can't be; see `make_row`.
             TooLargeError: it would never fit `max_bytes`.
             OverloadedError: `max_waiting` requests wait already.
+            StoppedError: nothing is worked on any more.
         """
         row = self.prepare(prompt, params or SamplingParams())
         row.client, row.on_event = client, on_event
         if deadline_seconds is not None:
             row.deadline = time.monotonic() + deadline_seconds
-        self.enqueue(row)
+        self.enqueue([row])
         return row
 
     def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Row:
         """A row to `enqueue`; arguments and errors as in `submit`."""
         return make_row(self.model, self.tokenizer, prompt, params, number=self.next_number())
 
-    def enqueue(self, row: Row) -> None:
-        """Takes on a row; raises as `submit` does."""
+    def enqueue(self, rows: Sequence[Row]) -> None:
+        """Takes on all rows of a request, or none; raises as `submit` does."""
         limits = self.limits
-        if limits.max_bytes is not None and (needed := self.batch.most_bytes([row])) > limits.max_bytes:
-            raise TooLargeError(
-                f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
-                f"{needed} bytes, but all requests together may hold {limits.max_bytes}. Shorten the prompt or lower "
-                "max_new_tokens."
-            )
+        for row in rows:
+            if limits.max_bytes is not None and (needed := self.batch.most_bytes([row])) > limits.max_bytes:
+                raise TooLargeError(
+                    f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
+                    f"{needed} bytes, but all requests together may hold {limits.max_bytes}. Shorten the prompt or "
+                    "lower max_new_tokens."
+                )
+        most = None if limits.max_waiting is None else limits.max_waiting + limits.max_rows
+        if most is not None and len(rows) > most:
+            raise TooLargeError(f"{len(rows)} completions at once, but {most} may be in work: ask for fewer.")
         with self._work:
+            if self.is_closed:
+                raise StoppedError("the engine has stopped; nothing is worked on any more.")
             waiting = sum(map(len, self._waiting.values()))
-            if limits.max_waiting is not None and waiting >= limits.max_waiting:
-                raise OverloadedError(f"{waiting} requests wait already, and no more may: try again later.")
-            self._waiting.setdefault(row.client, deque()).append(row)
+            free = max(0, limits.max_rows - len(self.batch.rows) - len(self._reading))
+            if limits.max_waiting is not None and waiting + len(rows) > limits.max_waiting + free:
+                raise OverloadedError(
+                    f"{waiting} requests wait already, and no more than {limits.max_waiting} may: try again later."
+                )
+            for row in rows:
+                self._waiting.setdefault(row.client, deque()).append(row)
             self._work.notify()
 
     def cancel(self, row: Row) -> None:
@@ -160,9 +172,10 @@ class Scheduler:
             row.is_cancelled = True
             self._work.notify()
 
-    def cancel_all(self) -> None:
-        """Ends every request at once; only where no round is under way."""
+    def close(self) -> None:
+        """Ends every request at once and takes on no more; only where no round is under way."""
         with self._work:
+            self.is_closed = True
             for row in [*(row for queue in self._waiting.values() for row in queue), *self._reading, *self.batch.rows]:
                 row.is_cancelled = True
         self._drop()
@@ -203,8 +216,9 @@ class Scheduler:
         that wait go on waiting.
         """
         self._rounds += 1
-        events = self._drop()
+        events: list[StreamEvent] = []
         try:
+            events += self._drop()
             events += self._read()
             if self.batch.rows:
                 events += self._accept(self.batch.step(), self.batch.rows)
@@ -228,6 +242,7 @@ class Scheduler:
             if event.token is not None:
                 self._new_tokens += 1
             if event.finish_reason is not None:
+                row.is_told = True
                 self._finished[event.finish_reason] = self._finished.get(event.finish_reason, 0) + 1
             if row.on_event is not None:
                 row.on_event(event)
@@ -296,12 +311,21 @@ class Scheduler:
                 together.append(row)
         events: list[StreamEvent] = []
         if together:
-            events += self._join(together, *self.batch.read(together))
-        left = most or 0
+            try:
+                logits, cache = self.batch.read(together)
+            except Exception as error:  # those already in the batch are not touched by it
+                events += self._fail_rows(together, error)
+            else:
+                events += self._join(together, logits, cache)
+        left = 0 if most is None else max(left, most // 4)  # something, however many short ones there are
         for row in apart:
             piece = self._piece(row, None if most is None else left)
             left -= piece
-            logits = self.batch.read_piece(row, piece)
+            try:
+                logits = self.batch.read_piece(row, piece)
+            except Exception as error:
+                events += self._fail_rows([row], error)
+                continue
             if row.num_read == len(row.ids):
                 assert row.held is not None
                 events += self._join([row], logits, row.held)
@@ -336,11 +360,16 @@ class Scheduler:
     def _fail(self, error: Exception) -> list[StreamEvent]:
         """Ends all requests in work: what they hold may be half written."""
         with self._lock:
-            rows = [*self.batch.clear(), *self._reading]
-            self._reading = []
+            reading = list(self._reading)
+        return self._fail_rows([*self.batch.clear(), *reading], error)
+
+    def _fail_rows(self, rows: Sequence[Row], error: Exception) -> list[StreamEvent]:
+        """Ends these requests; also those whose last token was chosen, but not told."""
+        with self._lock:
+            self._reading = [row for row in self._reading if row not in rows]
         ended = []
         for row in rows:
             row.error, row.held = error, None
-            if row.finish_reason is None:
+            if not row.is_told:
                 ended.append((row, row.end("error")))
         return self._tell(ended)

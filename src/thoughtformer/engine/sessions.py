@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.rows import Row, make_row
 from thoughtformer.errors import BusyError, CheckpointError, OutputError
-from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.writing import new_file
 from thoughtformer.text import SentenceTokenizer
@@ -34,6 +36,10 @@ __all__ = ["Session", "Sessions"]
 FORMAT_VERSION = 1
 SUFFIX = ".session"
 MANIFEST = "thoughtformer_session"
+#: Keys of the configuration that change nothing in what is held.
+UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type", "keys_to_ignore_at_inference")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -93,6 +99,7 @@ class Sessions:
         self.idle_seconds = idle_seconds
         self._lock = threading.RLock()
         self._held: OrderedDict[str, Session] = OrderedDict()
+        self.failures = 0
         self._fingerprint = fingerprint(model)
         if folder is not None:
             try:
@@ -109,9 +116,17 @@ class Sessions:
         return key in self._held or (file is not None and file.exists())
 
     def begin(
-        self, name: str, prompt: str | Sequence[int], params: SamplingParams, *, number: int = 0
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        number: int = 0,
+        closes_sentence: bool = False,
     ) -> tuple[Session, Row]:
         """A row that goes on from the named session with `prompt`, text or ids; end it with `finish`.
+
+        With `closes_sentence` the session's open sentence ends before the prompt, as a turn of a conversation does.
 
         Raises:
             BusyError: another request on the session is under way.
@@ -127,6 +142,9 @@ class Sessions:
                 new = self.tokenizer.encode_document(prompt, complete=False, start=not session.ids).tolist()
             else:
                 new = list(prompt)
+            end, start = self.model.config.sentence_end_token_id, self.model.config.bos_token_id
+            if closes_sentence and session.ids and end is not None and session.ids[-1] not in (end, start):
+                new = [end, *new]
             row = make_row(self.model, self.tokenizer, [*session.ids, *new], params, number=number)
             if session.cache is not None and row.num_prompt_tokens > session.num_read:
                 # A copy: a request that fails leaves the session as it was.
@@ -170,7 +188,10 @@ class Sessions:
             file = self._file(key)
             existed = self._held.pop(key, None) is not None or (file is not None and file.exists())
             if file is not None:
-                file.unlink(missing_ok=True)
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    raise OutputError(f"can't remove {file}: {error.strerror or error}.") from None
         return existed
 
     def num_bytes(self) -> int:
@@ -191,10 +212,10 @@ class Sessions:
                     self._let_go(session)
 
     def close(self) -> None:
-        """Saves all that aren't saved."""
+        """Saves all that aren't saved; busy ones as they were before the request under way."""
         with self._lock:
             for session in list(self._held.values()):
-                if not session.is_busy and self.folder is not None:
+                if self.folder is not None:
                     self._let_go(session)
 
     def _make_room(self) -> None:
@@ -205,8 +226,14 @@ class Sessions:
                 self._let_go(session)
 
     def _let_go(self, session: Session) -> None:
+        """Out of memory, if it is safe on disk; what can't be saved stays, and the log says so."""
         if not session.is_saved:
-            self._save(session)
+            try:
+                self._save(session)
+            except OutputError as error:
+                self.failures += 1
+                logger.error("a session stays in memory: %s", error)
+                return
         del self._held[session.key]
 
     def _file(self, key: str) -> Path | None:
@@ -216,9 +243,14 @@ class Sessions:
         file = self._file(session.key)
         if file is None or session.cache is None:
             return
-        manifest = {"version": FORMAT_VERSION, "model": self._identity(), "num_read": session.num_read}
         tensors = session.cache.saved() | {"ids": torch.tensor(session.ids, dtype=torch.int32)}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        manifest = {
+            "version": FORMAT_VERSION,
+            "model": self._identity(),
+            "num_read": session.num_read,
+            "digest": _digest(tensors),
+        }
         with new_file(file, replace=True) as draft:
             # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
             draft.write_bytes(save(tensors, metadata={MANIFEST: json.dumps(manifest)}))
@@ -240,10 +272,12 @@ class Sessions:
                     f"session {file} is of model {manifest['model']}, not {self._identity()}: delete it, or serve "
                     "that model."
                 )
+            if manifest["digest"] != _digest(held):
+                raise ValueError("its checksum is wrong")
             cache = self.model.new_cache(1)
             cache.restore_saved(held)
             session.ids, session.num_read, session.cache = held["ids"].tolist(), int(manifest["num_read"]), cache
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"session {file} is damaged ({error}): delete it.") from error
@@ -251,7 +285,20 @@ class Sessions:
         return session
 
     def _identity(self) -> str:
-        return f"{self._fingerprint} {str(self.model.dtype).removeprefix('torch.')}"
+        """Of the weights, and of all that says how they are used."""
+        config = self.model.config
+        shape = {name: getattr(config, name) for name in sorted(GPTHFConfig.__annotations__) if name not in UNNAMED}
+        digest = hashlib.blake2b(json.dumps(shape, default=str).encode(), digest_size=8).hexdigest()
+        return f"{self._fingerprint}-{digest} {str(self.model.dtype).removeprefix('torch.')}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and every value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(name: str) -> str:

@@ -8,6 +8,7 @@ ids, in the model's own dtype, with a checksum each.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sqlite3
 import threading
@@ -28,6 +29,8 @@ from thoughtformer.models.fingerprint import encoder_fingerprint, encoder_weight
 
 __all__ = ["ModelStats", "SentenceStore", "StoreStats", "StoredSentences"]
 
+logger = logging.getLogger(__name__)
+
 #: Raise when what is stored changes.
 FORMAT_VERSION = 1
 FILE = "sentences.sqlite"
@@ -43,7 +46,7 @@ EVICT_TO = 0.9
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS models (
-    number INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT UNIQUE NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS sentences (
     model INTEGER NOT NULL, digest BLOB NOT NULL, used INTEGER NOT NULL, checksum INTEGER NOT NULL, vector BLOB NOT NULL
@@ -82,6 +85,7 @@ class SentenceStore:
     Args:
         folder: made if it isn't there.
         max_bytes: the least recently used sentences go when the store would use more; None: no limit.
+        busy_seconds: how long to wait for another process that writes.
 
     Raises:
         ConfigError: a limit below 1 MiB.
@@ -89,11 +93,12 @@ class SentenceStore:
         StoreError: what is there is no sentence store, or one of another format.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, max_bytes: int | None = None, busy_seconds: float = BUSY_SECONDS) -> None:
         if max_bytes is not None and max_bytes < MIB:
             raise ConfigError(f"max_bytes={max_bytes} is less than an empty store needs: give {MIB} (1 MiB) or more.")
         self.folder = Path(folder)
         self.max_bytes = max_bytes
+        self.busy_seconds = busy_seconds
         self._lock = threading.RLock()
         self._uses: dict[tuple[int, bytes], int] = {}
         self._process = os.getpid()
@@ -114,13 +119,17 @@ class SentenceStore:
         """Where everything is; beside it SQLite keeps what isn't merged yet."""
         return self.folder / FILE
 
-    def of(self, model: GPTHFForCausalLM) -> StoredSentences:
+    def of(self, model: GPTHFForCausalLM, *, is_strict: bool = True) -> StoredSentences:
         """The part of the store that is `model`'s, as the model's forward pass takes it.
+
+        Args:
+            is_strict: where the store can't be used, raise `OutputError` or `StoreError`; else its sentences count as
+                unknown, which costs time alone, and the log says so.
 
         Raises:
             UnsupportedError: the model has no vectors of sentences that could be kept.
         """
-        return StoredSentences(self, model)
+        return StoredSentences(self, model, is_strict=is_strict)
 
     def stats(self) -> StoreStats:
         """What is held."""
@@ -196,7 +205,9 @@ class SentenceStore:
     def _open(self) -> sqlite3.Connection:
         with self._told():
             # Autocommit: transactions are begun by hand, and shared by threads under a lock.
-            connection = sqlite3.connect(self.file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                self.file, timeout=self.busy_seconds, isolation_level=None, check_same_thread=False
+            )
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
                 # A power cut may take the last transactions, but leaves a whole file.
@@ -266,16 +277,7 @@ class SentenceStore:
         )
         self._uses = {}
 
-    def _model_number(self, fingerprint: str, dtype: str, shape: tuple[int, ...]) -> int:
-        with self._writing() as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO models (fingerprint, dtype, shape) VALUES (?, ?, ?)",
-                (fingerprint, dtype, str(shape)),
-            )
-            (number,) = connection.execute("SELECT number FROM models WHERE fingerprint = ?", (fingerprint,)).fetchone()
-        return number
-
-    def _find(self, model: int, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+    def _find(self, fingerprint: str, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         """Vectors by digest; a damaged one is as if it weren't there."""
         found: dict[bytes, bytes] = {}
         now = _now()
@@ -283,25 +285,29 @@ class SentenceStore:
             for first in range(0, len(digests), QUERY_SENTENCES):
                 part = digests[first : first + QUERY_SENTENCES]
                 marks = ",".join("?" * len(part))
+                # The model is looked up each time: another process may have removed it.
                 rows = connection.execute(
-                    f"SELECT digest, vector, checksum, used FROM sentences WHERE model = ? AND digest IN ({marks})",
-                    (model, *part),
+                    "SELECT model, digest, vector, checksum, used FROM sentences WHERE "
+                    f"model = (SELECT number FROM models WHERE fingerprint = ?) AND digest IN ({marks})",
+                    (fingerprint, *part),
                 )
-                for digest, vector, checksum, used in rows:
+                for model, digest, vector, checksum, used in rows:
                     if _checksum(digest, vector) != checksum:
                         continue
                     found[digest] = vector
-                    if used != now:
-                        self._uses[model, digest] = now
-            if len(self._uses) >= NOTED_USES:
-                with self._writing():
-                    self._note_uses(connection)
+                    if used != now and len(self._uses) < NOTED_USES:
+                        self._uses[model, digest] = now  # written with the next sentences, or at the end
         return found
 
-    def _add(self, model: int, vectors: dict[bytes, bytes]) -> None:
+    def _add(self, fingerprint: str, dtype: str, shape: tuple[int, ...], vectors: dict[bytes, bytes]) -> None:
         now = _now()
         with self._writing() as connection:
             self._note_uses(connection)
+            connection.execute(
+                "INSERT OR IGNORE INTO models (fingerprint, dtype, shape) VALUES (?, ?, ?)",
+                (fingerprint, dtype, str(shape)),
+            )
+            (model,) = connection.execute("SELECT number FROM models WHERE fingerprint = ?", (fingerprint,)).fetchone()
             connection.executemany(
                 "INSERT OR REPLACE INTO sentences (model, digest, used, checksum, vector) VALUES (?, ?, ?, ?, ?)",
                 [(model, digest, now, _checksum(digest, vector), vector) for digest, vector in vectors.items()],
@@ -317,14 +323,16 @@ class StoredSentences:
     found any more. Counts `hits` and `misses`, in sentences.
     """
 
-    def __init__(self, store: SentenceStore, model: GPTHFForCausalLM) -> None:
+    def __init__(self, store: SentenceStore, model: GPTHFForCausalLM, *, is_strict: bool = True) -> None:
         self.store = store
         self.model = model
+        self.is_strict = is_strict
         self.shape = model.model.sentence_vector_shape
         self.hits = 0
         self.misses = 0
+        self.failures = 0
         self._made_by: list[tuple[int, int, torch.dtype, torch.device]] | None = None
-        self._number = 0
+        self._some_values: list[Tensor] = []
         self._fingerprint = ""
 
     @property
@@ -337,7 +345,9 @@ class StoredSentences:
         """See `SentenceSource`."""
         self._follow()
         digests = [_digest(sentence) for sentence in sentences]
-        vectors = self.store._find(self._number, list(dict.fromkeys(digests)))
+        vectors: dict[bytes, bytes] = {}
+        with self._tolerant():
+            vectors = self.store._find(self._fingerprint, list(dict.fromkeys(digests)))
         found = [number for number, digest in enumerate(digests) if digest in vectors]
         self.hits += len(found)
         self.misses += len(digests) - len(found)
@@ -350,21 +360,38 @@ class StoredSentences:
         """See `SentenceSource`."""
         self._follow()
         flat = vectors.detach().to("cpu", self.model.dtype).reshape(len(sentences), -1).contiguous().view(torch.uint8)
-        self.store._add(
-            self._number,
-            {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)},
-        )
+        kept = {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)}
+        with self._tolerant():
+            self.store._add(self._fingerprint, str(self.model.dtype), self.shape, kept)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except (OutputError, StoreError) as error:
+            if self.is_strict:
+                raise
+            self.failures += 1
+            logger.warning("sentences are read anew: %s", error)
 
     def _follow(self) -> None:
         """Looks whether the weights are those that the fingerprint was taken of."""
+        weights = [weight for _, weight in encoder_weights(self.model)]
         made_by = [
-            (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-            for _, weight in encoder_weights(self.model)
+            (weight.data_ptr(), -1 if weight.is_inference() else weight._version, weight.dtype, weight.device)
+            for weight in weights
         ]
-        if made_by != self._made_by:
+        # Versions don't tell of what is written through `.data`, as adapters are merged; values from all over do.
+        values = [_some_values(weight) for weight in weights]
+        if made_by != self._made_by or not all(map(torch.equal, values, self._some_values)):
             self._fingerprint = encoder_fingerprint(self.model)
-            self._number = self.store._model_number(self._fingerprint, str(self.model.dtype), self.shape)
-            self._made_by = made_by
+            self._made_by, self._some_values = made_by, [value.clone() for value in values]
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    """At most some hundreds of a weight's values, from all over it."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 257)]
 
 
 def _digest(sentence: bytes) -> bytes:

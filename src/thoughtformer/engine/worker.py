@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
-from collections.abc import Callable
 
 from thoughtformer.engine.rows import Row
 from thoughtformer.engine.scheduler import Scheduler
 
 __all__ = ["Worker"]
 
-IDLE_SECONDS = 1.0
+logger = logging.getLogger(__name__)
+
+#: How long a stop may go unnoticed.
+IDLE_SECONDS = 0.5
 
 
 class Worker:
     """Runs a scheduler until it is stopped; use it as a context manager.
 
     Args:
-        scheduler: whose rounds are run.
-        on_idle: called about once a second, in the worker's thread.
+        scheduler: whose rounds are run; it takes on nothing more once the worker has ended.
     """
 
-    def __init__(self, scheduler: Scheduler, *, on_idle: Callable[[], None] | None = None) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.on_idle = on_idle
         self.error: BaseException | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="thoughtformer-worker", daemon=True)
@@ -49,22 +49,21 @@ class Worker:
         """Ends after the round under way; requests still in work end as cancelled."""
         self._stopping.set()
         self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.error("a round takes longer than %g seconds: its requests are left to it", timeout)
 
     def cancel(self, row: Row) -> None:
         """See `Scheduler.cancel`."""
         self.scheduler.cancel(row)
 
     def _run(self) -> None:
-        idle = time.monotonic()
         try:
             while not self._stopping.is_set():
                 if self.scheduler.wait_for_work(IDLE_SECONDS):
                     self.scheduler.round()
-                if self.on_idle is not None and time.monotonic() - idle >= IDLE_SECONDS:
-                    self.on_idle()
-                    idle = time.monotonic()
         except BaseException as error:
             self.error = error
+            logger.exception("the engine's thread has ended")
             raise
         finally:
-            self.scheduler.cancel_all()
+            self.scheduler.close()

@@ -57,6 +57,8 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     draft = out.with_name(f".{out.name}.writing-{os.getpid()}-{threading.get_ident()}")
     try:
         yield draft
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut might leave the name with nothing behind it
         draft.replace(out)
     except OSError as error:
         raise OutputError(f"couldn't write {out}: {error}") from error

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from thoughtformer.errors import ThoughtformerError
@@ -55,9 +56,11 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        saving = asyncio.create_task(service.save_idle())
         try:
             yield
         finally:
+            saving.cancel()
             await asyncio.to_thread(service.stop)
 
     app = FastAPI(title="Thoughtformer", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -66,6 +69,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.token is not None:
         app.add_middleware(BearerToken, token=settings.token)
+    if settings.allowed_hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts))
     _tell_errors(app)
     model = {"id": settings.model_name, "object": "model", "created": service.created, "owned_by": "thoughtformer"}
 
@@ -79,7 +84,8 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await asyncio.to_thread(metrics.text)  # it may have to wait for sessions being saved
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> dict[str, Any]:
@@ -111,7 +117,8 @@ def create_app(service: Service) -> FastAPI:
     async def answer(body: GenerationRequest, request: Request, *, is_chat: bool) -> Response:
         if body.model != settings.model_name:
             return _unknown_model(body.model, settings.model_name)
-        generation = await service.begin(body)
+        peer = request.client.host if request.client is not None else ""
+        generation = await service.begin(body, client=f"{peer} {body.user}" if isinstance(body.user, str) else peer)
         shape = Shape(
             identity=f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             created=int(time.time()),

@@ -14,6 +14,7 @@ from thoughtformer.errors import (
     InputError,
     OutputError,
     OverloadedError,
+    StoppedError,
     StoreError,
     ThoughtformerError,
     TooLargeError,
@@ -25,6 +26,7 @@ __all__ = ["error_body", "error_response", "response_of"]
 #: The first that fits counts: (exception, status, code).
 STATUSES: tuple[tuple[type[ThoughtformerError], int, str], ...] = (
     (OverloadedError, 429, "overloaded"),
+    (StoppedError, 503, "stopped"),
     (BusyError, 409, "session_busy"),
     (CheckpointError, 409, "session_unusable"),
     (ContextOverflowError, 400, "context_length_exceeded"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from thoughtformer.serve.errors import error_response
@@ -36,12 +37,14 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal seen, is_over
+            if is_over:
+                return {"type": "http.disconnect"}
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.max_bytes:
                 is_over = True
-                # What follows isn't read: for the application the body ends here, and its answer is dropped.
-                return {"type": "http.request", "body": b"", "more_body": False}
+                # For the application the client is gone: it gives up, and what it answers is dropped.
+                return {"type": "http.disconnect"}
             return message
 
         async def answered(message: Message) -> None:
@@ -50,7 +53,11 @@ class BodyLimit:
                 has_begun = True
                 await send(message)
 
-        await self.app(scope, counted, answered)
+        try:
+            await self.app(scope, counted, answered)
+        except ClientDisconnect:
+            if not is_over:
+                raise
         if is_over and not has_begun:
             await refusal(scope, receive, send)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message"]
 
-#: Keys of OpenAI's API that are taken at the value that means "off", and refused otherwise.
+#: Keys of OpenAI's API that are taken at the values that mean "off", and refused otherwise.
 OFF: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
     "suffix": (None, ""),
     "tools": (None, []),
     "tool_choice": (None, "none"),
@@ -26,6 +26,8 @@ OFF: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "store", "metadata", "service_tier")
 
 Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
+#: Wrong values are told of one by one: a long list of them must not become a long list of errors.
+Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -41,9 +43,8 @@ class StreamOptions(_Strict):
 class Message(_Strict):
     """One turn of a conversation; `content` is text, or parts of text."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, str]]
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[dict[str, str]], Field(fail_fast=True, max_length=1024)]
 
     @property
     def text(self) -> str:
@@ -102,10 +103,13 @@ class GenerationRequest(_Strict):
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:
         for name, values in OFF.items():
-            if getattr(self, name) not in values:
+            value = getattr(self, name)
+            if not any(type(value) is type(off) and value == off for off in values):  # 0 is not False here
                 raise ValueError(f"{name} is not supported: leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.return_context and not self.stream:
+            raise ValueError("return_context needs stream=true")
         if self.session is not None and self.number_of_choices > 1:
             raise ValueError("a session takes one completion at a time: leave n out")
         stops = self.stop_strings
@@ -129,7 +133,7 @@ class GenerationRequest(_Strict):
 class CompletionRequest(GenerationRequest):
     """Text to go on with: one or several prompts, as text or as token ids."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(strict=True)]] | list[list[Annotated[int, Field(strict=True)]]]
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     max_tokens: Count | None = None
 
     @property
@@ -145,6 +149,12 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """A conversation to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one")
+        return self

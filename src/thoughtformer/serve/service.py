@@ -35,6 +35,8 @@ class ServeSettings:
         max_new_tokens: that one completion may ask for.
         default_new_tokens: of a chat that doesn't say.
         request_seconds: a request that takes longer ends with 504.
+        allowed_hosts: names by which the server may be called; none: any. Without a token, a page of another origin
+            could otherwise reach it by a name that it made to mean this machine.
     """
 
     model_name: str
@@ -44,6 +46,7 @@ class ServeSettings:
     max_new_tokens: int = 4096
     default_new_tokens: int = 256
     request_seconds: float = 600.0
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class Service:
@@ -59,10 +62,16 @@ class Service:
         self.scheduler = scheduler
         self.sessions = sessions
         self.settings = settings
-        self.worker = Worker(scheduler, on_idle=sessions.save_idle)
+        self.worker = Worker(scheduler)
         self.created = int(time.time())
         # One thread: the tokenizer's settings are no two threads' business.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="thoughtformer-prepare")
+
+    @property
+    def store_failures(self) -> int:
+        """How often the sentence store couldn't be used."""
+        sentences = self.scheduler.batch.sentences
+        return 0 if sentences is None else sentences.failures
 
     @property
     def tokenizer(self) -> SentenceTokenizer:
@@ -83,21 +92,27 @@ class Service:
         """What `work` returns, done beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
-    async def begin(self, request: GenerationRequest) -> Generation:
-        """Takes on a request; iterate over it, and close it whatever happens.
+    async def save_idle(self) -> None:
+        """Lets go of idle sessions now and then, for ever."""
+        while True:
+            await asyncio.sleep(1.0)
+            await self.prepared(self.sessions.save_idle)
+
+    async def begin(self, request: GenerationRequest, *, client: str = "") -> Generation:
+        """Takes on a request; iterate over it, and close it whatever happens. Clients take turns.
 
         Raises:
             ThoughtformerError: what can't be taken on; nothing of it is then.
         """
         generation = Generation(self, asyncio.get_running_loop())
         try:
-            await self.prepared(lambda: self._submit(request, generation))
+            await self.prepared(lambda: self._submit(request, generation, client))
         except BaseException:
             await generation.close()
             raise
         return generation
 
-    def _submit(self, request: GenerationRequest, generation: Generation) -> None:
+    def _submit(self, request: GenerationRequest, generation: Generation, client: str) -> None:
         settings = self.settings
         if isinstance(request, CompletionRequest):
             new_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
@@ -124,20 +139,28 @@ class Service:
             prompt = prompts[index // request.number_of_choices]
             # Choices of one prompt differ; those of different prompts needn't.
             own = replace(params, seed=(params.seed + index % request.number_of_choices) % (1 << 63))
-            self._enqueue(prompt, own, request, generation)
+            self._prepare(prompt, own, request, generation)
+        for row in generation.rows:
+            row.client = client
+        self.scheduler.enqueue(generation.rows)
 
-    def _enqueue(
+    def _prepare(
         self, prompt: str | list[int], params: SamplingParams, request: GenerationRequest, generation: Generation
     ) -> None:
         session = None
         if request.session is None:
             row = self.scheduler.prepare(prompt, params)
         else:
-            session, row = self.sessions.begin(request.session, prompt, params, number=self.scheduler.next_number())
+            session, row = self.sessions.begin(
+                request.session,
+                prompt,
+                params,
+                number=self.scheduler.next_number(),
+                closes_sentence=isinstance(request, ChatRequest),
+            )
         generation.add(row, session)
         row.wants_context = request.return_context
         row.deadline = time.monotonic() + self.settings.request_seconds
-        self.scheduler.enqueue(row)
 
     def sentences_of(self, row: Row) -> tuple[list[str], str]:
         """A prompt's closed sentences, and the open one, as text."""

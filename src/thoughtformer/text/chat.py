@@ -41,14 +41,21 @@ def encode_chat(
     except Exception as error:  # templates are programs, and raise what they like
         raise InputError(f"the chat template refuses these messages: {error}") from None
     ids: list[int] = []
+    written: list[int] = []
     # Template and messages in turns: split keeps the captured number of the message in between.
     parts = re.split(f"\ue000{name}:(\\d+)\ue001", str(rendered))
     for index, part in enumerate(parts):
         if index % 2:
+            written.append(int(part))
             content = messages[int(part)]["content"]
             ids += tokenizer.encode_document(content, complete=True, start=False).tolist()
         elif part:
             ids += _template_ids(tokenizer, part)
+    if sorted(written) != list(range(len(messages))):
+        raise InputError(
+            f"the chat template writes messages {sorted(written)} of {len(messages)}: it leaves some out, or changes "
+            "them."
+        )
     document_start = tokenizer.start_token_id
     if ids[:1] == [document_start]:
         ids = ids[1:]
