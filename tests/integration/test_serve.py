@@ -174,7 +174,7 @@ def test_openai_clients_see_their_own_errors(client):
 
 
 def test_limits(pair):
-    limits = Limits(max_rows=1, max_waiting=1, max_bytes=400_000)
+    limits = Limits(max_rows=1, max_waiting=1, max_bytes=250_000)
     with serving(pair, limits=limits, max_body_bytes=5000, token="sesame") as running:
         wrong = httpx.Client(base_url=running.url)
         assert wrong.get("/health").status_code == 200
