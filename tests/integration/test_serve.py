@@ -16,6 +16,7 @@ from serving import serving
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, SentenceStore
 
+JSON = {"Content-Type": "application/json"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -197,6 +198,11 @@ def test_limits(pair):
         chunked = http.post("/v1/completions", content=iter([b"x" * 3000] * 3))
         assert chunked.status_code == 413
         assert chunked.json()["error"]["code"] == "body_too_large"
+        # A first piece that is a whole request: nothing of it is begun.
+        whole = b'{"model": "tiny", "prompt": "a", "max_tokens": 5}'
+        chunked = http.post("/v1/completions", content=iter([whole + b" " * 3000, b" " * 3000]), headers=JSON)
+        assert chunked.status_code == 413
+        assert running.service.scheduler.stats().prompt_tokens == 0
         answer = post(max_tokens=500)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
         # More at once than could ever be in work, and more than may wait just now; nothing of either is begun.

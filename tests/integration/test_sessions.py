@@ -144,7 +144,13 @@ def test_what_cannot_be_used_is_refused(tmp_path):
         turn(Sessions(other, tokenizer, folder=tmp_path), "a", "b")
     with pytest.raises(CheckpointError, match="is of model"):
         turn(Sessions(tiny_pair()[0].float(), tokenizer, folder=tmp_path), "a", "b")
+    for changes in ({"body_visibility": "fast"}, {"rope_theta": 500.0}):
+        with pytest.raises(CheckpointError, match="is of model"):
+            turn(Sessions(tiny_pair(**changes)[0], tokenizer, folder=tmp_path), "a", "b")
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1  # within the last tensor's values
     for damaged in (
+        bytes(flipped),
         whole[:-10],
         whole[:50],
         b"",
@@ -190,6 +196,22 @@ def test_survives_being_killed_in_a_write(tmp_path):
         loaded += 1
         assert len(list(tmp_path.iterdir())) == 1, "drafts are cleared away"
     assert loaded
+
+
+def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
+    sessions = Sessions(*tiny_pair(), folder=tmp_path, max_bytes=1)
+
+    def full(session) -> None:
+        raise OutputError("couldn't write: no space left on device")
+
+    monkeypatch.setattr(sessions, "_save", full)
+    first = turn(sessions, "a", "The ferry")
+    assert sessions.num_held() == 1
+    assert "no space left" in caplog.text
+    sessions.close()
+    monkeypatch.undo()
+    assert len(first) == len(turn(sessions, "a", " went")) == 8
+    assert sessions.num_held() == 0
 
 
 def test_many_sessions_side_by_side():

@@ -15,7 +15,14 @@ from prose import PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
 from thoughtformer.engine.batch import Batch
-from thoughtformer.errors import ConfigError, ContextOverflowError, OverloadedError, TooLargeError, UnsupportedError
+from thoughtformer.errors import (
+    ConfigError,
+    ContextOverflowError,
+    OverloadedError,
+    StoppedError,
+    TooLargeError,
+    UnsupportedError,
+)
 
 KINDS = {
     "fast": {"body_visibility": "fast"},
@@ -223,12 +230,13 @@ def test_a_long_prompt_does_not_keep_others_waiting():
 
 def test_limits_are_told():
     scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1, max_waiting=2))
-    for _ in range(2):
+    for _ in range(3):  # one of them can begin at once
         scheduler.submit("a")
-    with pytest.raises(OverloadedError, match="2 requests wait already"):
+    with pytest.raises(OverloadedError, match="3 requests wait already, and no more than 2 may"):
         scheduler.submit("a")
     scheduler.round()
-    scheduler.submit("a")  # one has begun
+    with pytest.raises(OverloadedError, match="2 requests wait already"):
+        scheduler.submit("a")
     with pytest.raises(ContextOverflowError):
         scheduler.submit(PAGE, SamplingParams(max_new_tokens=100_000))
     assert scheduler.stats().waiting == 2
@@ -369,3 +377,49 @@ def test_ended_rows_are_given_back():
     del row
     gc.collect()
     assert gone() is None
+
+
+def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
+    scheduler = Scheduler(*tiny_pair())
+    events: list = []
+    params = SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
+    rows = [scheduler.submit(text, params, on_event=events.append) for text in ("a", "b")]
+    failing = scheduler.submit("c", SamplingParams(max_new_tokens=4, temperature=1.0), on_event=events.append)
+
+    def choose(ids, logits):
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr(failing.sampler, "choose", choose)
+    run(scheduler)
+    assert failing.finish_reason == "error"
+    assert isinstance(failing.error, RuntimeError)
+    assert [row.finish_reason for row in rows] == ["length", "length"]
+    assert sum(event.finish_reason is not None for event in events) == 3
+    assert_nothing_is_left(scheduler)
+
+
+def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
+    """Its last token was chosen, but leaving the batch failed before anybody heard of it."""
+    scheduler = Scheduler(*tiny_pair())
+    events: list = []
+    row = scheduler.submit("a", SamplingParams(max_new_tokens=1, ignore_end_of_text=True), on_event=events.append)
+    original = Batch.drop_ended
+    monkeypatch.setattr(Batch, "drop_ended", lambda self: original(self) if not self.rows else 1 / 0)
+    scheduler.round()
+    assert [event.finish_reason for event in events] == ["error"]
+    assert row.is_told
+
+
+def test_all_rows_of_a_request_or_none():
+    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=2, max_waiting=2))
+    rows = [scheduler.prepare("a", SamplingParams(max_new_tokens=2)) for _ in range(5)]
+    with pytest.raises(TooLargeError, match="5 completions at once, but 4 may be in work"):
+        scheduler.enqueue(rows)
+    assert not scheduler.has_work
+    scheduler.enqueue(rows[:4])  # two can begin at once, two wait
+    with pytest.raises(OverloadedError):
+        scheduler.enqueue(rows[4:])
+    run(scheduler)
+    scheduler.close()
+    with pytest.raises(StoppedError, match="has stopped"):
+        scheduler.enqueue(rows[4:])

@@ -178,6 +178,9 @@ def test_nothing_stale(store):
     assert source.fingerprint != before
     close(continued(model, prompts, source), continued(model, prompts, None))
     assert source.misses == 2 * misses
+    before = source.fingerprint
+    model.model.embed_tokens.weight.data[::2] += 1e-12  # behind the back of torch's count of versions
+    assert source.fingerprint != before
     model.load_state_dict(tiny_model("hourglass", seed=3).state_dict())
     close(continued(model, prompts, source), continued(model, prompts, None))
     assert source.misses == 3 * misses
@@ -236,6 +239,42 @@ def test_two_models_and_a_second_opening(tmp_path):
         # Only the second model's remain.
         assert store.prune(keep=[encoder_fingerprint(second)]) == stats.sentences // 2
         assert [held.fingerprint for held in beside.stats().models] == [encoder_fingerprint(second)]
+
+
+def test_a_model_removed_by_another_process_keeps_its_own(tmp_path):
+    """What is pruned under a running model comes back, and another that comes meanwhile finds nothing of it."""
+    first, second = tiny_model("fast"), tiny_model("fast", seed=1)
+    names, vectors = [b"a", b"b"], torch.randn(2, 1, 1, 16, dtype=torch.float64)
+    with SentenceStore(tmp_path) as store, SentenceStore(tmp_path) as beside:
+        source = store.of(first)
+        source.add(names, vectors)
+        beside.prune(keep=["nobody"])
+        assert source.find(names)[0] == []
+        other = beside.of(second)
+        other.add(names[:1], -vectors[:1])
+        source.add(names, vectors)
+        assert torch.equal(source.find(names)[1], vectors)
+        assert torch.equal(other.find(names)[1], -vectors[:1])
+        assert store.stats().sentences == 3
+
+
+def test_a_store_in_use_elsewhere_is_no_harm(tmp_path, caplog):
+    """Where asked to be tolerant: sentences count as unknown, the log says so, and the text is the same."""
+    model = tiny_model("hourglass")
+    prompts = [random_text(60, seed=1)]
+    with SentenceStore(tmp_path, busy_seconds=0.05) as store:
+        writer = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+        writer.execute("BEGIN EXCLUSIVE")
+        source = store.of(model, is_strict=False)
+        close(continued(model, prompts, source), continued(model, prompts, None))
+        assert source.failures > 0
+        assert "read anew" in caplog.text
+        with pytest.raises(OutputError, match="locked"):
+            store.of(model).add([b"a"], torch.zeros(1, *source.shape))
+        writer.execute("ROLLBACK")
+        writer.close()
+        close(continued(model, prompts, source), continued(model, prompts, None))
+        assert store.stats().sentences > 0
 
 
 def sentences_of(ids: Tensor) -> list[list[int]]:
