@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from conftest import END, PAD, START, SWITCHES, VOCAB, close, full_logits, random_text, tiny_model
-from thoughtformer.engine.store import FILE, MIB, SentenceStore, StoredSentences
+from thoughtformer.engine.store import FILE, MIB, SentenceStore
+from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.fingerprint import encoder_fingerprint

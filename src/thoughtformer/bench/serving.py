@@ -16,7 +16,7 @@ from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, SentenceStore
-from thoughtformer.engine.store import StoredSentences
+from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.export import as_llama
 from thoughtformer.models.linear import pack_weights

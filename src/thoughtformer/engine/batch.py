@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.engine.rows import Row, RowContext, StreamEvent
-from thoughtformer.engine.store import StoredSentences
+from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights, unpack_weights
 from thoughtformer.models.modeling_gpthf import compile_steps

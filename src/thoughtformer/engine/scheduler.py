@@ -19,7 +19,7 @@ from thoughtformer.cache import GPTHFCache
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
-from thoughtformer.engine.store import StoredSentences
+from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, OverloadedError, StoppedError, TooLargeError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.text import SentenceTokenizer
