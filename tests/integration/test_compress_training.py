@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from functools import partial
 
 import numpy as np
@@ -18,7 +17,6 @@ import thoughtformer.train.compress as module
 from lms import policy, random_ids, tiny_adapter, tiny_compressed, tiny_lm
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
 from thoughtformer.attention.schedule import RowReading
-from thoughtformer.cli import main
 from thoughtformer.compression import AdapterConfig, Sentinel, compress
 from thoughtformer.compression.attending import AttendAtOnce
 from thoughtformer.errors import CheckpointError, ConfigError, ContextOverflowError, CorpusError, OutputError
@@ -258,20 +256,6 @@ def test_a_second_lora_is_refused():
     with pytest.raises(Exception, match="LoRA already"):
         tiny_compressed(model, Sentinel())
     first.close()
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("base", ["gpt", "llama"])

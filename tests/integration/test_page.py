@@ -118,6 +118,7 @@ def test_a_token_is_asked_for(pair, page):
     with serving(pair, token="sesame") as running:
         page.goto(running.url)
         page.wait_for_selector("#token")
+        assert page.inner_text("#model") == "wants a bearer token"
         page.fill("#token", "sesame")
         page.keyboard.press("Tab")
         page.wait_for_function("document.getElementById('model').textContent === 'tiny'")

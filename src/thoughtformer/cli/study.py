@@ -17,7 +17,9 @@ study_app = typer.Typer(help="Train architectures on the same text, and compare 
 
 @study_app.command("run")
 def run(
-    group: Annotated[str, typer.Argument(help="Rows: learning-rates, screen, seeds-1m, seeds-3m, long, largest.")],
+    group: Annotated[
+        str, typer.Argument(help="Rows: learning-rates, screen, seeds-1m, seeds-3m, long, equal-flops, largest.")
+    ],
     data: Data,
     valid: Annotated[list[str], typer.Option(help="Held-out text as NAME=FILE; repeatable.")],
     out: Annotated[Path, typer.Option(help="Finished rows, as JSON lines; those in it are skipped.")],

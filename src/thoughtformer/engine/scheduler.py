@@ -1,7 +1,7 @@
 """Continuous batching: requests join the running batch and leave it at any step, under limits.
 
-A round drops what was cancelled or is late, admits who fits, reads some of their prompts, and takes one step with all
-rows. Requests are admitted in turns among clients, first come first served within one; whoever's turn it is and
+A round drops what was cancelled or is late, takes one step with all rows, admits who fits, and reads some of their
+prompts. Requests are admitted in turns among clients, first come first served within one; whoever's turn it is and
 doesn't fit yet is waited for, so that large requests get in too.
 """
 
@@ -219,9 +219,10 @@ class Scheduler:
         events: list[StreamEvent] = []
         try:
             events += self._drop()
-            events += self._read()
+            # Before reading, so that a new row's first token doesn't wait for a step.
             if self.batch.rows:
                 events += self._accept(self.batch.step(), self.batch.rows)
+            events += self._read()
         except Exception as error:
             events += self._fail(error)
         return events

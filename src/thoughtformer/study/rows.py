@@ -133,7 +133,7 @@ SCREENED = (
 )
 
 #: Those of the final rows, for which chance and size are looked at too.
-FINALISTS = ("gpt", "hourglass-2-2-2", "hybrid-2-4", "fast-2-4", "hourglass-k2-rebuild")
+FINALISTS = ("gpt", "fast-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +212,14 @@ def _long() -> list[Row]:
     return [Row(variant=variant, megabytes=40, learning_rate=LEARNING_RATE) for variant in FINALISTS]
 
 
+def _equal_flops() -> list[Row]:
+    """The last finalist on as much text as takes it the training FLOPs of the plain GPT's 40 MB."""
+    return [
+        Row(variant=variant, megabytes=megabytes, learning_rate=LEARNING_RATE)
+        for variant, megabytes in ((FINALISTS[0], 40), (FINALISTS[-1], 58))
+    ]
+
+
 def _largest() -> list[Row]:
     return [Row(variant=variant, size="8m", learning_rate=LEARNING_RATE) for variant in (FINALISTS[0], FINALISTS[-1])]
 
@@ -223,6 +231,7 @@ GROUPS: dict[str, Callable[[], list[Row]]] = {
     "seeds-1m": partial(_seeds, "1m"),
     "seeds-3m": partial(_seeds, "3m"),
     "long": _long,
+    "equal-flops": _equal_flops,
     "largest": _largest,
 }
 
