@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,15 +15,18 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 from conftest import tiny_model
+from prose import tiny_pair, tiny_tokenizer
 from thoughtformer.compression import (
     AdapterConfig,
     Combiner,
     CompressedModel,
+    EntryBudget,
     Full,
     HeavyHitters,
     Local,
@@ -31,6 +35,7 @@ from thoughtformer.compression import (
     RandomEviction,
     RemovedFraction,
     Scattered,
+    SentenceEnds,
     Sentinel,
     SentinelAdapter,
     StreamingLLM,
@@ -38,6 +43,7 @@ from thoughtformer.compression import (
     compress,
 )
 from thoughtformer.models.backbone import backbone_of
+from thoughtformer.text import END_OF_TEXT
 
 VOCAB = 40
 # Three layers: what <CL> reads reaches later tokens through <CR> in the third.
@@ -59,14 +65,18 @@ CONFIGS: dict[str, Any] = {
 DIFFERENT = ("plain", "llama", "gpt_neox", "gpt2", "opt")
 
 
-def tiny_lm(family: str = "llama", *, backend: str = "sdpa", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A random model whose attention is far from uniform, so that a wrong mask shows."""
+def tiny_lm(
+    family: str = "llama", *, backend: str = "sdpa", dtype: torch.dtype = torch.float64, **changes: Any
+) -> PreTrainedModel:
+    """A random model whose attention is far from uniform, so that a wrong mask shows; with `changes` of its shape."""
     if family == "plain":
         settings = {"num_encoder_layers": 0, "num_body_layers": 3, "num_key_value_heads": 2}
         return tiny_model(
             "causal", hidden_size=32, sentence_end_token_id=None, bos_token_id=None, eos_token_id=None, **settings
         ).to(dtype)
     config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
@@ -122,6 +132,31 @@ def tiny_compressed(model: PreTrainedModel, method: Method, **settings: Any) -> 
     if isinstance(method, Sentinel):
         adapter = tiny_adapter(model, num_sentinels=method.num_sentinels, see_earlier=method.see_earlier)
     return compress(model, method, adapter=adapter, **settings)
+
+
+def served_pair(kind: str) -> tuple[CompressedModel, Any]:
+    """A compressed model that texts can be given to, by what it is and does; see `SERVED`."""
+    family, method = SERVED[kind]
+    if family == "plain":
+        model, tokenizer = tiny_pair(plain=True)
+        return tiny_compressed(model, method), tokenizer
+    backend = tiny_tokenizer(False).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(backend), eos_token=END_OF_TEXT)
+    model = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return tiny_compressed(model, method), tokenizer
+
+
+_SENTENCES = SentenceEnds(end_ids=frozenset(range(5, 40)), recent_tokens=3, start_tokens=9)
+#: Models for the engine: a family, and a method.
+SERVED: dict[str, tuple[str, Method]] = {
+    "sentinel_plain": ("plain", Sentinel(policy=policy())),
+    "sentinel_sentences": ("llama", Sentinel(policy=_SENTENCES, num_sentinels=2)),
+    "sentinel_budget": ("gpt2", Sentinel(policy=EntryBudget(max_entries=250, span_tokens=7, recent_tokens=3))),
+    "streaming": ("llama", StreamingLLM(max_entries=40, first_tokens=3)),
+    "random": ("gpt_neox", RandomEviction(max_entries=40, first_tokens=2, recent_tokens=4)),
+    "combiner": ("qwen3", Combiner(policy=policy())),
+}
 
 
 def random_ids(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:

@@ -46,7 +46,7 @@ def serving(
     model, tokenizer = pair
     scheduler = Scheduler(model, tokenizer, limits, sentences=None if store is None else store.of(model))
     service = Service(
-        scheduler, Sessions(model, tokenizer, folder=folder), ServeSettings(model_name="tiny", **settings)
+        scheduler, Sessions(scheduler.reader, folder=folder), ServeSettings(model_name="tiny", **settings)
     )
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", ws="none"))

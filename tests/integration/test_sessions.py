@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from lms import served_pair
 from prose import PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, Sessions
+from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import BusyError, CheckpointError, ContextOverflowError, OutputError
 
 PARAMS = SamplingParams(max_new_tokens=8, ignore_end_of_text=True)
@@ -22,9 +24,13 @@ KINDS = {
 }
 
 
+def sessions_of(model, tokenizer, **settings) -> Sessions:
+    return Sessions(reader_of(model, tokenizer), **settings)
+
+
 def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PARAMS) -> list[int]:
     """One request on a session; the tokens that it wrote."""
-    scheduler = Scheduler(sessions.model, sessions.tokenizer)
+    scheduler = Scheduler(sessions.reader.model, sessions.reader.tokenizer)
     session, row = sessions.begin(name, prompt, params)
     scheduler.enqueue([row])
     while scheduler.has_work:
@@ -33,31 +39,31 @@ def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PA
     return row.ids[row.num_prompt_tokens :]
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=[*KINDS, "sentinel_plain", "sentinel_sentences", "random"])
 def pair(request: pytest.FixtureRequest):
-    return tiny_pair(**KINDS[request.param])
+    return tiny_pair(**KINDS[request.param]) if request.param in KINDS else served_pair(request.param)
 
 
 def test_from_memory_and_from_disk_alike(pair, tmp_path):
     """Three turns: held all the time, saved in between, and by another process's eyes."""
     model, tokenizer = pair
     prompts = [PAGE[:150], " And then", " She laughed. But"]
-    held = Sessions(model, tokenizer)
+    held = sessions_of(model, tokenizer)
     expected = [turn(held, "a", prompt) for prompt in prompts]
-    saved = Sessions(model, tokenizer, folder=tmp_path, max_bytes=1)
+    saved = sessions_of(model, tokenizer, folder=tmp_path, max_bytes=1)
     assert [turn(saved, "a", prompt) for prompt in prompts] == expected
     assert saved.num_held() == saved.num_bytes() == 0
-    assert turn(Sessions(model, tokenizer, folder=tmp_path), "a", " Once more") == turn(held, "a", " Once more")
+    assert turn(sessions_of(model, tokenizer, folder=tmp_path), "a", " Once more") == turn(held, "a", " Once more")
     assert [file.suffix for file in tmp_path.iterdir()] == [".session"]
     assert "a" not in next(tmp_path.iterdir()).stem.split("-")
 
 
 def test_only_what_is_new_is_read(pair):
     model, tokenizer = pair
-    sessions = Sessions(model, tokenizer)
+    sessions = sessions_of(model, tokenizer)
     turn(sessions, "a", PAGE[:200])
     _, row = sessions.begin("a", " And", PARAMS)
-    new = tokenizer.encode_document(" And", complete=False, start=False)
+    new = sessions.reader.encode(" And", start=False)
     assert row.num_prompt_tokens - row.num_read == 1 + len(new), "the last token written was never read"
     assert row.num_known == row.num_read
 
@@ -65,13 +71,12 @@ def test_only_what_is_new_is_read(pair):
 def test_end_of_text_is_no_part_of_a_session(pair):
     """After it another document would begin, which doesn't see this one."""
     model, tokenizer = pair
-    sessions = Sessions(model, tokenizer)
+    sessions = sessions_of(model, tokenizer)
     session, row = sessions.begin("a", PAGE[:60], PARAMS)
     scheduler = Scheduler(model, tokenizer)
     scheduler.enqueue([row])
     scheduler.round()
-    row.params = SamplingParams(max_new_tokens=50)
-    scheduler.batch.choose = lambda logits, rows: [row.accept(0, 0) for row in rows]  # type: ignore[method-assign]
+    scheduler.batch.choose = lambda logits, rows: [row.accept(0, (0,)) for row in rows]  # type: ignore[method-assign]
     scheduler.round()
     sessions.finish(session, row)
     assert row.finish_reason == "end_of_text"
@@ -82,9 +87,9 @@ def test_end_of_text_is_no_part_of_a_session(pair):
 
 def test_what_fails_leaves_the_session_as_it_was(pair):
     model, tokenizer = pair
-    sessions = Sessions(model, tokenizer)
+    sessions = sessions_of(model, tokenizer)
     turn(sessions, "a", PAGE[:100])
-    undisturbed = Sessions(model, tokenizer)
+    undisturbed = sessions_of(model, tokenizer)
     turn(undisturbed, "a", PAGE[:100])
     scheduler = Scheduler(model, tokenizer)
     session, row = sessions.begin("a", " Never mind", PARAMS)
@@ -115,7 +120,7 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
 def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("thoughtformer.engine.sessions.time.monotonic", lambda: now[0])
-    sessions = Sessions(*tiny_pair(), folder=tmp_path, idle_seconds=60)
+    sessions = sessions_of(*tiny_pair(), folder=tmp_path, idle_seconds=60)
     for name in ("a", "b"):
         turn(sessions, name, "The ferry")
         now[0] += 40
@@ -127,26 +132,26 @@ def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
     sessions.close()
     assert len(list(tmp_path.iterdir())) == 2
     # Without a folder nothing can be saved: what is idle stays, and goes for want of memory alone.
-    lost = Sessions(*tiny_pair(), max_bytes=1)
+    lost = sessions_of(*tiny_pair(), max_bytes=1)
     turn(lost, "a", "The ferry")
     assert lost.num_held() == 0
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):
     model, tokenizer = tiny_pair()
-    sessions = Sessions(model, tokenizer, folder=tmp_path, max_bytes=1)
+    sessions = sessions_of(model, tokenizer, folder=tmp_path, max_bytes=1)
     turn(sessions, "a", PAGE[:100])
     file = next(tmp_path.iterdir())
     whole = file.read_bytes()
     other, _ = tiny_pair()
     other.model.norm.weight.data += 1
     with pytest.raises(CheckpointError, match="is of model"):
-        turn(Sessions(other, tokenizer, folder=tmp_path), "a", "b")
+        turn(sessions_of(other, tokenizer, folder=tmp_path), "a", "b")
     with pytest.raises(CheckpointError, match="is of model"):
-        turn(Sessions(tiny_pair()[0].float(), tokenizer, folder=tmp_path), "a", "b")
+        turn(sessions_of(tiny_pair()[0].float(), tokenizer, folder=tmp_path), "a", "b")
     for changes in ({"body_visibility": "fast"}, {"rope_theta": 500.0}):
         with pytest.raises(CheckpointError, match="is of model"):
-            turn(Sessions(tiny_pair(**changes)[0], tokenizer, folder=tmp_path), "a", "b")
+            turn(sessions_of(tiny_pair(**changes)[0], tokenizer, folder=tmp_path), "a", "b")
     flipped = bytearray(whole)
     flipped[-9] ^= 1  # within the last tensor's values
     for damaged in (
@@ -164,17 +169,17 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     assert len(turn(sessions, "a", "b")) == 8
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="can't keep sessions"):
-        Sessions(model, tokenizer, folder=tmp_path / "file")
+        sessions_of(model, tokenizer, folder=tmp_path / "file")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_survives_being_killed_in_a_write(tmp_path):
     """A process that saves sessions is killed again and again: each loads as some turn left it, or isn't there."""
     model, tokenizer = tiny_pair()
-    expected = Sessions(model, tokenizer)
+    expected = sessions_of(model, tokenizer)
     turn(expected, "a", PAGE[:150])
     after_one = turn(expected, "a", " And then")
-    kept = Sessions(model, tokenizer, folder=tmp_path)
+    kept = sessions_of(model, tokenizer, folder=tmp_path)
     turn(kept, "a", PAGE[:150])
     session = next(iter(kept._held.values()))
     loaded = 0
@@ -192,14 +197,14 @@ def test_survives_being_killed_in_a_write(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(told)
-        assert turn(Sessions(model, tokenizer, folder=tmp_path), "a", " And then") == after_one
+        assert turn(sessions_of(model, tokenizer, folder=tmp_path), "a", " And then") == after_one
         loaded += 1
         assert len(list(tmp_path.iterdir())) == 1, "drafts are cleared away"
     assert loaded
 
 
 def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
-    sessions = Sessions(*tiny_pair(), folder=tmp_path, max_bytes=1)
+    sessions = sessions_of(*tiny_pair(), folder=tmp_path, max_bytes=1)
 
     def full(session) -> None:
         raise OutputError("couldn't write: no space left on device")
@@ -215,8 +220,8 @@ def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
 
 
 def test_many_sessions_side_by_side():
-    sessions = Sessions(*tiny_pair())
-    scheduler = Scheduler(sessions.model, sessions.tokenizer)
+    sessions = sessions_of(*tiny_pair())
+    scheduler = Scheduler(sessions.reader.model, sessions.reader.tokenizer)
     begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
     for _, row in begun:
         scheduler.enqueue([row])
@@ -224,7 +229,7 @@ def test_many_sessions_side_by_side():
         scheduler.round()
     for session, row in begun:
         sessions.finish(session, row)
-    alone = Sessions(*tiny_pair())
+    alone = sessions_of(*tiny_pair())
     for number, (_, row) in enumerate(begun):
         assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), prose(80, seed=number))
     again = [sessions.begin(str(number), " Yes", PARAMS) for number in range(5)]

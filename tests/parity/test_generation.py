@@ -11,6 +11,7 @@ from prose import PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.readers import reader_of
 from thoughtformer.engine.rows import make_row
 from thoughtformer.errors import ContextOverflowError, InputError
 
@@ -82,8 +83,9 @@ def test_sampling_follows_the_same_distribution():
     generated = model.generate(
         ids, do_sample=True, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **settings
     )
-    row = make_row(model, tokenizer, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
-    batch = Batch(model, sentences=None, pack=True, compile=False)
+    reader = reader_of(model, tokenizer)
+    row = make_row(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
+    batch = Batch(reader)
     logits, cache = batch.read([row])
     batch.join([row], cache)
     for scores, token in zip(generated.scores, generated.sequences[0, ids.shape[1] :].tolist()):

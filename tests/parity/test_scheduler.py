@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from conftest import SWITCHES, close, entries_expected, random_text, tiny_model
+from lms import SERVED, TINY_METHODS, served_pair, tiny_compressed, tiny_lm
 from prose import PAGE, prose, tiny_pair
+from thoughtformer.compression import EntryBudget, Sentinel
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
 from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import (
     ConfigError,
     ContextOverflowError,
+    InputError,
     OverloadedError,
     StoppedError,
     TooLargeError,
@@ -33,8 +37,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=[*KINDS, *SERVED])
 def pair(request: pytest.FixtureRequest):
+    return tiny_pair(**KINDS[request.param]) if request.param in KINDS else served_pair(request.param)
+
+
+@pytest.fixture(params=list(KINDS))
+def gpthf_pair(request: pytest.FixtureRequest):
     return tiny_pair(**KINDS[request.param])
 
 
@@ -297,9 +306,9 @@ def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
         Engine(model, tokenizer).generate(["a"])
 
 
-def test_rows_keep_what_they_held(pair):
+def test_rows_keep_what_they_held(gpthf_pair):
     """A row's cache, taken along, continues as the row would have; the batch's other rows don't notice."""
-    model, tokenizer = pair
+    model, tokenizer = gpthf_pair
     scheduler = Scheduler(model, tokenizer)
     params = SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
     rows = [scheduler.submit(prompt, params) for prompt in (PAGE[:200], "The ferry", PAGE[30:90])]
@@ -315,9 +324,9 @@ def test_rows_keep_what_they_held(pair):
         close(logits[-1], model(torch.tensor([[*kept.ids, 5, 6]]), use_cache=False).logits[0, -1])
 
 
-def test_joined_caches_equal_one(pair):
+def test_joined_caches_equal_one(gpthf_pair):
     """join, select and fork_rows against a batch read at once."""
-    model, tokenizer = pair
+    model, tokenizer = gpthf_pair
     texts = [tokenizer(text)["input_ids"] for text in (PAGE[:150], "Wait. What", PAGE[200:420])]
 
     def read(rows):
@@ -343,6 +352,79 @@ def test_joined_caches_equal_one(pair):
             parts.join(forked)
         with pytest.raises(UnsupportedError, match="fork_rows needs"):
             forked.fork_rows(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", list(SERVED))
+def test_joined_compressed_caches_equal_those_alone(kind):
+    """join, fork_rows, saved and restore_saved, each row against the model reading it alone."""
+    model, tokenizer = served_pair(kind)
+    reader = reader_of(model, tokenizer)
+    texts = [reader.encode(text) for text in (PAGE[:300], "Wait. What", PAGE[200:420])]
+    with torch.no_grad():
+        cache = reader.read([texts[2]], 0)[1]
+        cache.join(reader.read(texts[:2], 0)[1])
+        forked = cache.fork_rows(torch.tensor([1, 2, 0]))
+        held, before = cache.saved(), cache.num_bytes()
+        ids = [7, 8, 9]
+        logits = reader.step(ids, forked)
+        assert cache.num_bytes() == before, "a fork is a copy"
+        for row, text in enumerate(texts):
+            close(logits[row], model(torch.tensor([[*text, ids[row]]]), use_cache=False).logits[0, -1])
+        close(reader.step([9, 7, 8], cache), logits[[2, 0, 1]])
+        restored = reader.new_cache(3)
+        restored.restore_saved(held)
+        assert restored.rows != cache.rows
+        close(reader.step([9, 7, 8], restored), logits[[2, 0, 1]])
+        for _ in range(20):
+            close(reader.step([5, 6, 7], restored), reader.step([5, 6, 7], cache))
+        assert restored.rows == cache.rows
+    other, _ = served_pair("sentinel_plain" if kind != "sentinel_plain" else "streaming")
+    with pytest.raises(UnsupportedError, match="can't be joined"):
+        cache.join(other.new_cache(1))
+
+
+def test_what_a_compressed_model_cannot_do(tmp_path):
+    model, tokenizer = served_pair("streaming")
+    with SentenceStore(tmp_path) as store, pytest.raises(UnsupportedError, match="a compressed model has none"):
+        Engine(model, tokenizer, store=store)
+    with pytest.raises(UnsupportedError, match="can't be compiled"):
+        Scheduler(model, tokenizer, compile=True)
+    with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
+        Scheduler(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer)
+    plain, tokenizer = served_pair("sentinel_plain")
+    with pytest.raises(InputError, match="starts a document"):
+        Scheduler(plain, tokenizer).submit([0, 5, 6, 0, 7])
+    cut, tokenizer = served_pair("sentinel_budget")
+    cut.close()
+    cut = tiny_compressed(cut.model, Sentinel(policy=EntryBudget(max_entries=30, span_tokens=2, recent_tokens=3)))
+    with pytest.raises(ContextOverflowError, match="max_entries=30"):
+        Scheduler(cut, tokenizer).submit(PAGE[:300])
+
+
+@pytest.mark.parametrize("kind", ["sentinel_plain", "sentinel_sentences"])
+def test_a_compressed_row_tells_what_it_folds(kind):
+    """The folded spans, as they are told, and what is left make up the text."""
+    model, tokenizer = served_pair(kind)
+    scheduler, events = Scheduler(model, tokenizer), []
+    row = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
+    row.wants_context, row.on_event = True, events.append
+    first, closed, rest = scheduler.reader.parts(row.ids)
+    assert first + "".join(closed) + rest == PAGE[:200]
+    assert len(closed) >= 3
+    scheduler.enqueue([row])
+    run(scheduler)
+    told = [event.context for event in events]
+    assert told[0].folded is None, "the prompt's are told apart"
+    assert told[0].closed_sentences == len(closed)
+    folded = "".join(context.folded for context in told if context.folded is not None)
+    last = next(context for context in told[::-1] if context.folded is not None)
+    assert len(folded) > 20
+    assert (PAGE[:200] + "".join(row.text)).startswith(first + "".join(closed) + folded)
+    assert last.rest is not None
+    for context in told:
+        assert context.held_bytes > 0
+        assert context.open_tokens > 0
+    assert told[-1].plain_bytes == (len(row.ids)) * model.backbone.kv_bytes_per_entry()
 
 
 def test_threads_submit_while_rounds_run():

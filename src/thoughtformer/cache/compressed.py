@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,14 @@ class Store(Protocol):
 
     def clear(self) -> None:
         """Forgets everything; the rows stay."""
+        ...
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is held, by name."""
+        ...
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
         ...
 
 
@@ -127,6 +135,53 @@ class CompressedCache(RowsCache):
         rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
         self.store.select(rows)
         self.rows = [self.rows[row].copy() for row in rows.tolist()]
+
+    def join(self, other: CompressedCache) -> None:
+        """Adds another cache's rows behind these; it is used up by that.
+
+        Raises:
+            UnsupportedError: a store whose rows can't be joined, or another model's.
+        """
+        if self.identity != other.identity:
+            raise UnsupportedError("caches that different models, adapters or methods wrote can't be joined.")
+        if not isinstance(self.store, EntrySlots) or not isinstance(other.store, EntrySlots):
+            raise UnsupportedError("rows of heavy hitters can't be joined: each head holds entries of its own.")
+        self.store.join(other.store)
+        self.rows += other.rows
+        self.num_columns = max(self.num_columns, other.num_columns)
+
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> CompressedCache:
+        """A cache of the given rows, in storage of their own."""
+        copied = copy.copy(self)
+        if isinstance(self.store, EntrySlots):
+            copied.store = copy.copy(self.store)  # its `select` makes new tensors of all
+        else:
+            copied.store = copy.deepcopy(self.store)
+        copied.select(rows)
+        return copied
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything held, by name, and how far each row is."""
+        held = self.store.saved()
+        for number, row in enumerate(self.rows):
+            held[f"progress.{number}"] = torch.tensor([row.num_tokens, row.num_held, row.next_start])
+            held[f"notes.{number}"] = torch.tensor(row.notes, dtype=torch.float64)
+        return held | {"num_columns": torch.tensor(self.num_columns)}
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave, of a cache of the same model and as many rows.
+
+        Raises:
+            KeyError, ValueError: something is missing, or of another shape.
+        """
+        rows = []
+        for number in range(self.num_rows):
+            num_tokens, num_held, next_start = held[f"progress.{number}"].tolist()
+            notes: list[float] = [int(note) if note.is_integer() else note for note in held[f"notes.{number}"].tolist()]
+            rows.append(RowProgress(num_tokens, num_held, next_start, notes))
+        num_columns = int(held["num_columns"])
+        self.store.restore_saved(held)
+        self.rows, self.num_columns = rows, num_columns
 
     def snapshot(self, *, whole: bool) -> Any:
         """What `restore` needs to undo a forward pass, or, if `whole`, several.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -15,13 +15,13 @@ from transformers import Cache
 __all__ = ["RowsCache", "distinct_storage_bytes"]
 
 
+RowsCacheKind = TypeVar("RowsCacheKind", bound="RowsCache")
+
+
 def distinct_storage_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once: a view keeps all of its storage alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-RowsCacheKind = TypeVar("RowsCacheKind", bound="RowsCache")
 
 
 class RowsCache(Cache):
@@ -42,6 +42,33 @@ class RowsCache(Cache):
     @abstractmethod
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all distinct storages held."""
+
+    @abstractmethod
+    def join(self, other: Any) -> None:
+        """Adds the rows of another cache of the same model behind these; the other is used up by that."""
+
+    @abstractmethod
+    def fork_rows(self: RowsCacheKind, rows: Int[Tensor, " selected"]) -> RowsCacheKind:
+        """A cache of the given rows, in storage of their own."""
+
+    @abstractmethod
+    def saved(self) -> dict[str, Tensor]:
+        """Everything held, by name; for `restore_saved`."""
+
+    @abstractmethod
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave, of a cache of the same model and as many rows.
+
+        Raises:
+            KeyError, ValueError: something is missing, or of another shape.
+        """
+
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for rows of so many tokens, where every token is held."""
 
     @property
     def batch_size(self) -> int:  # transformers' name for it

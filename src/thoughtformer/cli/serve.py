@@ -100,7 +100,7 @@ def serve(
             sentences=None if opened is None else opened.of(loaded, is_strict=False),
             compile=compile,
         )
-        kept = Sessions(loaded, tokenizer, folder=sessions, max_bytes=session_bytes, idle_seconds=idle_seconds)
+        kept = Sessions(scheduler.reader, folder=sessions, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
     finally:

@@ -29,5 +29,9 @@ class Combiner(Method):
     def num_summaries(self) -> int:
         return 1
 
+    @property
+    def reads_ids(self) -> bool:
+        return self.policy.reads_ids
+
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
         return self.policy.events(row, token_id, 1)

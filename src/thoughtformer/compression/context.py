@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thoughtformer.attention.schedule import RowProgress
-from thoughtformer.cache.compressed import CompressedCache, EntrySlots
+from thoughtformer.cache.compressed import CompressedCache
 from thoughtformer.compression.compressed import CompressedModel
-from thoughtformer.compression.heavy_hitters import HeavyHitterStore
 from thoughtformer.compression.policies import Callback
 from thoughtformer.compression.settings import settings_of
 from thoughtformer.errors import CheckpointError, InputError, OutputError, UnsupportedError
@@ -105,7 +104,7 @@ class Context:
             "progress": [asdict(row) for row in self.cache.rows],
             "num_columns": self.cache.num_columns,
         }
-        tensors = _tensors(self.cache) | {"ids": torch.tensor(self.ids, dtype=torch.int32)}
+        tensors = self.cache.store.saved() | {"ids": torch.tensor(self.ids, dtype=torch.int32)}
         with new_file(path, replace=True) as draft:
             try:
                 save_file(tensors, draft, metadata={"thoughtformer_context": json.dumps(manifest)})
@@ -138,7 +137,7 @@ class Context:
             cache.rows = [RowProgress(**row) for row in manifest["progress"]]
             cache.num_columns = int(manifest["num_columns"])
             ids = tensors.pop("ids").tolist()
-            _fill(cache, tensors)
+            cache.store.restore_saved(tensors)
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or not what its manifest says: {error}") from error
         return cls(compressed, cache, ids)
@@ -159,30 +158,3 @@ def read_manifest(path: str | Path) -> Mapping[str, Any]:
     if manifest.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has version {manifest.get('version')}; this is {FORMAT_VERSION}.")
     return manifest
-
-
-def _tensors(cache: CompressedCache) -> dict[str, Tensor]:
-    """What a cache of one row holds, without the unused parts of blocks."""
-    store = cache.store
-    if isinstance(store, EntrySlots):
-        return store.saved()
-    assert isinstance(store, HeavyHitterStore)
-    held = {"lengths": store.lengths}
-    for name in ("keys", "values", "attention", "position"):
-        held |= {f"{name}.{layer}": tensor.clone() for layer, tensor in enumerate(getattr(store, name))}
-    return held
-
-
-def _fill(cache: CompressedCache, tensors: dict[str, Tensor]) -> None:
-    store = cache.store
-    if isinstance(store, EntrySlots):
-        store.restore_saved(tensors)
-        return
-    assert isinstance(store, HeavyHitterStore)
-    store.lengths = tensors["lengths"].cpu()
-    for name in ("keys", "values", "attention", "position"):
-        for layer, tensor in enumerate(getattr(store, name)):
-            found = tensors[f"{name}.{layer}"]
-            if found.shape[:2] != tensor.shape[:2]:
-                raise ValueError(f"{name}.{layer} has shape {tuple(found.shape)}")
-            getattr(store, name)[layer] = found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,23 @@ class HeavyHitterStore:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor.index_select(0, rows.to(tensor.device))
         self.lengths = self.lengths[rows]
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is held, by name."""
+        held = {"lengths": self.lengths}
+        for name in ("keys", "values", "attention", "position"):
+            held |= {f"{name}.{layer}": tensor.clone() for layer, tensor in enumerate(getattr(self, name))}
+        return held
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
+        self.lengths = held["lengths"].cpu()
+        for name in ("keys", "values", "attention", "position"):
+            for layer, tensor in enumerate(getattr(self, name)):
+                found = held[f"{name}.{layer}"]
+                if found.shape[:2] != tensor.shape[:2]:
+                    raise ValueError(f"{name}.{layer} has shape {tuple(found.shape)}")
+                getattr(self, name)[layer] = found
 
     def clear(self) -> None:
         """Forgets everything; the rows stay."""

@@ -34,6 +34,11 @@ class Method(ABC):
         """Entries that stay of a folded span."""
         return 0
 
+    @property
+    def reads_ids(self) -> bool:
+        """What happens depends on which tokens are read, not on their number alone."""
+        return False
+
     @abstractmethod
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
         """What happens now that token number `row.num_tokens - 1` was read. May change `next_start` and `notes`."""

@@ -30,6 +30,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    #: When to fold depends on which tokens are read.
+    reads_ids: ClassVar[bool] = False
     first_tokens: int = 4
     recent_tokens: int = 16
     start_tokens: int = 64
@@ -161,6 +163,7 @@ class SentenceEnds(Policy):
     """
 
     name = "sentences"
+    reads_ids = True
     end_ids: frozenset[int] = frozenset()
     min_tokens: int = 4
     max_tokens: int = 64

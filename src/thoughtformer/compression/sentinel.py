@@ -36,5 +36,9 @@ class Sentinel(Method):
     def num_summaries(self) -> int:
         return self.num_sentinels
 
+    @property
+    def reads_ids(self) -> bool:
+        return self.policy.reads_ids
+
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
         return self.policy.events(row, token_id, self.num_sentinels)

@@ -9,12 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from thoughtformer.cache import GPTHFCache
-from thoughtformer.engine.rows import Row, RowContext, StreamEvent
-from thoughtformer.engine.stored import StoredSentences
-from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.linear import pack_weights, unpack_weights
-from thoughtformer.models.modeling_gpthf import compile_steps
+from thoughtformer.cache.rows import RowsCache
+from thoughtformer.engine.readers import Reader
+from thoughtformer.engine.rows import Row, StreamEvent
 
 __all__ = ["Batch"]
 
@@ -23,21 +20,13 @@ class Batch:
     """Rows that share each step; what a row writes never depends on the others.
 
     Args:
-        model: in evaluation mode.
-        sentences: known from before.
-        pack: give the weights a second copy that is fast to read for few rows.
-        compile: compile decoding of a single row.
+        reader: the model.
     """
 
-    def __init__(
-        self, model: GPTHFForCausalLM, *, sentences: StoredSentences | None, pack: bool, compile: bool
-    ) -> None:
-        self.model = model
-        self.sentences = sentences
-        self.pack = pack
-        self.compile = compile
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
         self.rows: list[Row] = []
-        self.cache: GPTHFCache | None = None
+        self.cache: RowsCache | None = None
 
     def num_bytes(self) -> int:
         """Held by the rows."""
@@ -48,67 +37,42 @@ class Batch:
         """What these rows may come to hold together, between steps."""
         if not rows:
             return 0
-        longest = {stage: max(row.most_entries[stage] for row in rows) for stage in rows[0].most_entries}
-        return self.model.model.cache_bytes(longest, len(rows), reserve_tokens=max(row.most_tokens for row in rows))
+        return self.reader.most_bytes([row.most_entries for row in rows], max(row.most_tokens for row in rows))
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Row]) -> tuple[Float[Tensor, "rows vocab"], GPTHFCache]:
-        """Reads whole prompts in one ragged pass, without padding; returns logits, and what was kept of them."""
-        self._prepare()
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        ids = torch.tensor([token for row in rows for token in row.ids], device=self.model.device)
-        wanted = torch.zeros(len(ids), dtype=torch.bool)
-        wanted[lengths.cumsum(0) - 1] = True
-        cache = self.model.new_cache(len(rows))
-        cache.reserve(max(row.most_tokens for row in rows))
-        logits, output = self.model.ragged_logits(
-            ids,
-            torch.arange(len(rows)).repeat_interleave(lengths),
-            cache,
-            wanted=wanted,
-            sentence_source=self.sentences,
-        )
-        for index, row in enumerate(rows):
+    def read(self, rows: Sequence[Row]) -> tuple[Float[Tensor, "rows vocab"], RowsCache]:
+        """Reads whole prompts, without padding; returns logits, and what was kept of them."""
+        self.reader.prepare()
+        logits, cache, known = self.reader.read([row.ids for row in rows], max(row.most_tokens for row in rows))
+        for row, num_known in zip(rows, known, strict=True):
             row.num_read = len(row.ids)
-            if output.known_tokens is not None:
-                row.num_known += int(output.known_tokens[index])
+            row.num_known += num_known
         return self._choices(logits, rows), cache
 
     @torch.inference_mode()
     def read_piece(self, row: Row, num_tokens: int) -> Float[Tensor, "1 vocab"]:
         """Reads a row's next tokens into the cache that it holds alone; logits after the last of them."""
-        self._prepare()
-        if row.held is None:
-            row.held = self.model.new_cache(1)
-        row.held.reserve(row.most_tokens)
-        ids = torch.tensor(row.ids[row.num_read : row.num_read + num_tokens], device=self.model.device)
-        wanted = torch.zeros(len(ids), dtype=torch.bool)
-        wanted[-1] = True
-        logits, output = self.model.ragged_logits(
-            ids,
-            torch.zeros(len(ids), dtype=torch.long),
-            row.held,
-            wanted=wanted,
-            sentence_source=self.sentences,
-        )
+        self.reader.prepare()
+        if row.origin is not None:
+            # A copy: a request that fails leaves what it went on from as it was.
+            row.held, row.origin = row.origin.fork_rows(torch.tensor([0])), None
+        ids = row.ids[row.num_read : row.num_read + num_tokens]
+        logits, row.held, num_known = self.reader.read_on(ids, row.held, row.most_tokens)
         row.num_read += len(ids)
-        if output.known_tokens is not None:
-            row.num_known += int(output.known_tokens[0])
+        row.num_known += num_known
         return self._choices(logits, [row])
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "rows vocab"]:
         """Every row's last token, through the model."""
         assert self.cache is not None
-        ids = torch.tensor([row.ids[-1] for row in self.rows], device=self.model.device)
-        logits, _ = self.model.ragged_logits(ids, torch.arange(len(self.rows)), self.cache, num_columns=1)
+        logits = self.reader.step([row.ids[-1] for row in self.rows], self.cache)
         for row in self.rows:
             row.num_read = len(row.ids)
         return self._choices(logits, self.rows)
 
     def choose(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[Row]) -> list[StreamEvent]:
         """Each row's next token, taken up by the row."""
-        end_of_text = self.model.config.bos_token_id
         likeliest = logits.argmax(-1).tolist()
         events = []
         for index, row in enumerate(rows):
@@ -118,28 +82,15 @@ class Batch:
                 row.error = error
                 events.append(row.end("error"))
                 continue
-            event = row.accept(token, end_of_text)
-            events.append(replace(event, context=self.context_of(row)) if row.wants_context else event)
+            event = row.accept(token, self.reader.end_ids)
+            if row.wants_context:
+                assert self.cache is not None
+                context = self.reader.context_of(row, self.cache, self.rows.index(row))
+                event = replace(event, context=context)
+            events.append(event)
         return events
 
-    def context_of(self, row: Row) -> RowContext:
-        """What a row of the batch holds."""
-        assert self.cache is not None
-        index, model = self.rows.index(row), self.model.model
-        entries = {stage.name: int(stage.lengths[index]) for stage in self.cache.stages}
-        config = model.config
-        closing = (config.sentence_end_token_id, config.bos_token_id)
-        ends = [place for place, token in enumerate(row.ids) if token in closing]
-        shape = config.layer_shape("decoder")
-        entry = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
-        return RowContext(
-            closed_sentences=sum(row.ids[place] == config.sentence_end_token_id for place in ends),
-            open_tokens=len(row.ids) - (ends[-1] + 1 if ends else 0),
-            held_bytes=model.cache_bytes(entries, 1),
-            plain_bytes=entry * (len(row.ids) - len(ends)),
-        )
-
-    def join(self, rows: Sequence[Row], cache: GPTHFCache) -> None:
+    def join(self, rows: Sequence[Row], cache: RowsCache) -> None:
         """Takes in rows that have been read, with what they hold, which is the batch's from now on."""
         for row in rows:
             row.held = None
@@ -176,18 +127,10 @@ class Batch:
         rows, self.rows, self.cache = self.rows, [], None
         return rows
 
-    def _prepare(self) -> None:
-        """Before every prefill, because the weights may have changed since the last."""
-        if self.pack:
-            pack_weights(self.model)
-        else:
-            unpack_weights(self.model)
-        compile_steps(self.model, enabled=self.compile)
-
     def _choices(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[Row]) -> Float[Tensor, "rows vocab"]:
         """What each row may choose from."""
-        logits, end = logits.float(), self.model.config.bos_token_id
+        logits = logits.float()
         ignoring = [index for index, row in enumerate(rows) if row.params.ignore_end_of_text]
-        if ignoring and end is not None:
+        for end in self.reader.end_ids if ignoring else ():
             logits[ignoring, end] = float("-inf")
         return logits

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import SamplingParams
+from thoughtformer.engine.readers import reader_of
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
 from thoughtformer.engine.scheduler import Limits, Scheduler
 from thoughtformer.engine.store import SentenceStore
 from thoughtformer.errors import InputError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["Engine"]
 
 
 class Engine:
-    """Continues prompts with a GPTHF or its plain GPT.
+    """Continues prompts with a GPTHF, its plain GPT, or a causal LM that `compress` was called on.
 
     Args:
         model: in evaluation mode.
@@ -35,8 +37,8 @@ class Engine:
 
     def __init__(
         self,
-        model: GPTHFForCausalLM,
-        tokenizer: SentenceTokenizer,
+        model: GPTHFForCausalLM | CompressedModel,
+        tokenizer: Any,
         *,
         max_rows: int = 32,
         pack: bool = True,
@@ -45,12 +47,13 @@ class Engine:
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
-        self.model = model.eval()
+        self.model = model
         self.pack = pack
         self.compile = compile
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.sentences = None if store is None else store.of(model)
+        self.reader = reader_of(model, tokenizer, sentences=self.sentences, pack=pack, compile=compile)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -59,7 +62,7 @@ class Engine:
         rows = self._rows(prompts, params)
         for _ in self._run(rows):
             pass
-        return [row.completion(self.model.config.sentence_end_token_id) for row in rows]
+        return [row.completion(self.reader.sentence_end) for row in rows]
 
     def stream(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -104,6 +107,6 @@ class Engine:
                 f"{len(params)} sampling params for {len(prompts)} prompts: give one for all, or one each."
             )
         return [
-            make_row(self.model, self.tokenizer, prompt, param, number=number)
+            make_row(self.reader, prompt, param, number=number)
             for number, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]

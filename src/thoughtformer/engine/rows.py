@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from thoughtformer.cache import GPTHFCache
+from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import RowSampler, SamplingParams, TextStream
 from thoughtformer.errors import ContextOverflowError, InputError
-from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.text import SentenceTokenizer
+
+if TYPE_CHECKING:
+    from thoughtformer.engine.readers import Reader
 
 __all__ = ["Completion", "FinishReason", "Row", "RowContext", "StreamEvent", "Usage", "make_row"]
 
@@ -37,16 +38,20 @@ class RowContext:
     """A row's context as the model holds it.
 
     Attributes:
-        closed_sentences: that were folded, or would be if the model folded.
-        open_tokens: of the open sentence.
+        closed_sentences: that were folded, or would be if the model folded; of a compressed model, spans folded.
+        open_tokens: of the open sentence; of a compressed model, tokens held as they are.
         held_bytes: what the row alone would hold now.
         plain_bytes: what a plain GPT of as many layers would, for the same text without sentence ends.
+        folded: the text of a span that the last token made a compressed model fold.
+        rest: the text behind it.
     """
 
     closed_sentences: int
     open_tokens: int
     held_bytes: int
     plain_bytes: int
+    folded: str | None = None
+    rest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +101,14 @@ class Row:
         num_prompt_tokens: of these, the prompt's.
         num_read: of these, how many `held` has.
         held: what the row alone holds: before it joined the batch, or, with `keeps_cache`, after it left.
+        origin: where to go on from, copied once the row is admitted; `num_read` counts it already.
         keeps_cache: take the row's cache out of the batch when it ends.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
         is_told: its last event has been told.
         wants_context: its events say what it holds.
+        num_folded: of its tokens, those that its events have told to be folded.
         on_event: told of every event of this row, in the scheduler's thread.
     """
 
@@ -115,10 +122,12 @@ class Row:
     client: str = ""
     deadline: float | None = None
     wants_context: bool = False
+    num_folded: int = 0
     on_event: Callable[[StreamEvent], None] | None = None
     num_read: int = 0
     num_known: int = 0
-    held: GPTHFCache | None = None
+    held: RowsCache | None = None
+    origin: RowsCache | None = None
     keeps_cache: bool = False
     is_cancelled: bool = False
     is_told: bool = False
@@ -129,17 +138,28 @@ class Row:
     seconds: float = 0.0
     cache_bytes: int = 0
     text: list[str] = field(default_factory=list)
+    _ends: tuple[int, int, int, int] = (0, 0, 0, -1)
 
     @property
     def most_tokens(self) -> int:
         """Tokens that it may grow to."""
         return self.num_prompt_tokens + self.params.max_new_tokens
 
-    def accept(self, token: int, end_of_text: int | None) -> StreamEvent:
+    def count_ends(self, sentence_end: int | None, others: Sequence[int]) -> tuple[int, int, int]:
+        """Sentence ends and `others` among the ids, and the place of the last of all (-1: none); counts on."""
+        counted, num_ends, num_others, last = self._ends
+        for place in range(counted, len(self.ids)):
+            is_end, is_other = self.ids[place] == sentence_end, self.ids[place] in others
+            num_ends, num_others = num_ends + is_end, num_others + is_other
+            last = place if is_end or is_other else last
+        self._ends = (len(self.ids), num_ends, num_others, last)
+        return num_ends, num_others, last
+
+    def accept(self, token: int, end_ids: Sequence[int]) -> StreamEvent:
         """Adds a chosen token; the row may have ended then."""
         self.ids.append(token)
         text = self.stream.add(token)
-        if token == end_of_text:
+        if token in end_ids:
             self.finish_reason = "end_of_text"
         elif self.stream.is_stopped:
             self.finish_reason = "stop_string"
@@ -185,45 +205,36 @@ class Row:
         )
 
 
-def make_row(
-    model: GPTHFForCausalLM,
-    tokenizer: SentenceTokenizer,
-    prompt: str | Sequence[int],
-    params: SamplingParams,
-    *,
-    number: int,
-) -> Row:
-    """A row for a prompt: text, or token ids that start with the end-of-text token.
+def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams, *, number: int) -> Row:
+    """A row for a prompt: text, or token ids, which start as the model's texts do.
 
     Raises:
-        InputError: no ids, or ids outside the vocabulary.
+        InputError: no ids, or ids that the model can't read.
         ContextOverflowError: prompt and new tokens exceed the model's trained length.
     """
-    config = model.config
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-    check_prompt(model, ids, params, number)
-    exempt = [token for token in (config.sentence_end_token_id, config.bos_token_id) if token is not None]
+    ids = reader.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    check_prompt(reader, ids, params, number)
     return Row(
         number=number,
         ids=ids,
         num_prompt_tokens=len(ids),
         params=params,
-        sampler=RowSampler(params, exempt, model.device),
-        stream=TextStream(tokenizer.backend_tokenizer, params.stop),
-        most_entries=model.model.most_entries(ids, params.max_new_tokens),
+        sampler=RowSampler(params, reader.exempt_ids, reader.device),
+        stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop),
+        most_entries=reader.most_entries(ids, params.max_new_tokens),
     )
 
 
-def check_prompt(model: GPTHFForCausalLM, ids: Sequence[int], params: SamplingParams, number: int) -> None:
+def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, number: int) -> None:
     """Raises what `make_row` does."""
-    config = model.config
     if not ids:
-        raise InputError(f"prompt {number} has no tokens: start it with the end-of-text token, as for an empty text.")
-    if min(ids) < 0 or max(ids) >= config.vocab_size:
-        raise InputError(f"prompt {number} has ids outside 0 to {config.vocab_size - 1}.")
-    limit = config.max_position_embeddings
+        raise InputError(f"prompt {number} has no tokens: start it as a text, with the tokenizer's own start token.")
+    if min(ids) < 0 or max(ids) >= reader.vocab_size:
+        raise InputError(f"prompt {number} has ids outside 0 to {reader.vocab_size - 1}.")
+    reader.check(ids, number)
+    limit = reader.max_tokens
     needed = len(ids) + params.max_new_tokens
-    if needed > limit and not config.allow_extrapolation:
+    if limit is not None and needed > limit:
         advice = (
             f"Lower max_new_tokens to {limit - len(ids)}"
             if len(ids) < limit

@@ -12,17 +12,19 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from thoughtformer.cache import GPTHFCache
+from thoughtformer.cache.rows import RowsCache
+from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.readers import reader_of
 from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
 from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, OverloadedError, StoppedError, TooLargeError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["Limits", "Scheduler", "SchedulerStats"]
 
@@ -75,7 +77,7 @@ class Scheduler:
     `submit`, `cancel` and `stats` may be called from any thread; `round` from one.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; a GPTHF, its plain GPT, or a causal LM that `compress` was called on.
         tokenizer: the model's own.
         limits: what is taken on.
         sentences: known from before; those that prompts bring anew are added.
@@ -84,18 +86,17 @@ class Scheduler:
 
     def __init__(
         self,
-        model: GPTHFForCausalLM,
-        tokenizer: SentenceTokenizer,
+        model: GPTHFForCausalLM | CompressedModel,
+        tokenizer: Any,
         limits: Limits | None = None,
         *,
         sentences: StoredSentences | None = None,
         pack: bool = True,
         compile: bool = False,
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
         self.limits = limits or Limits()
-        self.batch = Batch(model, sentences=sentences, pack=pack, compile=compile)
+        self.batch = Batch(self.reader)
         self._waiting: OrderedDict[str, deque[Row]] = OrderedDict()
         self._reading: list[Row] = []
         self._lock = threading.Lock()
@@ -138,7 +139,7 @@ class Scheduler:
 
     def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Row:
         """A row to `enqueue`; arguments and errors as in `submit`."""
-        return make_row(self.model, self.tokenizer, prompt, params, number=self.next_number())
+        return make_row(self.reader, prompt, params, number=self.next_number())
 
     def enqueue(self, rows: Sequence[Row]) -> None:
         """Takes on all rows of a request, or none; raises as `submit` does."""
@@ -207,7 +208,7 @@ class Scheduler:
 
     def completion(self, row: Row) -> Completion:
         """What came of a row that has ended."""
-        return row.completion(self.model.config.sentence_end_token_id)
+        return row.completion(self.reader.sentence_end)
 
     def round(self) -> list[StreamEvent]:
         """One round; returns its events in order, which `on_event`s have been told of.
@@ -273,8 +274,7 @@ class Scheduler:
         events = [(row, row.end(reason(row) or "cancelled")) for row in ended]
         self.batch.drop_ended()
         for row in ended:
-            if not row.keeps_cache:
-                row.held = None
+            row.held = row.origin = None
         return self._tell(events)
 
     def _admit(self) -> None:
@@ -304,7 +304,7 @@ class Scheduler:
         together: list[Row] = []
         apart: list[Row] = []
         for row in self._reading:
-            if row.held is not None or (most is not None and len(row.ids) > most):
+            if row.num_read or (most is not None and len(row.ids) > most):
                 apart.append(row)
                 continue
             left -= len(row.ids)
@@ -320,7 +320,7 @@ class Scheduler:
                 events += self._join(together, logits, cache)
         left = 0 if most is None else max(left, most // 4)  # something, however many short ones there are
         for row in apart:
-            piece = self._piece(row, None if most is None else left)
+            piece = self.reader.piece(row.ids[row.num_read :], None if most is None else left)
             left -= piece
             try:
                 logits = self.batch.read_piece(row, piece)
@@ -334,17 +334,7 @@ class Scheduler:
                 break
         return events
 
-    def _piece(self, row: Row, most: int | None) -> int:
-        """How many tokens of a prompt to read now; with a store whole sentences, so that they can be known."""
-        unread = row.ids[row.num_read :]
-        if most is None or len(unread) <= most:
-            return len(unread)
-        end = self.model.config.sentence_end_token_id
-        if self.batch.sentences is not None and end in unread[:most]:
-            return most - unread[:most][::-1].index(end)
-        return most
-
-    def _join(self, rows: list[Row], logits: torch.Tensor, cache: GPTHFCache) -> list[StreamEvent]:
+    def _join(self, rows: list[Row], logits: torch.Tensor, cache: RowsCache) -> list[StreamEvent]:
         with self._lock:
             self._reading = [row for row in self._reading if row not in rows]
         self._cached_tokens += sum(row.num_known for row in rows)
@@ -370,7 +360,7 @@ class Scheduler:
             self._reading = [row for row in self._reading if row not in rows]
         ended = []
         for row in rows:
-            row.error, row.held = error, None
+            row.error, row.held, row.origin = error, None, None
             if not row.is_told:
                 ended.append((row, row.end("error")))
         return self._tell(ended)

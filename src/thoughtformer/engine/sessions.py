@@ -22,22 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from thoughtformer.cache import GPTHFCache
+from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import SamplingParams
+from thoughtformer.engine.readers import Reader
 from thoughtformer.engine.rows import Row, make_row
 from thoughtformer.errors import BusyError, CheckpointError, OutputError
-from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
-from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.writing import new_file
-from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["Session", "Sessions"]
 
 FORMAT_VERSION = 1
 SUFFIX = ".session"
 MANIFEST = "thoughtformer_session"
-#: Keys of the configuration that change nothing in what is held.
-UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type", "keys_to_ignore_at_inference")
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +55,7 @@ class Session:
     key: str
     ids: list[int] = field(default_factory=list)
     num_read: int = 0
-    cache: GPTHFCache | None = None
+    cache: RowsCache | None = None
     is_busy: bool = False
     used: float = field(default_factory=time.monotonic)
     is_saved: bool = False
@@ -73,8 +69,7 @@ class Sessions:
     """The sessions of one model. Methods may be called from any thread.
 
     Args:
-        model: whose contexts they are.
-        tokenizer: the model's own.
+        reader: the model whose contexts they are.
         folder: for those not in memory; None: they are lost when memory is short.
         max_bytes: held in memory by idle sessions; the least recently used are saved and let go.
         idle_seconds: a session unused for so long is saved and let go.
@@ -85,22 +80,19 @@ class Sessions:
 
     def __init__(
         self,
-        model: GPTHFForCausalLM,
-        tokenizer: SentenceTokenizer,
+        reader: Reader,
         *,
         folder: Path | None = None,
         max_bytes: int = 1 << 30,
         idle_seconds: float = 300.0,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self.reader = reader
         self.folder = folder
         self.max_bytes = max_bytes
         self.idle_seconds = idle_seconds
         self._lock = threading.RLock()
         self._held: OrderedDict[str, Session] = OrderedDict()
         self.failures = 0
-        self._fingerprint = fingerprint(model)
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -138,17 +130,13 @@ class Sessions:
             session = self._held.get(key) or self._load(key)
             if session.is_busy:
                 raise BusyError(f"a request on session {name!r} is under way: wait for it, or use another session.")
-            if isinstance(prompt, str):
-                new = self.tokenizer.encode_document(prompt, complete=False, start=not session.ids).tolist()
-            else:
-                new = list(prompt)
-            end, start = self.model.config.sentence_end_token_id, self.model.config.bos_token_id
-            if closes_sentence and session.ids and end is not None and session.ids[-1] not in (end, start):
-                new = [end, *new]
-            row = make_row(self.model, self.tokenizer, [*session.ids, *new], params, number=number)
+            new = self.reader.encode(prompt, start=not session.ids) if isinstance(prompt, str) else list(prompt)
+            end = self.reader.sentence_end
+            if closes_sentence and session.ids and end is not None:
+                new = new if session.ids[-1] in (end, *self.reader.end_ids) else [end, *new]
+            row = make_row(self.reader, [*session.ids, *new], params, number=number)
             if session.cache is not None and row.num_prompt_tokens > session.num_read:
-                # A copy: a request that fails leaves the session as it was.
-                row.held = session.cache.fork_rows(torch.tensor([0]))
+                row.origin = session.cache
                 row.num_read = row.num_known = session.num_read
             row.keeps_cache = True
             session.is_busy = True
@@ -247,7 +235,7 @@ class Sessions:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         manifest = {
             "version": FORMAT_VERSION,
-            "model": self._identity(),
+            "model": self.reader.identity(),
             "num_read": session.num_read,
             "digest": _digest(tensors),
         }
@@ -267,14 +255,14 @@ class Sessions:
                 held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             if manifest["version"] != FORMAT_VERSION:
                 raise CheckpointError(f"session {file} has version {manifest['version']}; this is {FORMAT_VERSION}.")
-            if manifest["model"] != self._identity():
+            if manifest["model"] != self.reader.identity():
                 raise CheckpointError(
-                    f"session {file} is of model {manifest['model']}, not {self._identity()}: delete it, or serve "
-                    "that model."
+                    f"session {file} is of model {manifest['model']}, not {self.reader.identity()}: delete it, or "
+                    "serve that model."
                 )
             if manifest["digest"] != _digest(held):
                 raise ValueError("its checksum is wrong")
-            cache = self.model.new_cache(1)
+            cache = self.reader.new_cache(1)
             cache.restore_saved(held)
             session.ids, session.num_read, session.cache = held["ids"].tolist(), int(manifest["num_read"]), cache
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -283,13 +271,6 @@ class Sessions:
             raise CheckpointError(f"session {file} is damaged ({error}): delete it.") from error
         session.is_saved = True
         return session
-
-    def _identity(self) -> str:
-        """Of the weights, and of all that says how they are used."""
-        config = self.model.config
-        shape = {name: getattr(config, name) for name in sorted(GPTHFConfig.__annotations__) if name not in UNNAMED}
-        digest = hashlib.blake2b(json.dumps(shape, default=str).encode(), digest_size=8).hexdigest()
-        return f"{self._fingerprint}-{digest} {str(self.model.dtype).removeprefix('torch.')}"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from thoughtformer.compression import CompressedModel
 from thoughtformer.engine.stored import StoredSentences
-from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError
+from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 
 __all__ = ["ModelStats", "SentenceStore", "StoreStats"]
@@ -110,7 +111,7 @@ class SentenceStore:
         """Where everything is; beside it SQLite keeps what isn't merged yet."""
         return self.folder / FILE
 
-    def of(self, model: GPTHFForCausalLM, *, is_strict: bool = True) -> StoredSentences:
+    def of(self, model: GPTHFForCausalLM | CompressedModel, *, is_strict: bool = True) -> StoredSentences:
         """The part of the store that is `model`'s, as the model's forward pass takes it.
 
         Args:
@@ -120,6 +121,8 @@ class SentenceStore:
         Raises:
             UnsupportedError: the model has no vectors of sentences that could be kept.
         """
+        if not isinstance(model, GPTHFForCausalLM):
+            raise UnsupportedError("a sentence store keeps vectors of a GPTHF's encoder; a compressed model has none.")
         return StoredSentences(self, model, is_strict=is_strict)
 
     def stats(self) -> StoreStats:

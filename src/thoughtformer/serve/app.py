@@ -186,8 +186,8 @@ async def _streamed(
                 yield sse(shape.first(index))
         if body.return_context:
             for index, row in enumerate(generation.rows):
-                closed, rest = await generation.service.prepared(partial(generation.service.sentences_of, row))
-                yield sse(shape.chunk(index, "", None, context={"sentences": closed, "open": rest}))
+                parts = await generation.service.prepared(partial(generation.service.parts_of, row))
+                yield sse(shape.chunk(index, "", None, context=parts))
         async for index, event in generation.events():
             if event.finish_reason in ("cancelled", "deadline", "error"):
                 message, status, code = _told(generation)
@@ -196,7 +196,8 @@ async def _streamed(
             if event.text or event.finish_reason is not None or body.return_context:
                 more = {}
                 if event.context is not None:
-                    ends = event.token == generation.service.tokenizer.sentence_end_token_id
+                    end = generation.service.reader.sentence_end
+                    ends = end is not None and event.token == end
                     more = {"context": {"closes_sentence": ends, **asdict(event.context)}}
                 yield sse(shape.chunk(index, event.text, finish_reason(event.finish_reason), **more))
         _observe(metrics, generation)

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
+from thoughtformer.engine.readers import Reader
 from thoughtformer.errors import InputError
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from thoughtformer.text import SentenceTokenizer
 from thoughtformer.text.chat import encode_chat
 
 __all__ = ["Generation", "ServeSettings", "Service"]
@@ -70,13 +70,13 @@ class Service:
     @property
     def store_failures(self) -> int:
         """How often the sentence store couldn't be used."""
-        sentences = self.scheduler.batch.sentences
+        sentences = self.scheduler.reader.sentences
         return 0 if sentences is None else sentences.failures
 
     @property
-    def tokenizer(self) -> SentenceTokenizer:
-        """The model's."""
-        return self.scheduler.tokenizer
+    def reader(self) -> Reader:
+        """The model."""
+        return self.scheduler.reader
 
     def start(self) -> None:
         """Begins to work."""
@@ -162,20 +162,15 @@ class Service:
         row.wants_context = request.return_context
         row.deadline = time.monotonic() + self.settings.request_seconds
 
-    def sentences_of(self, row: Row) -> tuple[list[str], str]:
-        """A prompt's closed sentences, and the open one, as text."""
-        end = self.tokenizer.sentence_end_token_id
-        prompt, closed, start = row.ids[: row.num_prompt_tokens], [], 0
-        for place, token in enumerate(prompt):
-            if token == end:
-                closed.append(self.tokenizer.decode(prompt[start:place]))
-                start = place + 1
-        return closed, self.tokenizer.decode(prompt[start:])
+    def parts_of(self, row: Row) -> dict[str, Any]:
+        """A prompt as it is held: what is kept of its start, its folded sentences or spans, and the rest, as text."""
+        kept, closed, rest = self.reader.parts(row.ids[: row.num_prompt_tokens])
+        return {"kept": kept, "sentences": closed, "open": rest}
 
     def _chat(self, request: ChatRequest) -> list[int]:
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
         is_new = request.session is None or not self.sessions.has(request.session)
-        return encode_chat(self.tokenizer, messages, start=is_new)
+        return encode_chat(self.reader.tokenizer, messages, start=is_new)
 
 
 class Generation:

@@ -47,9 +47,9 @@ class PlainTokenizer:
         return text
 
 
-def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+def document_tokenizer(tokenizer: PreTrainedTokenizerBase | PlainTokenizer) -> Any:
     """The tokenizer itself if it knows documents, else a view of it that does."""
-    if isinstance(tokenizer, SentenceTokenizer):
+    if isinstance(tokenizer, SentenceTokenizer | PlainTokenizer):
         return tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"{type(tokenizer).__name__} has no tokenizer.json: convert it to a fast tokenizer.")

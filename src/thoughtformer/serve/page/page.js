@@ -80,7 +80,8 @@ class Context {
     this.list.append(item);
     return item;
   }
-  begin(sentences, open) {
+  begin({ kept, sentences, open }) {
+    if (kept) this.list.insertBefore(this.entry(kept, true), this.open);
     const shown = sentences.slice(-MOST_SENTENCES);
     if (shown.length < sentences.length) this.fold(`${sentences.length - shown.length} earlier sentences`);
     for (const sentence of shown) this.fold(sentence);
@@ -97,6 +98,10 @@ class Context {
   }
   take(context) {
     if (context.closes_sentence) this.fold(this.open.textContent);
+    if (context.folded !== null) {
+      this.fold(context.folded);
+      this.open.textContent = context.rest;
+    }
     at("held").textContent = bytes(context.held_bytes);
     at("plain").textContent = `${bytes(context.plain_bytes)} (${(context.plain_bytes / context.held_bytes).toFixed(1)}×)`;
     at("closed").textContent = context.closed_sentences;
@@ -150,7 +155,7 @@ async function write(event) {
         at("cached").textContent = `${chunk.usage.prompt_tokens_details.cached_tokens} of ${chunk.usage.prompt_tokens}`;
         continue;
       }
-      if (chunk.context?.sentences) { context.begin(chunk.context.sentences, chunk.context.open); continue; }
+      if (chunk.context?.sentences) { context.begin(chunk.context); continue; }
       if (first === null) {
         first = performance.now();
         at("first").textContent = `${(first - started).toFixed(0)} ms`;

@@ -1,0 +1,157 @@
+"""A compressed causal LM as the engine sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from thoughtformer.attention.entries import OPEN
+from thoughtformer.attention.schedule import RowProgress
+from thoughtformer.cache.compressed import CompressedCache, EntrySlots
+from thoughtformer.cache.rows import RowsCache
+from thoughtformer.compression import CompressedModel, HeavyHitters
+from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.settings import settings_of
+from thoughtformer.engine.readers import Reader
+from thoughtformer.engine.rows import Row, RowContext
+from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.text.plain import document_tokenizer
+
+__all__ = ["CompressedReader"]
+
+
+class CompressedReader(Reader):
+    """A causal LM of transformers, or this package's plain GPT, that folds or drops a part of its context.
+
+    Args:
+        model: what `thoughtformer.compress` gives.
+        tokenizer: the model's own, a fast one.
+
+    Raises:
+        UnsupportedError: H2O, whose rows can't be joined: each head holds entries of its own.
+    """
+
+    def __init__(self, model: CompressedModel, tokenizer: Any) -> None:
+        if isinstance(model.method, HeavyHitters):
+            raise UnsupportedError(f"the method {model.method.name!r} can't be batched continuously: choose another.")
+        self.model = model
+        self.tokenizer = document_tokenizer(tokenizer)
+        model.eval()
+        self.vocab_size = model.backbone.vocab_size
+        self.end_ids = _end_ids(model)
+        self.is_gpthf = model.config.model_type == "gpthf"
+        self.exempt_ids = self.end_ids if self.is_gpthf else ()
+
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        ids, first = super().encode(text, start=start), self.model.generation_config.bos_token_id
+        # As transformers does, where there is nothing to go on from.
+        return ids if ids or not start or first is None else [first]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.model.device
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self.model.allow_extrapolation else self.model.backbone.max_tokens
+
+    def check(self, ids: Sequence[int], number: int) -> None:
+        if self.is_gpthf and any(token in self.end_ids for token in ids[1:]):
+            raise InputError(
+                f"prompt {number} starts a document (id {self.end_ids[0]}) inside: a compressed model reads one."
+            )
+
+    def read(
+        self, ids: Sequence[Sequence[int]], most_tokens: int
+    ) -> tuple[Float[Tensor, "rows vocab"], RowsCache, list[int]]:
+        # One by one: these models read rows of unequal length with padding only.
+        logits, joined, _ = self.read_on(ids[0], None, most_tokens)
+        parts = [logits]
+        for row in ids[1:]:
+            logits, cache, _ = self.read_on(row, None, most_tokens)
+            parts.append(logits)
+            joined.join(cache)
+        return torch.cat(parts), joined, [0] * len(ids)
+
+    def read_on(
+        self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
+    ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
+        cache = self.model.new_cache(1) if cache is None else cache
+        return self._logits(torch.tensor([ids]), cache), cache, 0
+
+    def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+        return self._logits(torch.tensor(ids)[:, None], cache)
+
+    def _logits(self, ids: Tensor, cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+        assert isinstance(cache, CompressedCache)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        wanted = torch.zeros_like(real)
+        wanted[:, -1] = True
+        return self.model.backbone.head()(self.model.read(ids, real, cache, wanted=wanted))
+
+    def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
+        method, row = self.model.method, RowProgress()
+        most = 0
+        for token in prompt:
+            read_ids(method, row, [token])
+            most = max(most, row.num_held)
+        if method.reads_ids:
+            # Which tokens come isn't known. A fold makes the row no longer, unless it leaves several summaries.
+            each = max(1, method.num_summaries)
+            most = max(most, row.num_held + num_new_tokens) if each == 1 else each * (len(prompt) + num_new_tokens)
+        else:
+            for _ in range(num_new_tokens):
+                read_ids(method, row, [0])
+                most = max(most, row.num_held)
+        return {"entries": most}
+
+    def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
+        return self.model.cache_bytes(max(row["entries"] for row in most_entries), len(most_entries))
+
+    def context_of(self, row: Row, cache: RowsCache, index: int) -> RowContext:
+        assert isinstance(cache, CompressedCache)
+        store = cache.store
+        assert isinstance(store, EntrySlots)
+        entries = int(store.lengths[index])
+        order = store.field("order")[index, :entries]
+        start, folded = cache.rows[index].next_start, None
+        if len(row.ids) == row.num_prompt_tokens + 1:
+            row.num_folded = start  # what the prompt folds is in `parts`
+        elif start > row.num_folded:
+            folded = self.decode(row.ids[row.num_folded : start])
+            row.num_folded = start
+        return RowContext(
+            closed_sentences=int((order == OPEN + 1).sum()),
+            open_tokens=int((order < OPEN).sum()),
+            held_bytes=self.model.cache_bytes(entries, 1),
+            plain_bytes=len(row.ids) * self.model.backbone.kv_bytes_per_entry(),
+            folded=folded,
+            rest=None if folded is None else self.decode(row.ids[start:]),
+        )
+
+    def parts(self, ids: Sequence[int]) -> tuple[str, list[str], str]:
+        reading = read_ids(self.model.method, RowProgress(), list(ids))
+        if not reading.events:
+            return "", [], self.decode(ids)
+        first, last = reading.events[0].start, reading.events[-1].end
+        folds = [event for event in reading.events if event.is_fold]
+        return (
+            self.decode(ids[:first]),
+            [self.decode(ids[event.start : event.end + 1]) for event in folds],
+            self.decode(ids[last + 1 :]),
+        )
+
+    def identity(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return json.dumps({**self.model.identity, "settings": settings_of(self.model.method), "dtype": dtype})
+
+
+def _end_ids(model: CompressedModel) -> tuple[int, ...]:
+    is_gpthf = model.config.model_type == "gpthf"
+    end = model.config.bos_token_id if is_gpthf else model.generation_config.eos_token_id
+    return () if end is None else tuple(end) if isinstance(end, list | tuple) else (int(end),)

@@ -1,0 +1,268 @@
+"""Models as the engine sees them: how text becomes ids and where it ends, what is read, and what is held of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from thoughtformer.cache import GPTHFCache
+from thoughtformer.cache.rows import RowsCache
+from thoughtformer.compression import CompressedModel
+from thoughtformer.engine.rows import Row, RowContext
+from thoughtformer.engine.stored import StoredSentences
+from thoughtformer.errors import UnsupportedError
+from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.models.linear import pack_weights, unpack_weights
+from thoughtformer.models.modeling_gpthf import compile_steps
+from thoughtformer.text import SentenceTokenizer
+
+__all__ = ["GPTHFReader", "Reader", "reader_of"]
+
+#: Keys of the configuration that change nothing in what is held.
+UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type", "keys_to_ignore_at_inference")
+
+
+class Reader(ABC):
+    """One model and its tokenizer.
+
+    Attributes:
+        vocab_size: ids are below.
+        max_tokens: a row's, prompt and new ones; None: no limit.
+        end_ids: any of them ends a text.
+        sentence_end: closes a sentence; None: nothing does.
+        exempt_ids: from the repetition penalty.
+        sentences: known from before.
+    """
+
+    tokenizer: Any
+    device: torch.device
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    exempt_ids: tuple[int, ...]
+    sentence_end: int | None = None
+    sentences: StoredSentences | None = None
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int | None: ...
+
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        """A text's ids; it may go on. With `start`, as a text of its own."""
+        return self.tokenizer.encode_document(text, complete=False, start=start).tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self.tokenizer.decode(list(ids))
+
+    def check(self, ids: Sequence[int], number: int) -> None:
+        """Raises `InputError` for ids that this model can't read; `number` is the prompt's."""
+        return
+
+    def prepare(self) -> None:
+        """Called before every prefill, because the weights may have changed since the last."""
+        return
+
+    @abstractmethod
+    def read(
+        self, ids: Sequence[Sequence[int]], most_tokens: int
+    ) -> tuple[Float[Tensor, "rows vocab"], RowsCache, list[int]]:
+        """Reads prompts from their starts, without padding.
+
+        Returns the logits after each, what is held, and how many tokens of each needn't be read. Rows may come to
+        `most_tokens`.
+        """
+
+    @abstractmethod
+    def read_on(
+        self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
+    ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
+        """Reads a piece of one row, after what `cache` holds; returns as `read` does."""
+
+    @abstractmethod
+    def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+        """One more token of every row."""
+
+    @abstractmethod
+    def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
+        """The most entries that a row holds between steps, by kind; for `most_bytes`."""
+
+    @abstractmethod
+    def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
+        """What `num_bytes()` of rows that hold so much comes to at most."""
+
+    @abstractmethod
+    def context_of(self, row: Row, cache: RowsCache, index: int) -> RowContext:
+        """What `cache` holds of a row, its row number `index`."""
+
+    @abstractmethod
+    def parts(self, ids: Sequence[int]) -> tuple[str, list[str], str]:
+        """A prompt's text as it is held once read: what is kept of its start, what was folded, and the rest."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Of all that decides what is held: what one model wrote no other may read."""
+
+    def new_cache(self, num_rows: int) -> RowsCache:
+        """An empty cache."""
+        return self.model.new_cache(num_rows)  # type: ignore[attr-defined]
+
+    def piece(self, ids: Sequence[int], most: int | None) -> int:
+        """How many of a prompt's unread ids to read now, at most `most` where that is known."""
+        return len(ids) if most is None else min(len(ids), most)
+
+
+class GPTHFReader(Reader):
+    """A GPTHF, or its plain GPT.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's own.
+        sentences, pack, compile: see `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: GPTHFForCausalLM,
+        tokenizer: SentenceTokenizer,
+        *,
+        sentences: StoredSentences | None = None,
+        pack: bool = True,
+        compile: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.sentences = sentences
+        self.pack = pack
+        self.compile = compile
+        config = model.config
+        self.vocab_size = config.vocab_size
+        self.sentence_end = config.sentence_end_token_id
+        self.end_ids = () if config.bos_token_id is None else (config.bos_token_id,)
+        self.exempt_ids = self.end_ids if self.sentence_end is None else (self.sentence_end, *self.end_ids)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.model.device
+
+    @property
+    def max_tokens(self) -> int | None:
+        config = self.model.config
+        return None if config.allow_extrapolation else config.max_position_embeddings
+
+    def prepare(self) -> None:
+        if self.pack:
+            pack_weights(self.model)
+        else:
+            unpack_weights(self.model)
+        compile_steps(self.model, enabled=self.compile)
+
+    def read(
+        self, ids: Sequence[Sequence[int]], most_tokens: int
+    ) -> tuple[Float[Tensor, "rows vocab"], RowsCache, list[int]]:
+        cache = self.model.new_cache(len(ids))
+        cache.reserve(most_tokens)
+        logits, known = self._read(ids, cache)
+        return logits, cache, known
+
+    def read_on(
+        self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
+    ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
+        cache = self.model.new_cache(1) if cache is None else cache
+        cache.reserve(most_tokens)
+        logits, known = self._read([ids], cache)
+        return logits, cache, known[0]
+
+    def _read(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> tuple[Float[Tensor, "rows vocab"], list[int]]:
+        lengths = torch.tensor([len(row) for row in ids])
+        wanted = torch.zeros(int(lengths.sum()), dtype=torch.bool)
+        wanted[lengths.cumsum(0) - 1] = True
+        assert isinstance(cache, GPTHFCache)
+        logits, output = self.model.ragged_logits(
+            torch.tensor([token for row in ids for token in row], device=self.device),
+            torch.arange(len(ids)).repeat_interleave(lengths),
+            cache,
+            wanted=wanted,
+            sentence_source=self.sentences,
+        )
+        return logits, [0] * len(ids) if output.known_tokens is None else output.known_tokens.tolist()
+
+    def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+        assert isinstance(cache, GPTHFCache)
+        new = torch.tensor(ids, device=self.device)
+        return self.model.ragged_logits(new, torch.arange(len(ids)), cache, num_columns=1)[0]
+
+    def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
+        return self.model.model.most_entries(prompt, num_new_tokens)
+
+    def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
+        longest = {stage: max(row[stage] for row in most_entries) for stage in most_entries[0]}
+        return self.model.model.cache_bytes(longest, len(most_entries), reserve_tokens=most_tokens)
+
+    def context_of(self, row: Row, cache: RowsCache, index: int) -> RowContext:
+        assert isinstance(cache, GPTHFCache)
+        entries = {stage.name: int(stage.lengths[index]) for stage in cache.stages}
+        num_sentences, num_starts, last = row.count_ends(self.sentence_end, self.end_ids)
+        config = self.model.config
+        shape = config.layer_shape("decoder")
+        entry = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
+        return RowContext(
+            closed_sentences=num_sentences,
+            open_tokens=len(row.ids) - (last + 1),
+            held_bytes=self.model.model.cache_bytes(entries, 1),
+            plain_bytes=entry * (len(row.ids) - num_sentences - num_starts),
+        )
+
+    def parts(self, ids: Sequence[int]) -> tuple[str, list[str], str]:
+        closed, start = [], 0
+        for place, token in enumerate(ids):
+            if token == self.sentence_end:
+                closed.append(self.decode(ids[start:place]))
+                start = place + 1
+        return "", closed, self.decode(ids[start:])
+
+    def identity(self) -> str:
+        config = self.model.config
+        shape = {name: getattr(config, name) for name in sorted(GPTHFConfig.__annotations__) if name not in UNNAMED}
+        digest = hashlib.blake2b(json.dumps(shape, default=str).encode(), digest_size=8).hexdigest()
+        return f"{self._fingerprint}-{digest} {str(self.model.dtype).removeprefix('torch.')}"
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def piece(self, ids: Sequence[int], most: int | None) -> int:
+        size, end = super().piece(ids, most), self.sentence_end
+        if size < len(ids) and self.sentences is not None and end is not None and end in ids[:size]:
+            return size - list(ids[:size])[::-1].index(end)  # whole sentences, so that they can be known
+        return size
+
+
+def reader_of(
+    model: GPTHFForCausalLM | CompressedModel,
+    tokenizer: Any,
+    *,
+    sentences: StoredSentences | None = None,
+    pack: bool = True,
+    compile: bool = False,
+) -> Reader:
+    """The model's reader; arguments as for `Engine`.
+
+    Raises:
+        UnsupportedError: something that this kind of model can't do.
+    """
+    if isinstance(model, GPTHFForCausalLM):
+        return GPTHFReader(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
+    from thoughtformer.engine.compressed import CompressedReader
+
+    if compile:
+        raise UnsupportedError("steps of a compressed model can't be compiled: what they read changes its shape.")
+    return CompressedReader(model, tokenizer)
