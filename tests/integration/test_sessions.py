@@ -36,6 +36,7 @@ def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PA
     while scheduler.has_work:
         scheduler.round()
     sessions.finish(session, row)
+    sessions.make_room()
     return row.ids[row.num_prompt_tokens :]
 
 
@@ -187,10 +188,12 @@ def test_survives_being_killed_in_a_write(tmp_path):
         told, tell = os.pipe()
         child = os.fork()
         if child == 0:
-            while True:
-                session.is_saved = False
-                kept._save(session)
-                os.write(tell, b".")
+            try:
+                while True:
+                    kept._save(session.key, session.ids, session.num_read, session.cache)
+                    os.write(tell, b".")
+            finally:
+                os._exit(1)
         os.close(tell)
         os.read(told, 1)
         time.sleep(random.Random(attempt).uniform(0, 0.02))
@@ -206,7 +209,7 @@ def test_survives_being_killed_in_a_write(tmp_path):
 def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
     sessions = sessions_of(*tiny_pair(), folder=tmp_path, max_bytes=1)
 
-    def full(session) -> None:
+    def full(*saved) -> None:
         raise OutputError("couldn't write: no space left on device")
 
     monkeypatch.setattr(sessions, "_save", full)

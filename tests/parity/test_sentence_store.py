@@ -395,12 +395,14 @@ def test_survives_being_killed_in_a_write(tmp_path):
             told, tell = os.pipe()
             child = os.fork()
             if child == 0:
-                with SentenceStore(tmp_path, max_bytes=4 * MIB) as store:
-                    source = store.of(model)
-                    for batch in range(10_000):
-                        source.add([f"{attempt}/{batch}/{number}".encode() for number in range(50)], vectors)
-                        os.write(tell, b".")
-                os._exit(0)
+                try:
+                    with SentenceStore(tmp_path, max_bytes=4 * MIB) as store:
+                        source = store.of(model)
+                        for batch in range(10_000):
+                            source.add([f"{attempt}/{batch}/{number}".encode() for number in range(50)], vectors)
+                            os.write(tell, b".")
+                finally:
+                    os._exit(0)
             os.close(tell)
             os.read(told, 1)
             time.sleep(random.Random(attempt).uniform(0, 0.05))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.options import Extrapolate, Model, Threads, set_threads
+from thoughtformer.cli.compress import Adapter, Every, MaxBytes, Span, open_compressed
+from thoughtformer.cli.options import Extrapolate, Threads, set_threads
 from thoughtformer.cli.store import parse_size
 from thoughtformer.errors import InputError
+
+if TYPE_CHECKING:
+    from thoughtformer.compression import CompressedModel
+    from thoughtformer.models import GPTHFForCausalLM
 
 __all__ = ["serve"]
 
@@ -18,10 +24,19 @@ TOKEN_VARIABLE = "THOUGHTFORMER_TOKEN"
 
 
 def serve(
-    model: Model = "tiny-gpthf",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="tiny-gpthf, tiny-gpt, or a folder with one or a causal LM.")
+    ] = "tiny-gpthf",
+    adapter: Adapter = None,
+    removed: Annotated[
+        float | None, typer.Option(help="With --adapter: fraction of the tokens seen not held; default: 0.9.", max=0.99)
+    ] = None,
+    span_tokens: Span = None,
+    sentences: Every = False,
+    max_bytes: MaxBytes = None,
     store: Annotated[Path | None, typer.Option(help="Sentence store: known sentences needn't be read again.")] = None,
-    sessions: Annotated[
-        Path | None, typer.Option(help="Folder for idle sessions; without, they end with the server.")
+    session_folder: Annotated[
+        Path | None, typer.Option("--sessions", help="Folder for idle sessions; without, they end with the server.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; others than loopback need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
@@ -34,6 +49,9 @@ def serve(
     max_prefill_tokens: Annotated[
         int, typer.Option(help="Prompt tokens read between two steps of the others.", min=16)
     ] = 4096,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of a prompt; longer ones get 413. Default: as many as the model takes.", min=1)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens that one completion may ask for.", min=1)] = 4096,
     request_seconds: Annotated[float, typer.Option(help="A request that takes longer gets 504.", min=0.1)] = 600.0,
     max_body_size: Annotated[str, typer.Option(help="Of a request; more gets 413.")] = "8MiB",
@@ -49,6 +67,8 @@ def serve(
     A bearer token is taken from $THOUGHTFORMER_TOKEN.
 
     Example: thoughtformer serve --model runs/mine --store sentences --sessions sessions --port 8000
+
+    Example: thoughtformer serve --model tiny-gpt --adapter tiny-gpt-sentinel --removed 0.8
     """
     try:
         import uvicorn
@@ -59,7 +79,6 @@ def serve(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions
-    from thoughtformer.models.loading import load
 
     token = os.environ.get(TOKEN_VARIABLE) or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -67,6 +86,8 @@ def serve(
             f"--host {host} lets other machines in: set {TOKEN_VARIABLE} to a bearer token that they must send, or "
             "listen at 127.0.0.1."
         )
+    if adapter is None and (removed is not None or span_tokens is not None or sentences or max_bytes is not None):
+        raise InputError("--removed, --span-tokens, --sentences and --max-bytes say how an --adapter folds: name one.")
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -80,29 +101,45 @@ def serve(
         model_name=name or Path(model).resolve().name,
         token=token,
         max_body_bytes=body_bytes,
+        max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         request_seconds=request_seconds,
         allowed_hosts=("127.0.0.1", "localhost") if token is None and host != "::1" else (),
     )
     set_threads(threads)
-    loaded, tokenizer = load(model)
-    loaded.config.allow_extrapolation = allow_extrapolation
-    opened = (
-        None
-        if store is None
-        else SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
-    )
-    try:
-        scheduler = Scheduler(
-            loaded,
-            tokenizer,
-            limits,
-            sentences=None if opened is None else opened.of(loaded, is_strict=False),
-            compile=compile,
+    served: GPTHFForCausalLM | CompressedModel
+    if adapter is not None:
+        served, tokenizer = open_compressed(
+            model,
+            adapter,
+            removed=0.9 if removed is None else removed,
+            span_tokens=span_tokens,
+            sentences=sentences,
+            max_bytes=max_bytes,
+            allow_extrapolation=allow_extrapolation,
         )
-        kept = Sessions(scheduler.reader, folder=sessions, max_bytes=session_bytes, idle_seconds=idle_seconds)
+    else:
+        served, tokenizer = _uncompressed(model, allow_extrapolation)
+    with ExitStack() as stack:
+        known = None
+        if store is not None:
+            opened = SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
+            stack.callback(opened.close)
+            known = opened.of(served, is_strict=False)
+        scheduler = Scheduler(served, tokenizer, limits, sentences=known, compile=compile)
+        kept = Sessions(scheduler.reader, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
-    finally:
-        if opened is not None:
-            opened.close()
+
+
+def _uncompressed(model: str, allow_extrapolation: bool) -> tuple[GPTHFForCausalLM | CompressedModel, Any]:
+    """A model that is served as it is: a GPTHF, or a causal LM of transformers of whose context nothing is dropped."""
+    from thoughtformer.compression import compress
+    from thoughtformer.models import GPTHFForCausalLM
+    from thoughtformer.models.loading import load_causal_lm
+
+    loaded, tokenizer = load_causal_lm(model)
+    if isinstance(loaded, GPTHFForCausalLM):
+        loaded.config.allow_extrapolation = allow_extrapolation
+        return loaded, tokenizer
+    return compress(loaded, "full", allow_extrapolation=allow_extrapolation), tokenizer

@@ -90,7 +90,9 @@ class Sessions:
         self.folder = folder
         self.max_bytes = max_bytes
         self.idle_seconds = idle_seconds
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        # Files are written and removed one at a time, while requests go on; always taken before the other lock.
+        self._writing = threading.Lock()
         self._held: OrderedDict[str, Session] = OrderedDict()
         self.failures = 0
         if folder is not None:
@@ -147,7 +149,7 @@ class Sessions:
     def finish(self, session: Session, row: Row) -> None:
         """Takes over what a row came to, if it has ended by itself; else the session stays as it was before.
 
-        A row that is still in work may be finished with as well: it goes on with a copy.
+        Call `make_room` some time after. A row still in work may be finished with as well: it goes on with a copy.
         """
         with self._lock:
             session.is_busy = False
@@ -160,7 +162,6 @@ class Sessions:
                 session.is_saved = False
             if session.cache is None:
                 self._held.pop(session.key, None)
-            self._make_room()
 
     def delete(self, name: str) -> bool:
         """Forgets a session, in memory and on disk; whether there was one.
@@ -169,7 +170,7 @@ class Sessions:
             BusyError: a request on it is under way.
         """
         key = _key(name)
-        with self._lock:
+        with self._writing, self._lock:
             session = self._held.get(key)
             if session is not None and session.is_busy:
                 raise BusyError(f"a request on session {name!r} is under way: wait for it.")
@@ -193,56 +194,67 @@ class Sessions:
 
     def save_idle(self) -> None:
         """Saves and lets go of those unused for long; to be called now and then."""
+        if self.folder is None:
+            return
         with self._lock:
-            now = time.monotonic()
-            for session in list(self._held.values()):
-                if not session.is_busy and now - session.used >= self.idle_seconds and self.folder is not None:
-                    self._let_go(session)
+            until = time.monotonic() - self.idle_seconds
+            idle = [session for session in self._held.values() if session.used <= until]
+        for session in idle:
+            self._let_go(session)
+
+    def make_room(self) -> None:
+        """Saves and lets go of the least recently used, as long as more is held than may be."""
+        with self._lock:
+            sessions = list(self._held.values())
+        for session in sessions:
+            if self.num_bytes() <= self.max_bytes:
+                return
+            self._let_go(session)
 
     def close(self) -> None:
         """Saves all that aren't saved; busy ones as they were before the request under way."""
-        with self._lock:
+        if self.folder is not None:
             for session in list(self._held.values()):
-                if self.folder is not None:
-                    self._let_go(session)
+                self._let_go(session, even_busy=True)
 
-    def _make_room(self) -> None:
-        for session in list(self._held.values()):
-            if self.num_bytes() <= self.max_bytes:
-                return
-            if not session.is_busy:
-                self._let_go(session)
-
-    def _let_go(self, session: Session) -> None:
+    def _let_go(self, session: Session, *, even_busy: bool = False) -> None:
         """Out of memory, if it is safe on disk; what can't be saved stays, and the log says so."""
-        if not session.is_saved:
-            try:
-                self._save(session)
-            except OutputError as error:
-                self.failures += 1
-                logger.error("a session stays in memory: %s", error)
-                return
-        del self._held[session.key]
+        with self._writing:
+            with self._lock:
+                if self._held.get(session.key) is not session or (session.is_busy and not even_busy):
+                    return
+                ids, num_read, cache, is_saved = session.ids, session.num_read, session.cache, session.is_saved
+            if not is_saved and cache is not None:
+                try:
+                    self._save(session.key, ids, num_read, cache)
+                except OutputError as error:
+                    self.failures += 1
+                    logger.error("a session stays in memory: %s", error)
+                    return
+            with self._lock:
+                # Unless a request has begun meanwhile, or come to its end.
+                if session.cache is cache and (even_busy or not session.is_busy):
+                    session.is_saved = True
+                    del self._held[session.key]
 
     def _file(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}{SUFFIX}"
 
-    def _save(self, session: Session) -> None:
-        file = self._file(session.key)
-        if file is None or session.cache is None:
+    def _save(self, key: str, ids: Sequence[int], num_read: int, cache: RowsCache) -> None:
+        file = self._file(key)
+        if file is None:
             return
-        tensors = session.cache.saved() | {"ids": torch.tensor(session.ids, dtype=torch.int32)}
+        tensors = cache.saved() | {"ids": torch.tensor(ids, dtype=torch.int32)}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         manifest = {
             "version": FORMAT_VERSION,
             "model": self.reader.identity(),
-            "num_read": session.num_read,
+            "num_read": num_read,
             "digest": _digest(tensors),
         }
         with new_file(file, replace=True) as draft:
             # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
             draft.write_bytes(save(tensors, metadata={MANIFEST: json.dumps(manifest)}))
-        session.is_saved = True
 
     def _load(self, key: str) -> Session:
         """The session of that key: from its file, or a new one."""

@@ -84,7 +84,7 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """For Prometheus."""
-        text = await asyncio.to_thread(metrics.text)  # it may have to wait for sessions being saved
+        text = await asyncio.to_thread(metrics.text)  # it waits for locks
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models", responses=ERRORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
 from thoughtformer.engine.readers import Reader
-from thoughtformer.errors import InputError
+from thoughtformer.errors import InputError, TooLargeError
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from thoughtformer.text.chat import encode_chat
 
@@ -31,6 +32,7 @@ class ServeSettings:
         model_name: as clients name it.
         token: that clients must bear; None: none.
         max_body_bytes: of a request; more is refused with 413.
+        max_prompt_tokens: of a prompt, a session's context included; longer ones get 413. None: the model's own limit.
         max_choices: completions that one request may ask for, over all prompts.
         max_new_tokens: that one completion may ask for.
         default_new_tokens: of a chat that doesn't say.
@@ -42,6 +44,7 @@ class ServeSettings:
     model_name: str
     token: str | None = None
     max_body_bytes: int = 8 << 20
+    max_prompt_tokens: int | None = None
     max_choices: int = 64
     max_new_tokens: int = 4096
     default_new_tokens: int = 256
@@ -66,6 +69,8 @@ class Service:
         self.created = int(time.time())
         # One thread: the tokenizer's settings are no two threads' business.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="thoughtformer-prepare")
+        # Another: no request waits for a slow disk.
+        self._saving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="thoughtformer-save")
 
     @property
     def store_failures(self) -> int:
@@ -86,6 +91,7 @@ class Service:
         """Ends all requests, and saves sessions."""
         self.worker.stop()
         self._preparing.shutdown(wait=True)
+        self._saving.shutdown(wait=True)
         self.sessions.close()
 
     async def prepared(self, work: Callable[[], Result]) -> Result:
@@ -96,7 +102,14 @@ class Service:
         """Lets go of idle sessions now and then, for ever."""
         while True:
             await asyncio.sleep(1.0)
-            await self.prepared(self.sessions.save_idle)
+            await asyncio.get_running_loop().run_in_executor(self._saving, self.sessions.save_idle)
+
+    async def finish(self, session: Session, row: Row) -> None:
+        """Gives a session what came of its row; memory is made room in beside that."""
+        await self.prepared(partial(self.sessions.finish, session, row))
+        if self.sessions.num_bytes() > self.sessions.max_bytes:
+            with contextlib.suppress(RuntimeError):  # stopped meanwhile: all sessions are saved then
+                self._saving.submit(self.sessions.make_room)
 
     async def begin(self, request: GenerationRequest, *, client: str = "") -> Generation:
         """Takes on a request; iterate over it, and close it whatever happens. Clients take turns.
@@ -159,6 +172,12 @@ class Service:
                 closes_sentence=isinstance(request, ChatRequest),
             )
         generation.add(row, session)
+        most = self.settings.max_prompt_tokens
+        if most is not None and row.num_prompt_tokens > most:
+            raise TooLargeError(
+                f"the prompt has {row.num_prompt_tokens} tokens, a session's context included; this server reads "
+                f"{most} at most."
+            )
         row.wants_context = request.return_context
         row.deadline = time.monotonic() + self.settings.request_seconds
 
@@ -225,8 +244,7 @@ class Generation:
     async def _end_session(self) -> None:
         session, self.session = self.session, None
         if session is not None:
-            finish = partial(self.service.sessions.finish, session, self.rows[0])
-            await asyncio.shield(self.service.prepared(finish))
+            await asyncio.shield(self.service.finish(session, self.rows[0]))
 
 
 def _params(request: GenerationRequest, new_tokens: int) -> SamplingParams:
