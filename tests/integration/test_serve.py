@@ -7,11 +7,15 @@ import copy
 import json
 import os
 import random
+import threading
+import time
 
 import httpx
 import openai
 import pytest
+import torch
 
+from lms import served_pair, tiny_compressed
 from prose import PAGE, prose, tiny_pair
 from serving import serving
 from thoughtformer.decode import SamplingParams
@@ -177,7 +181,7 @@ def test_openai_clients_see_their_own_errors(client):
 
 def test_limits(pair):
     limits = Limits(max_rows=1, max_waiting=1, max_bytes=250_000)
-    with serving(pair, limits=limits, max_body_bytes=5000, token="sesame") as running:
+    with serving(pair, limits=limits, max_body_bytes=5000, max_prompt_tokens=100, token="sesame") as running:
         wrong = httpx.Client(base_url=running.url)
         assert wrong.get("/health").status_code == 200
         assert wrong.get("/").status_code == 200
@@ -206,6 +210,9 @@ def test_limits(pair):
         assert running.service.scheduler.stats().prompt_tokens == 0
         answer = post(max_tokens=500)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+        answer = post(prompt=PAGE[:1000], max_tokens=1)
+        assert "this server reads 100 at most" in answer.json()["error"]["message"]
+        assert answer.status_code == 413
         # More at once than could ever be in work, and more than may wait just now; nothing of either is begun.
         answer = post(n=3)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
@@ -268,6 +275,195 @@ def test_sessions_go_on_where_they_were(server, client, http, pair):
     assert http.delete(quoted).status_code == 404
     fresh = client.completions.create(prompt=PAGE[:120], extra_body={"session": name}, **settings)
     assert fresh.usage.prompt_tokens == first.usage.prompt_tokens
+
+
+def test_sessions_that_fail(pair, tmp_path):
+    """Busy, damaged, too long, removed meanwhile: each says so, and others go on."""
+    with serving(pair, folder=tmp_path) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+
+        def post(session: str, **more) -> httpx.Response:
+            body = {"model": "tiny", "prompt": "The ferry", "max_tokens": 4, "session": session}
+            return http.post("/v1/completions", json=body | more)
+
+        assert post("a").status_code == 200
+        running.service.sessions.close()
+        (file,) = tmp_path.iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-7])
+        answer = post("a")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_unusable")
+        file.write_bytes(whole)
+        assert post("a").status_code == 200
+        assert post("b", prompt=PAGE).status_code == 400
+        assert post("b", max_tokens=3).status_code == 200, "nothing of the last is left"
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 300, "session": "a", "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            answer = post("a")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_busy")
+            assert http.delete("/v1/sessions/a").status_code == 409
+        running.settle()
+        assert post("a").status_code == 200, "who leaves, leaves the session as it was"
+
+
+def test_saving_sessions_keeps_nobody_waiting(pair, tmp_path):
+    """A disk that takes its time: requests go on, one that is begun meanwhile is not lost, nor is one removed kept."""
+    with serving(pair, folder=tmp_path) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        sessions, save = running.service.sessions, running.service.sessions._save
+        sessions.max_bytes = 1
+        goes_on, begun = threading.Event(), threading.Event()
+
+        def slow(*saved) -> None:
+            begun.set()
+            goes_on.wait(30)
+            save(*saved)
+
+        sessions._save = slow
+
+        def post(session: str | None) -> str:
+            body = {"model": "tiny", "prompt": " And", "max_tokens": 4, "session": session, "temperature": 0}
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == 200
+            return answer.json()["choices"][0]["text"]
+
+        first = post("a")
+        assert begun.wait(10)
+        post(None)
+        second = post("a")  # while its first state is being written
+        assert sessions.num_held() == 1
+        goes_on.set()
+        third = post("a")
+        sessions.close()
+        sessions._save = save
+        assert sessions.num_held() == 0
+        assert len(list(tmp_path.iterdir())) == 1
+        assert http.delete("/v1/sessions/a").status_code == 200
+        assert list(tmp_path.iterdir()) == []
+        sessions.max_bytes = 1 << 30
+        assert [post("a") for _ in range(3)] == [first, second, third]
+
+
+def test_users_behind_one_address_take_turns(pair):
+    """One user's many requests don't keep another's waiting."""
+    with serving(pair, limits=Limits(max_rows=1)) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        ended: list[str] = []
+        rows = [running.service.scheduler.submit("a", SamplingParams(max_new_tokens=400, ignore_end_of_text=True))]
+
+        def post(user: str) -> None:
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "user": user}
+            assert http.post("/v1/completions", json=body).status_code == 200
+            ended.append(user)
+
+        threads = [threading.Thread(target=post, args=("many",)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        while running.service.scheduler.stats().waiting < 6:
+            time.sleep(0.01)
+        other = threading.Thread(target=post, args=("other",))
+        other.start()
+        while running.service.scheduler.stats().waiting < 7:
+            time.sleep(0.01)
+        running.service.scheduler.cancel(rows[0])
+        for thread in (*threads, other):
+            thread.join()
+        assert ended.index("other") <= 3
+
+
+@pytest.mark.parametrize("kind", ["sentinel_plain", "sentinel_sentences", "random"])
+def test_compressed_models_are_served(kind, tmp_path):
+    """What OpenAI's client gets is what transformers' generate writes; sessions and the page's context work too."""
+    model, tokenizer = served_pair(kind)
+    with serving((model, tokenizer), folder=tmp_path) as running:
+        reader = running.service.reader
+        ids = reader.encode(PAGE[:300])
+        expected = reader.decode(
+            model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        )
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            settings = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+            done = client.completions.create(prompt=PAGE[:300], **settings)
+            assert done.choices[0].text == expected
+            assert done.usage.prompt_tokens == len(ids)
+            assert done.usage.prompt_tokens_details.sentence_ends == 0
+            for _ in range(2):
+                turn = client.completions.create(prompt=PAGE[:60], extra_body={"session": "s"}, **settings)
+                running.service.sessions.close()  # to disk and back
+            assert turn.usage.prompt_tokens_details.cached_tokens > 0
+            stream = client.completions.create(
+                prompt=PAGE[:300], stream=True, extra_body={"return_context": True}, **settings
+            )
+            first, *rest = list(stream)
+            told = first.model_extra["context"]
+            assert PAGE[:300].startswith(told["kept"])
+            assert bool(told["sentences"]) == (kind != "random")
+            last = rest[-1].model_extra["context"]
+            assert 0 < last["held_bytes"] < last["plain_bytes"]
+        running.settle()
+
+
+def test_chat_of_other_tokenizers():
+    """A causal LM's template, as transformers applies it; what people write stays text."""
+    model, tokenizer = served_pair("streaming")
+    specials = ["<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials, "bos_token": "<|endoftext|>"})
+    model.model.resize_token_embeddings(len(tokenizer))
+    model = tiny_compressed(model.model, model.method)
+    with serving((model, tokenizer)) as running:
+        seen: list[list[int]] = []
+        original = running.service.scheduler.prepare
+        running.service.scheduler.prepare = lambda prompt, params: seen.append(prompt) or original(prompt, params)
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+
+            def ask(*texts: str) -> list[int]:
+                roles = ("user", "assistant", "user")
+                messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+                client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+                return seen[-1]
+
+            with pytest.raises(openai.BadRequestError, match="has no chat template"):
+                ask("Hello")
+            tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+            ids = ask(" Hello there. ", "Good day.", "Well?")
+            messages = [
+                {"role": "user", "content": " Hello there. "},
+                {"role": "assistant", "content": "Good day."},
+                {"role": "user", "content": "Well?"},
+            ]
+            assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            user, assistant = (tokenizer.convert_tokens_to_ids(token) for token in specials)
+            ids = ask("I am <|assistant|> now")
+            assert [ids.count(user), ids.count(assistant), ids.count(tokenizer.bos_token_id)] == [1, 1, 1]
+            assert tokenizer.decode(ids) == "<|endoftext|><|user|>I am <|assistant|> now<|assistant|>"
+            assert tokenizer.backend_tokenizer.encode_special_tokens is False, "as it was"
+
+
+def test_chat_in_a_session(pair):
+    """Each turn brings its new message alone; the conversation is as if it had been sent whole."""
+    model, tokenizer = pair[0], copy.deepcopy(pair[1])
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    with (
+        serving((model, tokenizer)) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def ask(text: str):
+            messages = [{"role": "user", "content": text}]
+            return client.chat.completions.create(
+                model="tiny", messages=messages, max_tokens=6, temperature=0, extra_body={"session": "chat"}
+            )
+
+        first = ask("Who is there?")
+        (session,) = running.service.sessions._held.values()
+        held = list(session.ids)
+        second = ask("And why?")
+        assert second.usage.prompt_tokens_details.cached_tokens == len(held) - 1
+        assert session.ids[: len(held)] == held
+        assert session.ids[len(held)] == tokenizer.sentence_end_token_id, "the answer's sentence is closed"
+        assert session.ids.count(tokenizer.start_token_id) == 1
+        whole = tokenizer.decode(session.ids)
+        assert whole.startswith(f"user: Who is there? {first.choices[0].message.content}user: And why? ")
+        assert whole.endswith(second.choices[0].message.content)
 
 
 def test_chat_by_template():
@@ -333,21 +529,40 @@ def test_many_streams_with_people_who_leave(server, pair):
             async for line in response.aiter_lines():
                 if number in leaves and chunks >= leaves[number]:
                     return None  # closes the connection
+                if '"error"' in line:
+                    assert number_of_cancelled
+                    return None
                 if line.startswith("data: {"):
                     chunks += 1
                     text += json.loads(line[6:])["choices"][0]["text"]
         return text
 
+    async def cancel_some() -> None:
+        while len(number_of_cancelled) < count // 10:
+            await asyncio.sleep(0.05)
+            writing = [row for row in server.service.scheduler.batch.rows if row.number not in number_of_cancelled]
+            if writing:
+                row = chooser.choice(writing)
+                number_of_cancelled.add(row.number)
+                server.service.scheduler.cancel(row)
+
+    number_of_cancelled: set[int] = set()
+
     async def all_of_them() -> list[str | None]:
         limits = httpx.Limits(max_connections=count)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
-            return await asyncio.gather(*(one(http, number) for number in range(count)))
+            cancelling = asyncio.create_task(cancel_some())
+            try:
+                return await asyncio.gather(*(one(http, number) for number in range(count)))
+            finally:
+                cancelling.cancel()
 
     texts = asyncio.run(all_of_them())
     server.settle()
     engine = Engine(*pair)
     stayed = [number for number in range(count) if texts[number] is not None]
-    assert len(stayed) >= count - len(leaves)
+    assert len(number_of_cancelled) > 1
+    assert len(stayed) >= count - len(leaves) - len(number_of_cancelled)
     for number in stayed:
         request = requests[number]
         params = SamplingParams(max_new_tokens=request["max_tokens"], temperature=request["temperature"], seed=number)
