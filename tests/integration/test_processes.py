@@ -148,11 +148,16 @@ def test_an_indexer_killed_again_and_again(folder, tmp_path):
     texts = [tmp_path / f"{number}.txt" for number in range(40)]
     for number, text in enumerate(texts):
         text.write_text(" ".join(f"{word} {number} {place}." for place, word in enumerate(prose(6000).split())))
-    arguments = ("index", "--model", folder, "--store", tmp_path / "store", "--threads", 1, *texts)
+    store_folder = tmp_path / "store"
+    arguments = ("index", "--model", folder, "--store", store_folder, "--threads", 1, *texts)
     held = []
     for attempt in range(KILLS):
         child = started(tmp_path / "log", *arguments)
-        time.sleep(random.Random(attempt).uniform(0.1, 1.2))
+        # Until it writes; then a little longer.
+        until = time.monotonic() + 60
+        while not any(file.stat().st_size for file in store_folder.glob("*-wal")) and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(random.Random(attempt).choice([0.0, 0.01, 0.05, 0.2]))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with SentenceStore(tmp_path / "store") as store:

@@ -322,7 +322,7 @@ def test_saving_sessions_keeps_nobody_waiting(pair, tmp_path):
         sessions._save = slow
 
         def post(session: str | None) -> str:
-            body = {"model": "tiny", "prompt": " And", "max_tokens": 4, "session": session, "temperature": 0}
+            body = {"model": "tiny", "prompt": " And", "max_tokens": 6, "session": session, "seed": 1}
             answer = http.post("/v1/completions", json=body)
             assert answer.status_code == 200
             return answer.json()["choices"][0]["text"]
@@ -338,10 +338,23 @@ def test_saving_sessions_keeps_nobody_waiting(pair, tmp_path):
         sessions._save = save
         assert sessions.num_held() == 0
         assert len(list(tmp_path.iterdir())) == 1
+        goes_on.clear()
+        begun.clear()
+        sessions._save = slow
+        post("b")
+        assert begun.wait(10)
+        removing = threading.Thread(target=http.delete, args=("/v1/sessions/b",))
+        removing.start()
+        time.sleep(0.1)
+        goes_on.set()
+        removing.join()
+        sessions._save = save
+        assert not sessions.has("b"), "it was being written when it was removed"
         assert http.delete("/v1/sessions/a").status_code == 200
         assert list(tmp_path.iterdir()) == []
         sessions.max_bytes = 1 << 30
         assert [post("a") for _ in range(3)] == [first, second, third]
+        assert len({first, second, third}) == 3
 
 
 def test_users_behind_one_address_take_turns(pair):

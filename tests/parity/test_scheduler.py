@@ -185,6 +185,22 @@ def test_a_row_holds_no_more_than_expected(name):
                 assert all(held[stage] <= most[stage] for stage in held), (length, held, most)
 
 
+@pytest.mark.parametrize("kind", list(SERVED))
+def test_a_compressed_row_holds_no_more_than_expected(kind):
+    """The same for compressed models; exact where only the number of tokens counts."""
+    model, tokenizer = served_pair(kind)
+    reader = reader_of(model, tokenizer)
+    ids = reader.encode(PAGE)[:160]
+    with torch.no_grad():
+        cache, held = model.new_cache(1), []
+        for token in ids:
+            reader.step([token], cache)
+            held.append(int(cache.num_entries[0]))
+    for prompt_tokens in (1, 30, 100, 160):
+        most = reader.most_entries(ids[:prompt_tokens], 160 - prompt_tokens)["entries"]
+        assert max(held) == most if not model.method.reads_ids else max(held) <= most
+
+
 def test_clients_take_turns():
     """A client with many requests doesn't keep another waiting."""
     scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1))
