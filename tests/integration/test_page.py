@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lms import served_pair
 from prose import PAGE, tiny_pair
 from serving import serving
 from thoughtformer.decode import SamplingParams
@@ -71,11 +72,32 @@ def test_writing_by_keyboard(pair, page):
         running.settle()
 
 
+def test_a_compressed_model(page):
+    """Spans fold as they are told; what is kept of the start stays in full."""
+    pair = served_pair("sentinel_sentences")
+    with serving(pair) as running:
+        page.goto(running.url)
+        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.fill("#prompt", PAGE[:200])
+        page.fill("#temperature", "0")
+        page.keyboard.press("Control+Enter")
+        status(page, "Done")
+        done = Engine(*pair).generate([PAGE[:200]], SamplingParams(max_new_tokens=120))[0]
+        assert page.text_content("#output") == done.text
+        kept, *folded, rest = page.locator("#sentences li").evaluate_all("items => items.map(item => item.title)")
+        assert (kept, rest) == ("", "")
+        shown = page.locator("#sentences li").all_text_contents()
+        assert shown[0] + "".join(folded) + shown[-1] == PAGE[:200] + done.text
+        assert page.inner_text("#closed") == str(len(folded))
+        assert len(folded) > 5
+
+
 def test_stopping(pair, page):
     with serving(pair) as running:
         page.goto(running.url)
         page.fill("#max_tokens", "400")
         page.fill("#prompt", "The ferry")
+        page.fill("#temperature", "0")  # a text that doesn't end by itself
         page.click("#write")
         status(page, "Writing")
         assert page.is_disabled("#write")
