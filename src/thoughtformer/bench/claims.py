@@ -202,6 +202,28 @@ def _packed(peer: str, text: str, target: float) -> Claim:
     )
 
 
+def _known(peer: str, text: str) -> Claim:
+    return Claim(
+        text=f"prefill of 32k tokens, {text}, every sentence in the store, against the plain GPT",
+        theme="speed",
+        case="known",
+        target=100,
+        measure=_ratio(("gpt", "seconds"), (f"{peer}, known", "seconds")),
+        workload={"size": "full", "context": 32768},
+    )
+
+
+def _requests(over: str, under: str, text: str) -> Claim:
+    return Claim(
+        text=f"16 requests of mixed length: {text}",
+        theme="speed",
+        case="requests",
+        target=3,
+        measure=_ratio((over, "new_tokens_per_second"), (under, "new_tokens_per_second")),
+        workload={"size": "full"},
+    )
+
+
 CLAIMS = (
     _prefill("4+8", 4096, 3.5),
     _prefill("4+8", 32768, 10),
@@ -247,6 +269,25 @@ CLAIMS = (
     ),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
+    _known("gpthf 4+8", "4+8"),
+    _known("hourglass 2+8+2", "hourglass 2+8+2"),
+    _requests("gpt, continuous", "gpt, one at a time", "plain GPT, continuous batching against one at a time"),
+    _requests("hourglass, continuous", "hourglass, one at a time", "hourglass 2+8+2, the same"),
+    _requests(
+        "gpt, continuous",
+        "transformers Llama, one at a time",
+        "plain GPT, continuous batching against transformers.generate one at a time",
+    ),
+    _requests(
+        "hourglass, continuous",
+        "transformers Llama, one at a time",
+        "hourglass 2+8+2, continuous batching, against transformers.generate with its plain twin one at a time",
+    ),
+    _requests(
+        "gpt, continuous",
+        "transformers Llama, padded batch",
+        "plain GPT, continuous batching against transformers.generate on one padded batch",
+    ),
 )
 
 
