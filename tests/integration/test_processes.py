@@ -145,28 +145,35 @@ def test_a_server_killed_again_and_again(folder, tmp_path):
 
 
 def test_an_indexer_killed_again_and_again(folder, tmp_path):
-    texts = [tmp_path / f"{number}.txt" for number in range(40)]
-    for number, text in enumerate(texts):
-        text.write_text(" ".join(f"{word} {number} {place}." for place, word in enumerate(prose(6000).split())))
+    texts = [tmp_path / f"{number}.txt" for number in range(20)]
     store_folder = tmp_path / "store"
     arguments = ("index", "--model", folder, "--store", store_folder, "--threads", 1, *texts)
+
+    def write_texts(attempt: int) -> None:
+        """Sentences that no earlier attempt had."""
+        for number, text in enumerate(texts):
+            words = prose(3000, seed=attempt).split()
+            text.write_text(" ".join(f"{word} {attempt} {number} {place}." for place, word in enumerate(words)))
+
     held = []
     for attempt in range(KILLS):
+        write_texts(attempt)
         child = started(tmp_path / "log", *arguments)
         # Until it writes; then a little longer.
         until = time.monotonic() + 60
-        while not any(file.stat().st_size for file in store_folder.glob("*-wal")) and time.monotonic() < until:
+        while not any(file.stat().st_size for file in store_folder.glob("*-wal")):
+            assert time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.002)
         time.sleep(random.Random(attempt).choice([0.0, 0.01, 0.05, 0.2]))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        with SentenceStore(tmp_path / "store") as store:
+        with SentenceStore(store_folder) as store:
             assert store.verify() == 0
             held.append(store.stats().sentences)
     assert held == sorted(held), "what was written stays"
     assert held[-1] > 0
     assert ended(started(tmp_path / "log", *arguments, "--json"), 120) == 0
-    with SentenceStore(tmp_path / "store") as store:
+    with SentenceStore(store_folder) as store:
         assert store.verify() == 0
         assert store.stats().sentences > held[-1]
 

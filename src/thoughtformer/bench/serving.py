@@ -115,6 +115,7 @@ def requests(options: Options) -> Iterator[Record]:
         runs,
         {},
         repeats=options.repeats,
+        warmups=0,  # a run is many requests, of which the first warms up
         on_run=lambda name, number: options.on_progress(f"{REQUESTS} requests: {name}, round {number}"),
     )
 
