@@ -84,10 +84,13 @@ def generate(
         return
 
     from thoughtformer.engine import Engine, SentenceStore
+    from thoughtformer.engine.store import storable
     from thoughtformer.models.loading import load
 
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
+    if store is not None:
+        storable(loaded)
     with nullcontext() if store is None else SentenceStore(store) as opened:
         _generate(Engine(loaded, tokenizer, store=opened), text, params, as_json)
 

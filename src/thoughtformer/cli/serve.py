@@ -79,6 +79,7 @@ def serve(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions
+    from thoughtformer.engine.store import storable
 
     token = os.environ.get(TOKEN_VARIABLE) or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -88,6 +89,8 @@ def serve(
         )
     if adapter is None and (removed is not None or span_tokens is not None or sentences or max_bytes is not None):
         raise InputError("--removed, --span-tokens, --sentences and --max-bytes say how an --adapter folds: name one.")
+    if sentences and (removed is not None or span_tokens is not None):
+        raise InputError("--sentences folds each sentence as it ends: leave --removed and --span-tokens out.")
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -123,6 +126,7 @@ def serve(
     with ExitStack() as stack:
         known = None
         if store is not None:
+            storable(served)
             opened = SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
             stack.callback(opened.close)
             known = opened.of(served, is_strict=False)

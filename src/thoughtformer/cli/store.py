@@ -69,6 +69,7 @@ def index(
     from rich.console import Console
 
     from thoughtformer.engine import SentenceStore, index_documents
+    from thoughtformer.engine.store import storable
     from thoughtformer.models.loading import load
     from thoughtformer.text.corpus import Corpus
 
@@ -76,6 +77,7 @@ def index(
     set_threads(threads)
     corpus = Corpus(sources=list(data), column=column)
     loaded, tokenizer = load(model)
+    storable(loaded)
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
     with SentenceStore(store, max_bytes=max_bytes) as opened, console.status("reading") as status:

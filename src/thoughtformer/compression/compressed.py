@@ -77,6 +77,11 @@ class CompressedModel(GeneratingView):
                 bytes_per_entry=self.backbone.kv_bytes_per_entry(), num_summaries=method.num_summaries
             )
             method = replace(method, policy=policy)
+        if allow_extrapolation and self.backbone.rotation is None:
+            raise UnsupportedError(
+                f"{type(model).__name__} has learned positions, none beyond {self.backbone.max_tokens}: it can't read "
+                "longer texts. Leave allow_extrapolation out."
+            )
         self.adapter = adapter
         self.method = method
         self.execution = execution

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 __all__ = ["TextStream"]
 
+#: How much of what precedes a text is looked at.
+CONTEXT_TOKENS = 8
+#: What the bytes of a character decode to while some are missing.
+INCOMPLETE = "\ufffd"
+
 
 class TextStream:
-    """Turns one row's tokens into text that can be shown at once."""
+    """Turns one row's tokens into text that can be shown at once.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    Args:
+        tokenizer: the backend.
+        stop: strings before the first of which the text ends.
+        context: ids before the first token: some tokenizers write a word's space only where something precedes it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.stream = DecodeStream(skip_special_tokens=True)
-        self.ids: list[int] = []
+        self.ids = list(context[-CONTEXT_TOKENS:])
+        self.num_context = len(self.ids)
+        # Tokens that have given text, and from where on they are decoded again with the next.
+        self._told, self._from = self.num_context, 0
         self.decoded = ""
         self.num_shown = 0
         self.is_stopped = False
@@ -30,14 +42,22 @@ class TextStream:
     def add(self, token: int) -> str:
         """What the token adds to the shown text; "" while a character or a possible stop string is incomplete."""
         self.ids.append(token)
-        piece = self.stream.step(self.tokenizer, token)
-        return self._grow(piece) if piece else ""
+        before = self._decode(self._from, self._told).rstrip(INCOMPLETE)
+        now = self._decode(self._from, len(self.ids))
+        if len(now) <= len(before) or now.endswith(INCOMPLETE):
+            return ""
+        self._from, self._told = self._told, len(self.ids)
+        return self._grow(now[len(before) :])
+
+    def _decode(self, start: int, end: int) -> str:
+        return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
 
     def finish(self) -> str:
         """What was held back, once no more tokens come; an incomplete character shows as U+FFFD."""
         if self.is_stopped:
             return ""
-        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.decoded) :]
+        before = self._decode(0, self.num_context).rstrip(INCOMPLETE)
+        rest = self._decode(0, len(self.ids))[len(before) + len(self.decoded) :]
         shown = self._grow(rest) if rest else ""
         if self.is_stopped:
             return shown

@@ -78,15 +78,13 @@ class Batch:
         for index, row in enumerate(rows):
             try:
                 token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
-            except RuntimeError as error:  # no distribution to draw from: this row's affair alone
+                event = row.accept(token, self.reader.end_ids)
+                if row.wants_context:
+                    assert self.cache is not None
+                    event = replace(event, context=self.reader.context_of(row, self.cache, self.rows.index(row)))
+            except Exception as error:  # no distribution to draw from, say: this row's affair alone
                 row.error = error
-                events.append(row.end("error"))
-                continue
-            event = row.accept(token, self.reader.end_ids)
-            if row.wants_context:
-                assert self.cache is not None
-                context = self.reader.context_of(row, self.cache, self.rows.index(row))
-                event = replace(event, context=context)
+                event = row.end("error")
             events.append(event)
         return events
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from thoughtformer.attention.entries import OPEN
@@ -23,6 +25,9 @@ from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.text.plain import document_tokenizer
 
 __all__ = ["CompressedReader"]
+
+#: Keys of a configuration that change nothing in what is held.
+UNNAMED = ("_name_or_path", "allow_extrapolation", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class CompressedReader(Reader):
@@ -81,13 +86,13 @@ class CompressedReader(Reader):
     def read_on(
         self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
     ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
-        cache = self.model.new_cache(1) if cache is None else cache
-        return self._logits(torch.tensor([ids]), cache), cache, 0
+        held: RowsCache = self.model.new_cache(1) if cache is None else cache
+        return self._logits(torch.tensor([ids]), held), held, 0
 
     def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
         return self._logits(torch.tensor(ids)[:, None], cache)
 
-    def _logits(self, ids: Tensor, cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+    def _logits(self, ids: Int[Tensor, "rows new"], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
         assert isinstance(cache, CompressedCache)
         real = torch.ones_like(ids, dtype=torch.bool)
         wanted = torch.zeros_like(real)
@@ -147,8 +152,12 @@ class CompressedReader(Reader):
         )
 
     def identity(self) -> str:
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return json.dumps({**self.model.identity, "settings": settings_of(self.model.method), "dtype": dtype})
+        model = self.model
+        made_by: list[Any] = [model.identity, settings_of(model.method)]
+        made_by.append({name: value for name, value in model.config.to_dict().items() if name not in UNNAMED})
+        made_by.append(None if model.adapter is None else asdict(model.adapter.config))
+        digest = hashlib.blake2b(json.dumps(made_by, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return f"{model.base_fingerprint}-{digest} {str(model.dtype).removeprefix('torch.')}"
 
 
 def _end_ids(model: CompressedModel) -> tuple[int, ...]:

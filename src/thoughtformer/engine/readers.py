@@ -43,6 +43,7 @@ class Reader(ABC):
         sentences: known from before.
     """
 
+    model: Any
     tokenizer: Any
     device: torch.device
     vocab_size: int
@@ -113,7 +114,7 @@ class Reader(ABC):
 
     def new_cache(self, num_rows: int) -> RowsCache:
         """An empty cache."""
-        return self.model.new_cache(num_rows)  # type: ignore[attr-defined]
+        return self.model.new_cache(num_rows)
 
     def piece(self, ids: Sequence[int], most: int | None) -> int:
         """How many of a prompt's unread ids to read now, at most `most` where that is known."""
@@ -176,10 +177,10 @@ class GPTHFReader(Reader):
     def read_on(
         self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
     ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
-        cache = self.model.new_cache(1) if cache is None else cache
-        cache.reserve(most_tokens)
-        logits, known = self._read([ids], cache)
-        return logits, cache, known[0]
+        held: RowsCache = self.model.new_cache(1) if cache is None else cache
+        held.reserve(most_tokens)
+        logits, known = self._read([ids], held)
+        return logits, held, known[0]
 
     def _read(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> tuple[Float[Tensor, "rows vocab"], list[int]]:
         lengths = torch.tensor([len(row) for row in ids])
@@ -263,6 +264,12 @@ def reader_of(
         return GPTHFReader(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
     from thoughtformer.engine.compressed import CompressedReader
 
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedError(
+            f"a {type(model).__name__} is read as it is by thoughtformer.compress(model, 'full'): give that."
+        )
+    if sentences is not None:
+        raise UnsupportedError("a compressed model has no vectors of sentences: leave the store out.")
     if compile:
         raise UnsupportedError("steps of a compressed model can't be compiled: what they read changes its shape.")
     return CompressedReader(model, tokenizer)

@@ -220,7 +220,7 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
         num_prompt_tokens=len(ids),
         params=params,
         sampler=RowSampler(params, reader.exempt_ids, reader.device),
-        stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop),
+        stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop, ids),
         most_entries=reader.most_entries(ids, params.max_new_tokens),
     )
 

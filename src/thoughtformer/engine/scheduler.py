@@ -314,11 +314,11 @@ class Scheduler:
         if together:
             try:
                 logits, cache = self.batch.read(together)
-            except Exception as error:  # those already in the batch are not touched by it
-                events += self._fail_rows(together, error)
+            except Exception:  # those already in the batch are not touched by it; whose fault it is shows alone
+                apart = [*together, *apart]
             else:
                 events += self._join(together, logits, cache)
-        left = 0 if most is None else max(left, most // 4)  # something, however many short ones there are
+        left = 0 if most is None else max(left, most // 4, 1)  # something, however many short ones there are
         for row in apart:
             piece = self.reader.piece(row.ids[row.num_read :], None if most is None else left)
             left -= piece

@@ -107,7 +107,7 @@ class Sessions:
         """Whether there is something to go on from, in memory or on disk."""
         key = _key(name)
         file = self._file(key)
-        return key in self._held or (file is not None and file.exists())
+        return key in self._held or (file is not None and _exists(file))
 
     def begin(
         self,
@@ -175,7 +175,7 @@ class Sessions:
             if session is not None and session.is_busy:
                 raise BusyError(f"a request on session {name!r} is under way: wait for it.")
             file = self._file(key)
-            existed = self._held.pop(key, None) is not None or (file is not None and file.exists())
+            existed = self._held.pop(key, None) is not None or (file is not None and _exists(file))
             if file is not None:
                 try:
                     file.unlink(missing_ok=True)
@@ -227,9 +227,9 @@ class Sessions:
             if not is_saved and cache is not None:
                 try:
                     self._save(session.key, ids, num_read, cache)
-                except OutputError as error:
+                except Exception as error:  # a full disk, or no memory for the copy: others are still to be saved
                     self.failures += 1
-                    logger.error("a session stays in memory: %s", error)
+                    logger.error("a session stays in memory: %s", error, exc_info=not isinstance(error, OutputError))
                     return
             with self._lock:
                 # Unless a request has begun meanwhile, or come to its end.
@@ -259,7 +259,7 @@ class Sessions:
     def _load(self, key: str) -> Session:
         """The session of that key: from its file, or a new one."""
         session, file = Session(key=key), self._file(key)
-        if file is None or not file.exists():
+        if file is None or not _exists(file):
             return session
         try:
             with safe_open(file, framework="pt") as opened:
@@ -292,6 +292,13 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        raise OutputError(f"can't look for {file}: {error.strerror or error}.") from None
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 
-__all__ = ["ModelStats", "SentenceStore", "StoreStats"]
+__all__ = ["ModelStats", "SentenceStore", "StoreStats", "storable"]
 
 #: Raise when what is stored changes.
 FORMAT_VERSION = 1
@@ -67,6 +67,14 @@ class StoreStats:
     file_bytes: int
     max_bytes: int | None
     models: list[ModelStats]
+
+
+def storable(model: GPTHFForCausalLM | CompressedModel) -> GPTHFForCausalLM:
+    """The model, if it has vectors of sentences; raises `UnsupportedError`. To be asked before a store is made."""
+    if not isinstance(model, GPTHFForCausalLM):
+        raise UnsupportedError("a sentence store keeps vectors of a GPTHF's encoder; a compressed model has none.")
+    _ = model.model.sentence_vector_shape
+    return model
 
 
 class SentenceStore:
@@ -121,9 +129,7 @@ class SentenceStore:
         Raises:
             UnsupportedError: the model has no vectors of sentences that could be kept.
         """
-        if not isinstance(model, GPTHFForCausalLM):
-            raise UnsupportedError("a sentence store keeps vectors of a GPTHF's encoder; a compressed model has none.")
-        return StoredSentences(self, model, is_strict=is_strict)
+        return StoredSentences(self, storable(model), is_strict=is_strict)
 
     def stats(self) -> StoreStats:
         """What is held."""

@@ -110,7 +110,7 @@ def create_app(service: Service) -> FastAPI:
     @app.delete("/v1/sessions/{name:path}", responses=ERRORS)
     async def delete_session(name: Annotated[str, PathParameter(max_length=512)]) -> Response:
         """Forgets a session, in memory and on disk."""
-        if await service.prepared(lambda: service.sessions.delete(name)):
+        if await service.saving(lambda: service.sessions.delete(name)):
             return JSONResponse({"id": name, "object": "session", "deleted": True})
         return error_response(f"there is no session {name!r}.", status=404, code="session_not_found")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from thoughtformer.decode import SamplingParams
@@ -20,6 +20,8 @@ from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, Generati
 from thoughtformer.text.chat import encode_chat
 
 __all__ = ["Generation", "ServeSettings", "Service"]
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -102,14 +104,25 @@ class Service:
         """Lets go of idle sessions now and then, for ever."""
         while True:
             await asyncio.sleep(1.0)
-            await asyncio.get_running_loop().run_in_executor(self._saving, self.sessions.save_idle)
+            try:
+                await self.saving(self.sessions.save_idle)
+            except Exception:
+                logger.exception("idle sessions couldn't be looked through")
+
+    async def saving(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done where sessions are written: it may have to wait for a disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._saving, work)
 
     async def finish(self, session: Session, row: Row) -> None:
         """Gives a session what came of its row; memory is made room in beside that."""
-        await self.prepared(partial(self.sessions.finish, session, row))
-        if self.sessions.num_bytes() > self.sessions.max_bytes:
-            with contextlib.suppress(RuntimeError):  # stopped meanwhile: all sessions are saved then
-                self._saving.submit(self.sessions.make_room)
+
+        def finish() -> None:
+            self.sessions.finish(session, row)
+            if self.sessions.num_bytes() > self.sessions.max_bytes:
+                with contextlib.suppress(RuntimeError):  # stopped meanwhile: all sessions are saved then
+                    self._saving.submit(self.sessions.make_room)
+
+        await self.prepared(finish)
 
     async def begin(self, request: GenerationRequest, *, client: str = "") -> Generation:
         """Takes on a request; iterate over it, and close it whatever happens. Clients take turns.

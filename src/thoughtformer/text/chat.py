@@ -40,37 +40,62 @@ def encode_chat(
             "conversations. Use plain completions."
         )
     if isinstance(tokenizer, PlainTokenizer):
-        specials = [str(token) for token in tokenizer.tokenizer.added_tokens_decoder.values() if token.special]
-        if not any(special in message["content"] for message in messages for special in specials):
-            # Whole, as transformers encodes it: some tokenizers encode a text otherwise at its start.
-            ids = _template_ids(tokenizer, _rendered(templates, messages))
-            return ids if start or ids[:1] != [templates.bos_token_id] else ids[1:]
-    # Stand-ins nobody can write into a message, and no template will touch.
-    name = secrets.token_hex(8)
-    stand_ins = [{**message, "content": f"\ue000{name}:{number}\ue001"} for number, message in enumerate(messages)]
-    rendered = _rendered(templates, stand_ins)
+        return _plain_chat(tokenizer, messages, start)
     ids: list[int] = []
-    written: list[int] = []
-    # Template and messages in turns: split keeps the captured number of the message in between.
-    parts = re.split(f"\ue000{name}:(\\d+)\ue001", rendered)
-    for index, part in enumerate(parts):
-        if index % 2:
-            written.append(int(part))
-            content = messages[int(part)]["content"]
-            ids += _content_ids(tokenizer, content)
+    for part, number in _parts(tokenizer, messages):
+        if number is not None:
+            ids += tokenizer.encode_document(messages[number]["content"], complete=True, start=False).tolist()
         elif part:
             ids += _template_ids(tokenizer, part)
-    if sorted(written) != list(range(len(messages))):
-        raise InputError(
-            f"the chat template writes messages {sorted(written)} of {len(messages)}: it leaves some out, or changes "
-            "them."
-        )
-    if isinstance(tokenizer, PlainTokenizer):
-        return ids if start or ids[:1] != [templates.bos_token_id] else ids[1:]
     document_start = tokenizer.start_token_id
     if ids[:1] == [document_start]:
         ids = ids[1:]
     return [document_start, *ids] if start else ids
+
+
+def _plain_chat(tokenizer: PlainTokenizer, messages: Sequence[Mapping[str, str]], start: bool) -> list[int]:
+    """The same for tokenizers of transformers: what `apply_chat_template` gives, where no message holds a marker."""
+    templates = tokenizer.tokenizer
+    if not start:
+        # After an answer: the end of its turn, and no preamble again.
+        messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}, *messages]
+    parts = _parts(templates, messages)
+    if not start:
+        parts = parts[[number for _, number in parts].index(1) + 1 :]
+    added = [str(token) for token in templates.added_tokens_decoder.values()]
+    if start and not any(marker in message["content"] for message in messages for marker in added):
+        # Whole, because some tokenizers encode a text otherwise at its start.
+        return tokenizer.backend_ids(_rendered(templates, messages))
+    ids: list[int] = []
+    for part, number in parts:
+        if number is None:
+            ids += tokenizer.backend_ids(part)
+            continue
+        content, at = messages[number]["content"], 0
+        # Those that aren't special would be found all the same: cut behind their first character.
+        for marker in re.finditer("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)", content):
+            ids += tokenizer.backend_ids(content[at : marker.start() + 1], special_as_text=True)
+            at = marker.start() + 1
+        ids += tokenizer.backend_ids(content[at:], special_as_text=True)
+    return ids
+
+
+def _parts(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, int | None]]:
+    """Pieces of the template's own text, and numbers of messages, in order."""
+    # Stand-ins nobody can write into a message, and no template will touch.
+    name = secrets.token_hex(8)
+    stand_ins = [{**message, "content": f"\ue000{name}:{number}\ue001"} for number, message in enumerate(messages)]
+    # Split keeps the captured number of the message in between.
+    split = re.split(f"\ue000{name}:(\\d+)\ue001", _rendered(tokenizer, stand_ins))
+    parts: list[tuple[str, int | None]] = [
+        ("", int(part)) if index % 2 else (part, None) for index, part in enumerate(split)
+    ]
+    written = sorted(number for _, number in parts if number is not None)
+    if written != list(range(len(messages))):
+        raise InputError(
+            f"the chat template writes messages {written} of {len(messages)}: it leaves some out, or changes them."
+        )
+    return parts
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
@@ -84,21 +109,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
     return text
 
 
-def _content_ids(tokenizer: SentenceTokenizer | PlainTokenizer, content: str) -> list[int]:
-    """What somebody wrote: here special tokens are text."""
-    if isinstance(tokenizer, SentenceTokenizer):
-        return tokenizer.encode_document(content, complete=True, start=False).tolist()
-    return _encoded(tokenizer.backend_tokenizer, content, special_as_text=True)
-
-
-def _template_ids(tokenizer: SentenceTokenizer | PlainTokenizer, part: str) -> list[int]:
+def _template_ids(tokenizer: SentenceTokenizer, part: str) -> list[int]:
     """A piece of the template itself: here special tokens are what they say."""
-    return _encoded(tokenizer.backend_tokenizer, part, special_as_text=False)
-
-
-def _encoded(backend: Any, text: str, *, special_as_text: bool) -> list[int]:
-    before, backend.encode_special_tokens = backend.encode_special_tokens, special_as_text
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False
     try:
-        return backend.encode(text, add_special_tokens=False).ids
+        return backend.encode(part, add_special_tokens=False).ids
     finally:
-        backend.encode_special_tokens = before
+        backend.encode_special_tokens = True

@@ -99,6 +99,9 @@ class Context {
   take(context) {
     if (context.closes_sentence) this.fold(this.open.textContent);
     if (context.folded !== null) {
+      // What stays in full before it, the first time.
+      const before = this.open.textContent.indexOf(context.folded);
+      if (before > 0) this.list.insertBefore(this.entry(this.open.textContent.slice(0, before), true), this.open);
       this.fold(context.folded);
       this.open.textContent = context.rest;
     }
