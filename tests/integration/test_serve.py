@@ -20,6 +20,9 @@ from prose import PAGE, prose, tiny_pair
 from serving import serving
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, SentenceStore
+from thoughtformer.errors import InputError
+from thoughtformer.text.chat import encode_chat
+from thoughtformer.text.plain import document_tokenizer
 
 JSON = {"Content-Type": "application/json"}
 CHAT_TEMPLATE = (
@@ -450,6 +453,57 @@ def test_chat_of_other_tokenizers():
             assert [ids.count(user), ids.count(assistant), ids.count(tokenizer.bos_token_id)] == [1, 1, 1]
             assert tokenizer.decode(ids) == "<|endoftext|><|user|>I am <|assistant|> now<|assistant|>"
             assert tokenizer.backend_tokenizer.encode_special_tokens is False, "as it was"
+
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_chat_in_a_session_of_other_models():
+    """Turn by turn the ids are those of the whole conversation: every turn is ended, the preamble comes once."""
+    _, tokenizer = served_pair("streaming")
+    specials = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.chat_template = CHATML
+    plain = document_tokenizer(tokenizer)
+    user = {"role": "user", "content": "Who is there?"}
+    again = {"role": "user", "content": "And <|user|> why?"}
+    first = encode_chat(plain, [user])
+    assert tokenizer.decode(first) == "<|system|>Be kind.<|end|><|user|>Who is there?<|end|><|assistant|>"
+    answer = plain.backend_ids("It is I.")
+    turn = encode_chat(plain, [again], start=False)
+    assert tokenizer.decode(turn) == "<|end|><|user|>And <|user|> why?<|end|><|assistant|>"
+    assert turn.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+    whole = [user, {"role": "assistant", "content": "It is I."}, {"role": "user", "content": "And so?"}]
+    turn = encode_chat(plain, whole[2:], start=False)
+    assert [*first, *answer, *turn] == tokenizer.apply_chat_template(whole, add_generation_prompt=True)["input_ids"]
+    # A marker that isn't special, which tokenizers find whatever they are told.
+    tokenizer.add_tokens(["<mark>"])
+    plain = document_tokenizer(tokenizer)
+    ids = encode_chat(plain, [{"role": "user", "content": "a <mark> b"}])
+    assert tokenizer.convert_tokens_to_ids("<mark>") not in ids
+    assert "a <mark> b" in tokenizer.decode(ids)
+    tokenizer.chat_template = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    with pytest.raises(InputError, match=r"writes messages \[0\] of 2"):
+        encode_chat(plain, [user, {"role": "developer", "content": "x"}])
+
+
+def test_other_tokenizers_are_read_whole():
+    """Truncation and padding that a file asks for are not for prompts; halves of characters are told."""
+    _, tokenizer = served_pair("streaming")
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    plain = document_tokenizer(tokenizer)
+    ids = plain.encode_document(PAGE[:200], complete=False)
+    assert plain.decode(ids) == PAGE[:200]
+    with pytest.raises(InputError, match="half of a character"):
+        plain.encode_document("a \ud800 b", complete=False)
+    tokenizer.chat_template = CHATML
+    with pytest.raises(InputError, match="half of a character"):
+        encode_chat(plain, [{"role": "user", "content": "a \ud800 b"}])
 
 
 def test_chat_in_a_session(pair):

@@ -477,6 +477,48 @@ def test_ended_rows_are_given_back():
     assert gone() is None
 
 
+def test_a_prompt_that_cannot_be_read_is_alone_in_that(monkeypatch):
+    """Prompts are read together; when that fails, each by itself, and whose fault it is ends."""
+    model, tokenizer = tiny_pair()
+    scheduler = Scheduler(model, tokenizer)
+    rows = [scheduler.submit(text, SamplingParams(max_new_tokens=4)) for text in ("a", "bad", "c")]
+    read = model.ragged_logits
+
+    def failing(ids, *arguments, **more):
+        if any(ids[place : place + len(rows[1].ids)].tolist() == rows[1].ids for place in range(len(ids))):
+            raise RuntimeError("no")
+        return read(ids, *arguments, **more)
+
+    monkeypatch.setattr(model, "ragged_logits", failing)
+    run(scheduler)
+    assert [row.finish_reason == "error" for row in rows] == [False, True, False]
+    assert [row.ids for row in rows[::2]] == [
+        [*row.ids[: row.num_prompt_tokens], *Engine(*tiny_pair()).generate([text], row.params)[0].ids]
+        for text, row in zip(("a", "c"), rows[::2], strict=True)
+    ]
+    assert_nothing_is_left(scheduler)
+
+
+def test_what_a_compressed_session_belongs_to():
+    """Whatever changes what is held changes its identity."""
+    names = set()
+    for change in ({}, {"rope_theta": 5e5}, {"rms_norm_eps": 1e-3}):
+        model, tokenizer = served_pair("sentinel_sentences")
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        names.add(reader_of(model, tokenizer).identity())
+    model, tokenizer = served_pair("sentinel_sentences")
+    names.add(reader_of(model.to(torch.float32), tokenizer).identity())
+    model, tokenizer = served_pair("sentinel_sentences")
+    model.config.allow_extrapolation = True
+    names.add(reader_of(model, tokenizer).identity())
+    assert len(names) == 4
+    with pytest.raises(UnsupportedError, match=r"thoughtformer\.compress\(model, 'full'\)"):
+        Engine(tiny_lm("llama"), tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="learned positions, none beyond 200"):
+        tiny_compressed(tiny_lm("gpt2"), TINY_METHODS["streaming"], allow_extrapolation=True)
+
+
 def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
     scheduler = Scheduler(*tiny_pair())
     events: list = []

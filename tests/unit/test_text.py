@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import random
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 import thoughtformer  # noqa: F401  registers the tokenizer
 from prose import PAGE, prose, tiny_tokenizer
+from thoughtformer.decode import TextStream
 from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
 from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
 from thoughtformer.text.sentences import insert_ends
@@ -303,3 +306,35 @@ def test_vocabulary_size_is_checked(size):
 def test_training_on_nothing_is_refused():
     with pytest.raises(CorpusError, match="no text"):
         train_bpe([], 300)
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As SentencePiece models with byte fallback decode: a space before each word, but none at a text's start."""
+    words = ["▁cat", "▁dog", "s", "▁"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streams_of_bytes_and_words(seed):
+    """What is shown adds up to the text; words keep the space before them. Of broken characters something is shown."""
+    tokenizer, chooser = byte_fallback_tokenizer(), random.Random(seed)
+
+    def ids(*pieces: str) -> list[int]:
+        return [tokenizer.token_to_id(piece) for piece in pieces]
+
+    words = [ids("▁cat"), ids("▁dog"), ids("s"), ids("<0x41>"), ids("<0xE2>", "<0x82>", "<0xAC>")]
+    prompt, new = ([token for word in chooser.choices(words, k=count) for token in word] for count in (12, 30))
+    for context in (prompt, []):
+        stream = TextStream(tokenizer, (), context)
+        shown = "".join(stream.add(token) for token in new) + stream.finish()
+        assert tokenizer.decode(context) + shown == tokenizer.decode([*context, *new])
+    broken = [chooser.choice([*ids("<0xE2>", "<0x82>", "<0xAC>"), *new]) for _ in range(40)]
+    stream = TextStream(tokenizer, (), prompt)
+    shown = "".join(stream.add(token) for token in broken) + stream.finish()
+    assert len(shown) > 10
+    assert stream.text == shown

@@ -27,9 +27,8 @@ class TextStream:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.ids = list(context[-CONTEXT_TOKENS:])
-        self.num_context = len(self.ids)
-        # Tokens that have given text, and from where on they are decoded again with the next.
-        self._told, self._from = self.num_context, 0
+        # How many tokens have given their text, and from where on they are decoded again with the next.
+        self._told, self._from = len(self.ids), 0
         self.decoded = ""
         self.num_shown = 0
         self.is_stopped = False
@@ -42,22 +41,23 @@ class TextStream:
     def add(self, token: int) -> str:
         """What the token adds to the shown text; "" while a character or a possible stop string is incomplete."""
         self.ids.append(token)
-        before = self._decode(self._from, self._told).rstrip(INCOMPLETE)
-        now = self._decode(self._from, len(self.ids))
-        if len(now) <= len(before) or now.endswith(INCOMPLETE):
+        new = self._untold()
+        if not new or new.endswith(INCOMPLETE):
             return ""
         self._from, self._told = self._told, len(self.ids)
-        return self._grow(now[len(before) :])
+        return self._grow(new)
 
-    def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
+    def _untold(self) -> str:
+        """The text of tokens that have given none yet, decoded with those before, which may change how it begins."""
+        before = self.tokenizer.decode(self.ids[self._from : self._told], skip_special_tokens=True)
+        now = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
+        return now[len(before.rstrip(INCOMPLETE)) :]
 
     def finish(self) -> str:
         """What was held back, once no more tokens come; an incomplete character shows as U+FFFD."""
         if self.is_stopped:
             return ""
-        before = self._decode(0, self.num_context).rstrip(INCOMPLETE)
-        rest = self._decode(0, len(self.ids))[len(before) + len(self.decoded) :]
+        rest = self._untold()
         shown = self._grow(rest) if rest else ""
         if self.is_stopped:
             return shown
