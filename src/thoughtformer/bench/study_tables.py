@@ -61,6 +61,17 @@ class Trained:
         return [None if None in column else statistics.fmean(column) for column in columns]
 
 
+def of_shared_seeds(rows: Sequence[Trained]) -> dict[str, Trained]:
+    """The architectures by name, with the rows of those seeds alone that all of them have."""
+    shared = set.intersection(*({record.workload["seed"] for record in row.rows} for row in rows))
+    if not shared:
+        raise InputError(f"{', '.join(row.name for row in rows)} have no seed in common.")
+    return {
+        row.name: Trained(name=row.name, rows=tuple(r for r in row.rows if r.workload["seed"] in shared))
+        for row in rows
+    }
+
+
 def texts_of(rows: Sequence[Record]) -> list[str]:
     """The held-out texts that all rows were scored on; raises `InputError` if there is none."""
     texts = [name.removesuffix(SUFFIX) for name in rows[0].metrics if name.endswith(SUFFIX)]
@@ -71,16 +82,22 @@ def texts_of(rows: Sequence[Record]) -> list[str]:
 
 
 def trained(records: Sequence[Record], size: str, megabytes: str, learning_rate: str | None = None) -> list[Trained]:
-    """The study's architectures of a size and text; raises `InputError` if there are none."""
+    """The study's architectures of a size and text; raises `InputError` if there are none.
+
+    `megabytes` may name several amounts with commas between: those trained on another than the first say so.
+    """
+    amounts = [int(amount) for amount in megabytes.split(",")]
     found: dict[str, list[Record]] = {}
     for record in records:
         if (record.theme, record.case) != ("study", "train"):
             continue
         work = record.workload
-        if work["size"] != size or work["megabytes"] != int(megabytes):
+        if work["size"] != size or work["megabytes"] not in amounts:
             continue
         if learning_rate is None or work["learning_rate"] == float(learning_rate):
-            found.setdefault(record.peer, []).append(record)
+            is_other = work["megabytes"] != amounts[0]
+            name = f"{record.peer}, {work['megabytes']} MB" if is_other else record.peer
+            found.setdefault(name, []).append(record)
     if not found:
         raise InputError(f"the results hold no study rows of size {size} on {megabytes} MB at rate {learning_rate}.")
     return [Trained(name=name, rows=tuple(rows)) for name, rows in found.items()]
@@ -89,7 +106,7 @@ def trained(records: Sequence[Record], size: str, megabytes: str, learning_rate:
 def study_table(
     records: Sequence[Record], size: str, megabytes: str, learning_rate: str, names: str = "", base: str = "gpt"
 ) -> list[list[str]]:
-    """Architectures by mean bits per byte, the best first; `names` picks some.
+    """Architectures by mean bits per byte, the best first; `names` picks some. For `megabytes` see `trained`.
 
     What is said beside `base` is seed by seed: a row is compared with the base's row of its own seed.
     """
@@ -166,7 +183,7 @@ def learning_rates_table(records: Sequence[Record], size: str, megabytes: str) -
 def profile_table(
     records: Sequence[Record], kind: str, names: str, text: str, size: str, megabytes: str, learning_rate: str
 ) -> list[list[str]]:
-    """Bits a token by bin: the first architecture's, and how much the others' differ."""
+    """Bits a token by bin: the first architecture's, and how much the others' differ; of seeds that all have."""
     if kind not in ("by_offset", "by_earlier"):
         raise InputError(f"profile {kind!r} is unknown: by_offset or by_earlier.")
     rows = {row.name: row for row in trained(records, size, megabytes, learning_rate)}
@@ -176,6 +193,7 @@ def profile_table(
         raise InputError(f"no rows of {', '.join(missing)}.")
     if any(text not in rows[name].texts for name in (first, *others)):
         raise InputError(f"no rows scored on {text!r}.{nearest(text, rows[first].texts)}")
+    rows = of_shared_seeds([rows[name] for name in (first, *others)])
     base = rows[first].profile(text, kind)
     lines = [["", *BINS], [first, *("" if bits is None else f"{bits:.2f}" for bits in base)]]
     for name in others:
