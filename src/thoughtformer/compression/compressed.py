@@ -27,7 +27,7 @@ from thoughtformer.compression.streaming import StreamingLLM
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
 from thoughtformer.models.backbone import Attend, Backbone, backbone_of
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.padding import kept_columns, real_tokens
+from thoughtformer.models.padding import check_positions, kept_columns, real_tokens
 
 __all__ = ["CompressedModel"]
 
@@ -219,7 +219,8 @@ class CompressedModel(GeneratingView):
         if past_key_values is not None:
             self._check_cache(past_key_values, batch)
         wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq) & real
-        _check_positions(position_ids, real, past_key_values)
+        before = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.num_tokens
+        check_positions(position_ids, real, before)
         hidden = self.read(input_ids, real, past_key_values, wanted=wanted)
         logits = self.backbone.head()(hidden)
         if bool(wanted[:, keep].all()):
@@ -390,16 +391,3 @@ class _Parameters(nn.Module):
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.all = nn.ParameterList(parameters)
-
-
-def _check_positions(position_ids: Tensor | None, real: Tensor, cache: CompressedCache | None) -> None:
-    if position_ids is None:
-        return
-    before = torch.zeros(len(real), dtype=torch.long) if cache is None else cache.num_tokens
-    expected = before[:, None] + real.cumsum(dim=1) - 1
-    given = position_ids.cpu().expand_as(expected)
-    if not bool((given == expected)[real].all()):
-        raise UnsupportedError(
-            "position_ids must number each row's tokens in order from what its cache has read; a compressed model "
-            "counts them itself."
-        )
