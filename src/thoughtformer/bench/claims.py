@@ -272,11 +272,17 @@ CLAIMS = (
     _known("gpthf 4+8", "4+8"),
     _known("hourglass 2+8+2", "hourglass 2+8+2"),
     _requests("gpt, continuous", "gpt, one at a time", "plain GPT, continuous batching against one at a time"),
+    _requests("hybrid, continuous", "hybrid, one at a time", "hybrid 4+8, the same"),
     _requests("hourglass, continuous", "hourglass, one at a time", "hourglass 2+8+2, the same"),
     _requests(
         "gpt, continuous",
         "transformers Llama, one at a time",
         "plain GPT, continuous batching against transformers.generate one at a time",
+    ),
+    _requests(
+        "hybrid, continuous",
+        "transformers Llama, one at a time",
+        "hybrid 4+8, continuous batching, against transformers.generate with its plain twin one at a time",
     ),
     _requests(
         "hourglass, continuous",

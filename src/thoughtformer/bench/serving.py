@@ -87,10 +87,10 @@ def requests(options: Options) -> Iterator[Record]:
     chooser = random.Random(0)
     longest, most = size.longest_prompt, 128 if size.name == "full" else 8
     lengths = [(chooser.randint(longest // 16, longest), chooser.randint(most // 8, most)) for _ in range(REQUESTS)]
-    gpt, hourglass = size.gpt(), size.gpthf(_hourglass(size.layers), "fast")
+    gpt, hourglass, hybrid = size.gpt(), size.gpthf(_hourglass(size.layers), "fast"), size.gpthf(size.splits[0])
     tokenizer = size.tokenizer()
     runs: dict[str, Run] = {}
-    for name, model in (("gpt", gpt), ("hourglass", hourglass)):
+    for name, model in (("gpt", gpt), ("hybrid", hybrid), ("hourglass", hourglass)):
         prompts = [_random_text(model, prompt) for prompt, _ in lengths]
         params = [SamplingParams(max_new_tokens=new, ignore_end_of_text=True) for _, new in lengths]
         for way, rows in (("continuous", REQUESTS), ("one at a time", 1)):
