@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +17,7 @@ from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel, HeavyHitters
 from thoughtformer.compression.method import read_ids
 from thoughtformer.compression.settings import settings_of
-from thoughtformer.engine.readers import Reader
+from thoughtformer.engine.readers import Reader, identity_of
 from thoughtformer.engine.rows import Row, RowContext
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.text.plain import document_tokenizer
@@ -156,8 +154,7 @@ class CompressedReader(Reader):
         made_by: list[Any] = [model.identity, settings_of(model.method)]
         made_by.append({name: value for name, value in model.config.to_dict().items() if name not in UNNAMED})
         made_by.append(None if model.adapter is None else asdict(model.adapter.config))
-        digest = hashlib.blake2b(json.dumps(made_by, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
-        return f"{model.base_fingerprint}-{digest} {str(model.dtype).removeprefix('torch.')}"
+        return identity_of(model.base_fingerprint, made_by, model.dtype)
 
 
 def _end_ids(model: CompressedModel) -> tuple[int, ...]:

@@ -25,10 +25,16 @@ from thoughtformer.models.linear import pack_weights, unpack_weights
 from thoughtformer.models.modeling_gpthf import compile_steps
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["GPTHFReader", "Reader", "reader_of"]
+__all__ = ["GPTHFReader", "Reader", "identity_of", "reader_of"]
 
 #: Keys of the configuration that change nothing in what is held.
 UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type", "keys_to_ignore_at_inference")
+
+
+def identity_of(weights: str, described: Any, dtype: torch.dtype) -> str:
+    """A short name for weights, by their fingerprint, and for how they are used."""
+    digest = hashlib.blake2b(json.dumps(described, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return f"{weights}-{digest} {str(dtype).removeprefix('torch.')}"
 
 
 class Reader(ABC):
@@ -233,8 +239,7 @@ class GPTHFReader(Reader):
     def identity(self) -> str:
         config = self.model.config
         shape = {name: getattr(config, name) for name in sorted(GPTHFConfig.__annotations__) if name not in UNNAMED}
-        digest = hashlib.blake2b(json.dumps(shape, default=str).encode(), digest_size=8).hexdigest()
-        return f"{self._fingerprint}-{digest} {str(self.model.dtype).removeprefix('torch.')}"
+        return identity_of(self._fingerprint, shape, self.model.dtype)
 
     @cached_property
     def _fingerprint(self) -> str:
