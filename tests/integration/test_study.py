@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from prose import prose
 from thoughtformer.bench.records import Record, Spread, read_records
-from thoughtformer.bench.study_tables import BINS, learning_rates_table, profile_table, study_table
+from thoughtformer.bench.study_tables import BINS, finalists_table, learning_rates_table, profile_table, study_table
+from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
 from thoughtformer.study import run as study_run
+from thoughtformer.study.decoding import DecodingOptions
 from thoughtformer.study.profile import EDGES, LossProfile, Places, sentence_places
 from thoughtformer.study.rows import GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
@@ -210,6 +213,43 @@ def test_rows_are_compared_seed_by_seed():
     assert [line[0] for line in lines[1:]] == ["c", "b", "gpt", "a"]
     perplexity = {line[0]: line[3] for line in lines[1:]}
     assert perplexity == {"gpt": "", "a": f"{100 * (2**-1.2 - 1):+.1f}%", "b": f"{100 * (2**-0.1 - 1):+.1f}%", "c": "-"}
+
+
+def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
+    """From the command, at a tiny size; the bytes held are those that a short context takes."""
+    monkeypatch.setitem(study_rows.SIZES, "1m", {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2})
+    monkeypatch.setattr("thoughtformer.study.decoding.FINALISTS", ("gpt", "fast-2-4"))
+    out = tmp_path / "speed.jsonl"
+    call = ["study", "speed", "--context", "60", "--repeats", "1", "--no-compiled", "--out", str(out)]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    records = read_records([out])
+    assert {record.workload["batch"] for record in records} == {1, 16}
+    for seed, gpt, fast in ((0, 2.0, 1.8), (1, 3.0, 3.15)):
+        for name, bits in (("gpt", gpt), ("fast-2-4", fast), ("hybrid-2-4", 1.0)):
+            figures = {"poems_bits_per_byte": bits, "parameters": 2e6, "tokens": 3e6, "bytes": 9e6}
+            records.append(
+                Record(
+                    theme="study",
+                    case="train",
+                    peer=name,
+                    workload={"size": "1m", "megabytes": 10, "learning_rate": 0.1, "seed": seed},
+                    metrics={name: Spread.of([figure]) for name, figure in figures.items()},
+                )
+            )
+    head, *lines = finalists_table(records, "1m", "10", "0.1", "gpt,fast-2-4,hybrid-2-4")
+    assert [line[0] for line in lines] == ["gpt", "fast-2-4"], "hybrid-2-4 has no decoding"
+    gpt, fast = (dict(zip(head, line, strict=True)) for line in lines)
+    assert gpt["bits per byte"] == "2.5000 [2.0000, 3.0000]"
+    assert fast["beside gpt"] == "-2.5% [-10.0, +5.0]"
+    assert fast["text"] == "10 MB, 3.0M tokens"
+    # Six layers of 16 wide keys and values in float32, and counters; two closed sentences and an open one of `fast`.
+    assert 6 * 63 * 2 * 16 * 4 <= 1e6 * float(gpt["KV bytes at 60"].split()[0]) < 1.5 * 6 * 113 * 2 * 16 * 4
+    assert float(fast["KV bytes at 60"].split()[0]) < float(gpt["KV bytes at 60"].split()[0])
+    assert gpt["one row, compiled"] == ""
+    with pytest.raises(InputError, match="no decoding measured at size 1m"):
+        finalists_table([record for record in records if record.theme == "study"], "1m", "10", "0.1")
+    with pytest.raises(ConfigError, match="size '1n' is unknown"):
+        DecodingOptions(size="1n")
 
 
 def test_places_by_hand():

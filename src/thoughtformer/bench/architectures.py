@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,15 @@ from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights
 from thoughtformer.models.modeling_gpthf import compile_steps
 
-__all__ = ["architectures", "decode_flops"]
+__all__ = ["Work", "architectures", "compared", "decode_flops"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class Work:
     """One comparison: a batch that holds a context, and decodes whole sentences."""
 
-    size: Size
+    size: str
+    layers: int
     batch: int
     context: int
     sentences: int
@@ -39,9 +40,12 @@ class _Work:
             "batch": self.batch,
             "context": self.context,
             "new_tokens": self.sentences * SENTENCE_TOKENS,
-            "size": self.size.name,
-            "layers": self.size.layers,
+            "size": self.size,
+            "layers": self.layers,
         }
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.batch} rows of {self.context:,} tokens"
 
 
 def architectures(options: Options) -> Iterator[Record]:
@@ -49,15 +53,24 @@ def architectures(options: Options) -> Iterator[Record]:
     size = options.size
     context, batch = size.decode_contexts[1], size.decode_batch
     deep = DEEP if size.name == "full" else replace(size, name="deep", layers=6)
-    works = [
-        _Work(size=deep, batch=1, context=512 if deep is DEEP else 64, sentences=2),
-        _Work(size=size, batch=1, context=context, sentences=2),
-        _Work(size=size, batch=batch, context=context, sentences=1),
-    ]
-    # To see that all runs, one compilation of the longest way will do.
+    short = 512 if deep is DEEP else 64
+    # To see that all runs, one compilation of the longest way, without the middle work, will do.
     is_toy = size.name == "toy"
-    for work in [works[0], works[2]] if is_toy else works:
-        yield from _compared(work, options, compiles=("hourglass",) if is_toy else ("",))
+    for shape, rows, held, sentences in ((deep, 1, short, 2), (size, 1, context, 2), (size, batch, context, 1)):
+        if is_toy and shape is size and rows == 1:
+            continue
+        work = Work(size=shape.name, layers=shape.layers, batch=rows, context=held, sentences=sentences)
+        models = _models(shape)
+        pack_weights(models["gpt"])
+        compiles = ("hourglass",) if is_toy else ("",)
+        yield from compared(
+            "architectures",
+            models,
+            work,
+            repeats=options.repeats,
+            compiles=compiles if rows == 1 else (),
+            on_progress=options.on_progress,
+        )
 
 
 def _models(size: Size) -> dict[str, GPTHFForCausalLM]:
@@ -91,44 +104,46 @@ def _sharing(gpt: GPTHFForCausalLM, build: Callable[[], GPTHFForCausalLM]) -> GP
     return model
 
 
-def _compared(work: _Work, options: Options, compiles: tuple[str, ...]) -> Iterator[Record]:
-    """All models in turns; those whose names start with one of `compiles` also compiled, one row alone."""
-    models = _models(work.size)
-    pack_weights(models["gpt"])
+def compared(
+    case: str,
+    models: Mapping[str, GPTHFForCausalLM],
+    work: Work,
+    *,
+    repeats: int,
+    compiles: tuple[str, ...] = (),
+    on_progress: Callable[[str], None],
+) -> Iterator[Record]:
+    """All models in turns, one record each; those whose names start with one of `compiles` also compiled."""
     runs: dict[str, Run] = {"memory": lambda: {"bytes_per_second": memory_read_rate()}} if work.batch == 1 else {}
     settings: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         needed = _needed(model, work)
         runs[name] = lambda model=model, needed=needed: _decoded(model, work, is_compiled=False) | needed
         settings[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-        if work.batch > 1 or not name.startswith(compiles):
+        if not name.startswith(compiles):
             continue
-        options.on_progress(f"compiling {name} of {work.size.layers} layers")
+        on_progress(f"compiling {name} of {work.layers} layers")
         try:
             # A step that torch gave up compiling would run as it is, and be called compiled.
             with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
                 _decoded(model, replace(work, sentences=2), is_compiled=True)
         except TorchDynamoException as error:
             why = f"torch.compile failed: {' '.join(str(error).split())[:200]}"
-            yield Record(
-                theme="speed", case="architectures", peer=f"{name}, compiled", workload=work.workload, skipped=why
-            )
+            yield Record(theme="speed", case=case, peer=f"{name}, compiled", workload=work.workload, skipped=why)
             continue
         runs[f"{name}, compiled"] = lambda model=model, needed=needed: _decoded(model, work, is_compiled=True) | needed
     yield from measured(
-        "architectures",
+        case,
         work.workload,
         runs,
         settings,
-        repeats=options.repeats,
-        on_run=lambda name, number: options.on_progress(
-            f"{work.size.layers} layers, {work.batch} rows of {work.context:,} tokens: {name}, round {number}"
-        ),
+        repeats=repeats,
+        on_run=lambda name, number: on_progress(f"{work}: {name}, round {number}"),
     )
 
 
 @torch.inference_mode()
-def _decoded(model: GPTHFForCausalLM, work: _Work, *, is_compiled: bool) -> dict[str, float]:
+def _decoded(model: GPTHFForCausalLM, work: Work, *, is_compiled: bool) -> dict[str, float]:
     """Decodes whole sentences, so that what happens once a sentence is counted in proportion."""
     compile_steps(model, enabled=is_compiled)
     new_tokens = work.sentences * SENTENCE_TOKENS
@@ -169,7 +184,7 @@ def decode_flops(model: GPTHFForCausalLM, context: int) -> float:
 
 
 @torch.inference_mode()
-def _needed(model: GPTHFForCausalLM, work: _Work) -> dict[str, float]:
+def _needed(model: GPTHFForCausalLM, work: Work) -> dict[str, float]:
     """FLOPs that one row's token takes, and bytes that a step of the batch must touch, over a sentence."""
     cache = filled_cache(model, num_rows=1, context=work.context, reserve_tokens=work.context + 2 * SENTENCE_TOKENS)
     touched = 0.0

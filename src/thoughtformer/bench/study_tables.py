@@ -1,4 +1,4 @@
-"""Tables of a study's rows: bits per byte at equal text, by architecture, and where context helps."""
+"""Tables of a study's rows: bits per byte at equal text, what writing costs, and where context helps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.errors import InputError, nearest
 
@@ -13,6 +14,7 @@ __all__ = [
     "BINS",
     "SUFFIX",
     "Trained",
+    "finalists_table",
     "learning_rates_table",
     "profile_table",
     "study_table",
@@ -134,6 +136,75 @@ def study_table(
             ]
         )
     return lines
+
+
+def finalists_table(
+    records: Sequence[Record], size: str, megabytes: str, learning_rate: str, names: str = "", base: str = "gpt"
+) -> list[list[str]]:
+    """Quality over seeds beside what writing costs the same shape, for architectures that have both.
+
+    For `megabytes` see `trained`; raises `InputError` if decoding wasn't measured at this size.
+    """
+    rows = trained(records, size, megabytes, learning_rate)
+    reference = next((row for row in rows if row.name == base), None)
+    costs: dict[tuple[str, int], Record] = {
+        (record.peer, record.workload["batch"]): record
+        for record in latest(records)
+        if (record.theme, record.case) == ("speed", "finalists") and record.workload["size"] == size and record.metrics
+    }
+    if reference is None or not costs:
+        raise InputError(f"no rows of {base!r}, or no decoding measured at size {size}: thoughtformer study speed.")
+    context = next(iter(costs.values())).workload["context"]
+    batches = sorted({batch for _, batch in costs})
+    lines = [
+        [
+            "",
+            "bits per byte",
+            f"beside {base}",
+            "perplexity",
+            "seeds",
+            "parameters",
+            "text",
+            "one row, compiled",
+            *("one row" if batch == 1 else f"{batch} rows" for batch in batches),
+            "FLOPs a token",
+            f"KV bytes at {context:,}",
+        ]
+    ]
+    chosen = names.split(",") if names else [row.name for row in rows]
+    for row in sorted(rows, key=lambda row: chosen.index(row.name) if row.name in chosen else -1):
+        variant = row.rows[0].peer
+        if row.name not in chosen or (variant, 1) not in costs:
+            continue
+        metrics = costs[variant, 1].metrics
+        lines.append(
+            [
+                variant,
+                _over_seeds(row),
+                "" if row is reference else _beside(row, reference),
+                _perplexity_beside(row, reference),
+                str(len(row.rows)),
+                f"{row.mean('parameters') / 1e6:.2f}M",
+                f"{row.rows[0].workload['megabytes']} MB, {row.mean('tokens') / 1e6:.1f}M tokens",
+                *(_rate(costs.get(key)) for key in ((f"{variant}, compiled", 1), *((variant, b) for b in batches))),
+                f"{metrics['flops'].median / 1e6:.1f}M",
+                f"{metrics['kv_bytes'].median / 1e6:.2f} MB",
+            ]
+        )
+    return lines
+
+
+def _over_seeds(row: Trained) -> str:
+    bits = row.by_seed().values()
+    return f"{row.mean_bits:.4f}" + (f" [{min(bits):.4f}, {max(bits):.4f}]" if len(bits) > 1 else "")
+
+
+def _rate(record: Record | None) -> str:
+    """Text tokens a second."""
+    if record is None:
+        return ""
+    spread = record.metrics["text_tokens_per_second"]
+    return f"{spread.median:,.0f} [{spread.low:,.0f}, {spread.high:,.0f}]"
 
 
 def _beside(row: Trained, base: Trained) -> str:

@@ -7,6 +7,7 @@
 <!-- bench:case speed batch1 -->                        all figures of the last run of a case
 <!-- bench:architectures -->                            what decoding costs them
 <!-- bench:study 1m 10 0.008 -->                        architectures of a size, on 10 MB, at a learning rate
+<!-- bench:finalists 1m 10 0.008 -->                    some of them over seeds, with what writing costs
 <!-- bench:rates 1m 10 -->                              some of them at several rates
 <!-- bench:profile by_offset gpt,fast-2-4 books 1m 10 0.008 -->  bits a token by place, beside the first
 ...
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from thoughtformer.bench.claims import CLAIMS, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
-from thoughtformer.bench.study_tables import learning_rates_table, profile_table, study_table
+from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.errors import InputError, nearest
 from thoughtformer.models.writing import new_file
 
@@ -205,6 +206,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "case": _case,
     "architectures": _architectures,
     "study": lambda *arguments: _rows(study_table(*arguments)),
+    "finalists": lambda *arguments: _rows(finalists_table(*arguments)),
     "rates": lambda *arguments: _rows(learning_rates_table(*arguments)),
     "profile": lambda *arguments: _rows(profile_table(*arguments)),
 }

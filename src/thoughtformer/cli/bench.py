@@ -16,7 +16,7 @@ from thoughtformer.errors import InputError
 if TYPE_CHECKING:
     from thoughtformer.bench.records import Record
 
-__all__ = ["bench_app"]
+__all__ = ["bench_app", "run_cases"]
 
 bench_app = typer.Typer(help="Measure speed, memory, FLOPs and quality beside peers with KV caches, and report.")
 
@@ -44,7 +44,7 @@ def speed(
     """
     from thoughtformer.bench.speed import CASES
 
-    _run(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
+    run_cases(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
 
 
 @bench_app.command("memory")
@@ -63,7 +63,7 @@ def memory(
     """
     from thoughtformer.bench.memory import CASES
 
-    _run(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
+    run_cases(CASES, case, _options(size, repeats, contexts, threads, case), out, as_json)
 
 
 @bench_app.command("flops")
@@ -79,7 +79,7 @@ def flops(
     """
     from thoughtformer.bench.paper import CASES
 
-    _run(CASES, None, _options(size, 1, None, threads, None), out, as_json)
+    run_cases(CASES, None, _options(size, 1, None, threads, None), out, as_json)
 
 
 @bench_app.command("quality")
@@ -121,7 +121,7 @@ def quality(
         max_bytes=max_bytes,
         column=column,
     )
-    _run(CASES, case, options, out, as_json)
+    run_cases(CASES, case, options, out, as_json)
 
 
 @bench_app.command("peers")
@@ -199,7 +199,7 @@ def _options(size: str, repeats: int, contexts: str | None, threads: int | None,
     return Options(size=size_named(size), repeats=repeats, contexts=chosen)
 
 
-def _run(
+def run_cases(
     cases: dict[str, Callable[[Any], Iterator[Record]]],
     chosen: list[str] | None,
     options: Any,

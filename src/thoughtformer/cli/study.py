@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import Data, Threads, set_threads
+from thoughtformer.cli.bench import run_cases
+from thoughtformer.cli.options import AsJson, Data, Threads, set_threads
 from thoughtformer.errors import InputError, nearest
 
 __all__ = ["study_app"]
@@ -48,6 +49,27 @@ def run(
     settings = StudySettings(data=data, valid=named, out=out, work=work, on_progress=console.print)
     count = run_rows(rows, settings, limit=limit)
     console.print(f"{out}: {count} rows added, {len(rows)} in {group}")
+
+
+@study_app.command("speed")
+def speed(
+    size: Annotated[str, typer.Option(help="1m, 3m or 8m, the parameters of six layers.")] = "1m",
+    context: Annotated[int, typer.Option(help="Tokens held when writing starts.", min=32)] = 4096,
+    repeats: Annotated[int, typer.Option(help="Timed, interleaved rounds.", min=1)] = 5,
+    compiled: Annotated[bool, typer.Option(help="Also one row with compiled steps; a minute a model.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what writing costs the finalists: tokens a second of one row and of 16, FLOPs, bytes held.
+
+    Example: thoughtformer study speed --size 1m --out speed.jsonl
+    """
+    from thoughtformer.study.decoding import CASES, DecodingOptions
+
+    options = DecodingOptions(size=size, context=context, repeats=repeats, compiles=compiled)
+    set_threads(threads)
+    run_cases(CASES, None, options, out, as_json)
 
 
 def _named(text: str) -> tuple[str, str]:
