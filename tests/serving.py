@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions
+from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, reader_of
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.serve import ServeSettings, Service, create_app
 from thoughtformer.text import SentenceTokenizer
@@ -44,7 +44,9 @@ def serving(
 ) -> Iterator[Running]:
     """Serves a model as "tiny" at a free port."""
     model, tokenizer = pair
-    scheduler = Scheduler(model, tokenizer, limits, sentences=None if store is None else store.of(model))
+    scheduler = Scheduler(
+        reader_of(model, tokenizer, sentences=None if store is None else store.of(model)), limits or Limits()
+    )
     service = Service(
         scheduler, Sessions(scheduler.reader, folder=folder), ServeSettings(model_name="tiny", **settings)
     )

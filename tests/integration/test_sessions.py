@@ -30,7 +30,7 @@ def sessions_of(model, tokenizer, **settings) -> Sessions:
 
 def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PARAMS) -> list[int]:
     """One request on a session; the tokens that it wrote."""
-    scheduler = Scheduler(sessions.reader.model, sessions.reader.tokenizer)
+    scheduler = Scheduler(sessions.reader)
     session, row = sessions.begin(name, prompt, params)
     scheduler.enqueue([row])
     while scheduler.has_work:
@@ -74,7 +74,7 @@ def test_end_of_text_is_no_part_of_a_session(pair):
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer)
     session, row = sessions.begin("a", PAGE[:60], PARAMS)
-    scheduler = Scheduler(model, tokenizer)
+    scheduler = Scheduler(reader_of(model, tokenizer))
     scheduler.enqueue([row])
     scheduler.round()
     scheduler.batch.choose = lambda logits, rows: [row.accept(0, (0,)) for row in rows]  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
     turn(sessions, "a", PAGE[:100])
     undisturbed = sessions_of(model, tokenizer)
     turn(undisturbed, "a", PAGE[:100])
-    scheduler = Scheduler(model, tokenizer)
+    scheduler = Scheduler(reader_of(model, tokenizer))
     session, row = sessions.begin("a", " Never mind", PARAMS)
     with pytest.raises(BusyError, match="'a' is under way"):
         sessions.begin("a", " Impatient", PARAMS)
@@ -224,7 +224,7 @@ def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
 
 def test_many_sessions_side_by_side():
     sessions = sessions_of(*tiny_pair())
-    scheduler = Scheduler(sessions.reader.model, sessions.reader.tokenizer)
+    scheduler = Scheduler(sessions.reader)
     begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
     for _, row in begun:
         scheduler.enqueue([row])

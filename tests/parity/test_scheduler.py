@@ -90,12 +90,12 @@ def test_rows_that_come_and_go_equal_rows_alone(pair, seen, max_prefill_tokens):
     requests = prompts_and_params(14, seed=1)
     alone = []
     for prompt, params in requests:
-        scheduler = Scheduler(*pair)
+        scheduler = Scheduler(reader_of(*pair))
         row = scheduler.submit(prompt, params)
         run(scheduler)
         alone.append((row.ids, "".join(row.text), row.finish_reason, seen[id(row)], row))
 
-    scheduler = Scheduler(*pair, Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
+    scheduler = Scheduler(reader_of(*pair), Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
     chooser = random.Random(3)
     rows, cancelled, waiting = [], set(), list(requests)
     while waiting or scheduler.has_work:
@@ -137,7 +137,9 @@ def test_pieces_with_a_store_equal_one_reading(tmp_path):
     with SentenceStore(tmp_path) as store:
         known = []
         for _ in range(2):
-            scheduler = Scheduler(model, tokenizer, Limits(max_prefill_tokens=200), sentences=store.of(model))
+            scheduler = Scheduler(
+                reader_of(model, tokenizer, sentences=store.of(model)), Limits(max_prefill_tokens=200)
+            )
             row = scheduler.submit(prompt, params)
             run(scheduler)
             assert row.ids[row.num_prompt_tokens :] == expected.ids
@@ -148,7 +150,7 @@ def test_pieces_with_a_store_equal_one_reading(tmp_path):
 
 def test_the_budget_is_kept(pair):
     model, tokenizer = pair
-    scheduler = Scheduler(model, tokenizer)
+    scheduler = Scheduler(reader_of(model, tokenizer))
     requests = prompts_and_params(12, seed=5)
     rows = [scheduler.submit(prompt, params) for prompt, params in requests]
     largest = max(scheduler.batch.most_bytes([row]) for row in rows)
@@ -157,7 +159,7 @@ def test_the_budget_is_kept(pair):
     run(scheduler)
 
     limit = 2 * largest
-    scheduler = Scheduler(model, tokenizer, Limits(max_bytes=limit))
+    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
     rows = [scheduler.submit(prompt, params) for prompt, params in requests]
     together = 0
     while scheduler.has_work:
@@ -168,7 +170,7 @@ def test_the_budget_is_kept(pair):
     assert together > 1
     assert all(row.finish_reason in ("end_of_text", "stop_string", "length") for row in rows)
     with pytest.raises(TooLargeError, match=r"may hold \d+ bytes, but all requests together may hold 1000"):
-        Scheduler(model, tokenizer, Limits(max_bytes=1000)).submit(PAGE[:500])
+        Scheduler(reader_of(model, tokenizer), Limits(max_bytes=1000)).submit(PAGE[:500])
 
 
 @pytest.mark.parametrize("name", list(SWITCHES))
@@ -203,7 +205,7 @@ def test_a_compressed_row_holds_no_more_than_expected(kind):
 
 def test_clients_take_turns():
     """A client with many requests doesn't keep another waiting."""
-    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=1))
     order = []
 
     def told(name):
@@ -221,10 +223,10 @@ def test_clients_take_turns():
 def test_a_large_request_gets_its_turn():
     """Small ones that came later don't overtake it for ever, though they would fit."""
     model, tokenizer = tiny_pair(plain=True)
-    probe = Scheduler(model, tokenizer)
+    probe = Scheduler(reader_of(model, tokenizer))
     big_prompt, params = PAGE[:900], SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
     limit = probe.batch.most_bytes([probe.submit(big_prompt, params)]) + 1
-    scheduler = Scheduler(model, tokenizer, Limits(max_bytes=limit))
+    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
     small = SamplingParams(max_new_tokens=30, ignore_end_of_text=True)
     first = scheduler.submit("A", small)
     scheduler.round()
@@ -240,7 +242,7 @@ def test_a_large_request_gets_its_turn():
 
 
 def test_a_long_prompt_does_not_keep_others_waiting():
-    scheduler = Scheduler(*tiny_pair(), Limits(max_prefill_tokens=32))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_prefill_tokens=32))
     long = scheduler.submit(PAGE[:900], SamplingParams(max_new_tokens=3))
     short = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3, ignore_end_of_text=True))
     rounds = 0
@@ -254,7 +256,7 @@ def test_a_long_prompt_does_not_keep_others_waiting():
 
 
 def test_limits_are_told():
-    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=1, max_waiting=2))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=1, max_waiting=2))
     for _ in range(3):  # one of them can begin at once
         scheduler.submit("a")
     with pytest.raises(OverloadedError, match="3 requests wait already, and no more than 2 may"):
@@ -273,7 +275,7 @@ def test_limits_are_told():
 def test_cancelled_and_late_wherever_they_stand(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("thoughtformer.engine.scheduler.time.monotonic", lambda: now[0])
-    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=2, max_prefill_tokens=32))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=2, max_prefill_tokens=32))
     params = SamplingParams(max_new_tokens=50, ignore_end_of_text=True)
     events: list = []
     running = scheduler.submit("Once", params, deadline_seconds=10, on_event=events.append)
@@ -304,7 +306,7 @@ def test_cancelled_and_late_wherever_they_stand(monkeypatch):
 
 def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
     model, tokenizer = tiny_pair()
-    scheduler = Scheduler(model, tokenizer, Limits(max_rows=2))
+    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_rows=2))
     params = SamplingParams(max_new_tokens=5, ignore_end_of_text=True)
     rows = [scheduler.submit("The ferry", params) for _ in range(3)]
     scheduler.round()
@@ -325,7 +327,7 @@ def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
 def test_rows_keep_what_they_held(gpthf_pair):
     """A row's cache, taken along, continues as the row would have; the batch's other rows don't notice."""
     model, tokenizer = gpthf_pair
-    scheduler = Scheduler(model, tokenizer)
+    scheduler = Scheduler(reader_of(model, tokenizer))
     params = SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
     rows = [scheduler.submit(prompt, params) for prompt in (PAGE[:200], "The ferry", PAGE[30:90])]
     rows[1].keeps_cache = True
@@ -404,24 +406,24 @@ def test_what_a_compressed_model_cannot_do(tmp_path):
     with SentenceStore(tmp_path) as store, pytest.raises(UnsupportedError, match="a compressed model has none"):
         Engine(model, tokenizer, store=store)
     with pytest.raises(UnsupportedError, match="can't be compiled"):
-        Scheduler(model, tokenizer, compile=True)
+        Scheduler(reader_of(model, tokenizer, compile=True))
     with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
-        Scheduler(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer)
+        Scheduler(reader_of(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer))
     plain, tokenizer = served_pair("sentinel_plain")
     with pytest.raises(InputError, match="starts a document"):
-        Scheduler(plain, tokenizer).submit([0, 5, 6, 0, 7])
+        Scheduler(reader_of(plain, tokenizer)).submit([0, 5, 6, 0, 7])
     cut, tokenizer = served_pair("sentinel_budget")
     cut.close()
     cut = tiny_compressed(cut.model, Sentinel(policy=EntryBudget(max_entries=30, span_tokens=2, recent_tokens=3)))
     with pytest.raises(ContextOverflowError, match="max_entries=30"):
-        Scheduler(cut, tokenizer).submit(PAGE[:300])
+        Scheduler(reader_of(cut, tokenizer)).submit(PAGE[:300])
 
 
 @pytest.mark.parametrize("kind", ["sentinel_plain", "sentinel_sentences"])
 def test_a_compressed_row_tells_what_it_folds(kind):
     """The folded spans, as they are told, and what is left make up the text."""
     model, tokenizer = served_pair(kind)
-    scheduler, events = Scheduler(model, tokenizer), []
+    scheduler, events = Scheduler(reader_of(model, tokenizer)), []
     row = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
     row.wants_context, row.on_event = True, events.append
     first, closed, rest = scheduler.reader.parts(row.ids)
@@ -444,7 +446,7 @@ def test_a_compressed_row_tells_what_it_folds(kind):
 
 
 def test_threads_submit_while_rounds_run():
-    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=4))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=4))
     rows, lock = [], threading.Lock()
 
     def submit(seed: int) -> None:
@@ -468,7 +470,7 @@ def test_threads_submit_while_rounds_run():
 
 
 def test_ended_rows_are_given_back():
-    scheduler = Scheduler(*tiny_pair())
+    scheduler = Scheduler(reader_of(*tiny_pair()))
     row = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3))
     run(scheduler)
     gone = weakref.ref(row)
@@ -480,7 +482,7 @@ def test_ended_rows_are_given_back():
 def test_a_prompt_that_cannot_be_read_is_alone_in_that(monkeypatch):
     """Prompts are read together; when that fails, each by itself, and whose fault it is ends."""
     model, tokenizer = tiny_pair()
-    scheduler = Scheduler(model, tokenizer)
+    scheduler = Scheduler(reader_of(model, tokenizer))
     rows = [scheduler.submit(text, SamplingParams(max_new_tokens=4)) for text in ("a", "bad", "c")]
     read = model.ragged_logits
 
@@ -520,7 +522,7 @@ def test_what_a_compressed_session_belongs_to():
 
 
 def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
-    scheduler = Scheduler(*tiny_pair())
+    scheduler = Scheduler(reader_of(*tiny_pair()))
     events: list = []
     params = SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
     rows = [scheduler.submit(text, params, on_event=events.append) for text in ("a", "b")]
@@ -540,7 +542,7 @@ def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
 
 def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
     """Its last token was chosen, but leaving the batch failed before anybody heard of it."""
-    scheduler = Scheduler(*tiny_pair())
+    scheduler = Scheduler(reader_of(*tiny_pair()))
     events: list = []
     row = scheduler.submit("a", SamplingParams(max_new_tokens=1, ignore_end_of_text=True), on_event=events.append)
     original = Batch.drop_ended
@@ -551,7 +553,7 @@ def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
 
 
 def test_all_rows_of_a_request_or_none():
-    scheduler = Scheduler(*tiny_pair(), Limits(max_rows=2, max_waiting=2))
+    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=2, max_waiting=2))
     rows = [scheduler.prepare("a", SamplingParams(max_new_tokens=2)) for _ in range(5)]
     with pytest.raises(TooLargeError, match="5 completions at once, but 4 may be in work"):
         scheduler.enqueue(rows)

@@ -51,13 +51,14 @@ def _requests(options: Options, case: str, *, batch: int, context: int, new_toke
     runs: dict[str, Run] = {"memory": lambda: {"bytes_per_second": memory_read_rate()}} if batch == 1 else {}
     for peer, model in (("gpt", gpt), (name, gpthf)):
         engine = Engine(model, tokenizer, max_rows=batch)
-        runs[peer] = lambda engine=engine: _engine_request(engine, prompts, params, is_compiled=False)
+        runs[peer] = lambda engine=engine: _engine_request(engine, prompts, params)
         if batch == 1:
-            failure = _compile_failure(engine, prompts)
+            compiled = Engine(model, tokenizer, max_rows=batch, compile=True)
+            failure = _failure(compiled, prompts)
             if failure is not None:
                 yield Record(theme="speed", case=case, peer=f"{peer}, compiled", workload=workload, skipped=failure)
                 continue
-            runs[f"{peer}, compiled"] = lambda engine=engine: _engine_request(engine, prompts, params, is_compiled=True)
+            runs[f"{peer}, compiled"] = lambda engine=compiled: _engine_request(engine, prompts, params)
     for cache in ("dynamic", "static"):
         runs[f"transformers Llama, {cache} cache"] = lambda cache=cache: _generate(llama, prompts, new_tokens, cache)
     settings = {peer: {"program": "Engine"} for peer in runs if peer.startswith("gpt")}
@@ -89,22 +90,16 @@ def _requests(options: Options, case: str, *, batch: int, context: int, new_toke
         )
 
 
-def _compile_failure(engine: Engine, prompts: list[list[int]]) -> str | None:
+def _failure(compiled: Engine, prompts: list[list[int]]) -> str | None:
     """Why this machine can't compile steps, if it can't: there may be no C++ compiler."""
-    engine.compile = True
     try:
-        engine.generate(prompts, SamplingParams(max_new_tokens=4, ignore_end_of_text=True))
+        compiled.generate(prompts, SamplingParams(max_new_tokens=4, ignore_end_of_text=True))
     except TorchDynamoException as error:
         return f"torch.compile failed: {' '.join(str(error).split())[:200]}"
-    finally:
-        engine.compile = False
     return None
 
 
-def _engine_request(
-    engine: Engine, prompts: list[list[int]], params: SamplingParams, *, is_compiled: bool
-) -> dict[str, float]:
-    engine.compile = is_compiled
+def _engine_request(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> dict[str, float]:
     done = engine.generate(prompts, params)
     first = max(completion.first_token_seconds for completion in done)
     seconds = max(completion.seconds for completion in done)

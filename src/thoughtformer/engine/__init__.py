@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thoughtformer.engine.engine import Engine
 from thoughtformer.engine.indexing import IndexResult, index_documents
+from thoughtformer.engine.readers import Reader, reader_of
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, Usage
 from thoughtformer.engine.scheduler import Limits, Scheduler, SchedulerStats
 from thoughtformer.engine.sessions import Session, Sessions
@@ -15,6 +16,7 @@ __all__ = [
     "Engine",
     "IndexResult",
     "Limits",
+    "Reader",
     "Row",
     "Scheduler",
     "SchedulerStats",
@@ -26,4 +28,5 @@ __all__ = [
     "Usage",
     "Worker",
     "index_documents",
+    "reader_of",
 ]

@@ -48,12 +48,9 @@ class Engine:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model
-        self.pack = pack
-        self.compile = compile
-        self.tokenizer = tokenizer
         self.max_rows = max_rows
-        self.sentences = None if store is None else store.of(model)
-        self.reader = reader_of(model, tokenizer, sentences=self.sentences, pack=pack, compile=compile)
+        sentences = None if store is None else store.of(model)
+        self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -80,14 +77,7 @@ class Engine:
         yield from self._run(self._rows(prompts, params))
 
     def _run(self, rows: list[Row]) -> Iterator[StreamEvent]:
-        scheduler = Scheduler(
-            self.model,
-            self.tokenizer,
-            Limits(max_rows=self.max_rows),
-            sentences=self.sentences,
-            pack=self.pack,
-            compile=self.compile,
-        )
+        scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows))
         scheduler.enqueue(rows)
         while scheduler.has_work:
             yield from scheduler.round()

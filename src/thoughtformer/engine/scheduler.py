@@ -12,19 +12,15 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.readers import reader_of
+from thoughtformer.engine.readers import Reader
 from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
-from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, OverloadedError, StoppedError, TooLargeError
-from thoughtformer.models import GPTHFForCausalLM
 
 __all__ = ["Limits", "Scheduler", "SchedulerStats"]
 
@@ -77,26 +73,14 @@ class Scheduler:
     `submit`, `cancel` and `stats` may be called from any thread; `round` from one.
 
     Args:
-        model: in evaluation mode; a GPTHF, its plain GPT, or a causal LM that `compress` was called on.
-        tokenizer: the model's own.
+        reader: the model; see `reader_of`.
         limits: what is taken on.
-        sentences: known from before; those that prompts bring anew are added.
-        pack, compile: see `Engine`.
     """
 
-    def __init__(
-        self,
-        model: GPTHFForCausalLM | CompressedModel,
-        tokenizer: Any,
-        limits: Limits | None = None,
-        *,
-        sentences: StoredSentences | None = None,
-        pack: bool = True,
-        compile: bool = False,
-    ) -> None:
-        self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
-        self.limits = limits or Limits()
-        self.batch = Batch(self.reader)
+    def __init__(self, reader: Reader, limits: Limits = Limits()) -> None:
+        self.reader = reader
+        self.limits = limits
+        self.batch = Batch(reader)
         self._waiting: OrderedDict[str, deque[Row]] = OrderedDict()
         self._reading: list[Row] = []
         self._lock = threading.Lock()
