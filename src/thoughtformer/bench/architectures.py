@@ -62,7 +62,7 @@ def architectures(options: Options) -> Iterator[Record]:
         work = Work(size=shape.name, layers=shape.layers, batch=rows, context=held, sentences=sentences)
         models = _models(shape)
         pack_weights(models["gpt"])
-        compiles = ("hourglass",) if is_toy else ("",)
+        compiles = tuple(models)[-1:] if is_toy else ("",)
         yield from compared(
             "architectures",
             models,
@@ -84,6 +84,8 @@ def _models(size: Size) -> dict[str, GPTHFForCausalLM]:
         models[f"{visibility} {_name(split)}"] = _sharing(gpt, lambda: size.gpthf(split, visibility))  # noqa: B023
     hourglass = (ends, layers - 2 * ends, ends)
     models[f"hourglass {_name(hourglass)}"] = _sharing(gpt, lambda: size.gpthf(hourglass, "fast"))
+    more = {"summaries_per_sentence": 2}
+    models[f"hourglass {_name(hourglass)}, 2 summaries"] = _sharing(gpt, lambda: size.gpthf(hourglass, "fast", **more))
     return models
 
 
@@ -92,7 +94,7 @@ def _name(split: tuple[int, ...]) -> str:
 
 
 def _sharing(gpt: GPTHFForCausalLM, build: Callable[[], GPTHFForCausalLM]) -> GPTHFForCausalLM:
-    """A model without weights of its own: those of `gpt`, layer by layer."""
+    """A model with the weights of `gpt`, layer by layer; its own are those of further summaries alone."""
     with torch.device("meta"):
         model = build()
     layers = list(gpt.model.stages[0].layers)  # type: ignore[union-attr, arg-type]
@@ -101,6 +103,9 @@ def _sharing(gpt: GPTHFForCausalLM, build: Callable[[], GPTHFForCausalLM]) -> GP
         stage.layers = nn.ModuleList(layers[:count])
         layers = layers[count:]
     model.model.embed_tokens, model.model.norm, model.lm_head = gpt.model.embed_tokens, gpt.model.norm, gpt.lm_head
+    summaries = model.model.summary_tokens
+    if summaries is not None:
+        model.model.summary_tokens = nn.Embedding(summaries.num_embeddings, summaries.embedding_dim)
     return model
 
 
