@@ -40,11 +40,13 @@ def test_prompts_of_indexed_text_are_known(tmp_path, batch_tokens):
         result = index_documents(model, tokenizer, store, documents, batch_tokens=batch_tokens, on_progress=told.append)
         assert result.documents == 4
         assert result.tokens == sum(len(tokenizer.encode_document(text, complete=True)) for text in documents)
-        assert result.new_sentences >= store.stats().sentences
+        ids = [tokenizer.encode_document(text, complete=True) for text in documents]
+        assert result.sentences == sum(int((each == 1).sum()) for each in ids)
+        assert result.new_vectors == store.stats().sentences < result.sentences
         assert told[-1] == result
         assert (len(told) == 1) == (batch_tokens > result.tokens)
         again = index_documents(model, tokenizer, store, documents)
-        assert again.new_sentences == 0
+        assert again.new_vectors == 0
         assert again.sentences == result.sentences
 
         engine, plain = Engine(model, tokenizer, store=store), Engine(model, tokenizer)
@@ -65,11 +67,11 @@ def test_commands(run, folder, tmp_path):
     assert code == 0
     result = json.loads(out)
     assert result["documents"] == 3
-    assert 0 < result["new_sentences"] <= result["sentences"]
+    assert 0 < result["new_vectors"] <= result["sentences"] + 1
     code, _, err = run("index", folder / "docs" / "0.txt", folder / "docs" / "1.txt", *arguments)
     assert code == 0
     assert "2 documents" in err
-    assert ", 0 of them new" in err.replace("\n", " ")
+    assert ": 0 vectors new" in err.replace("\n", " ")
 
     prompt = ["--prompt", "The ferry", "--max-new-tokens", 8, "--allow-extrapolation", "--json"]
     prompt += ["--context-file", folder / "docs" / "2.txt"]

@@ -65,6 +65,7 @@ def study(tmp_path, monkeypatch):
         variant = study_rows.VARIANTS[name]
         short = dict(variant.run) | {"row_tokens": 64, "rows_per_batch": 2, "max_steps": 4, "save_every_steps": 2}
         monkeypatch.setitem(study_rows.VARIANTS, name, replace(variant, run=short))
+    monkeypatch.setattr(study_rows, "MEGABYTE", 5000)
     for name in ("train", "valid"):
         (tmp_path / f"{name}.txt").write_text(prose(6000, seed=len(name)))
     return StudySettings(
@@ -151,6 +152,13 @@ def test_held_out_text_is_looked_for_first(study, monkeypatch):
     monkeypatch.setattr("thoughtformer.study.run.train", None)
     with pytest.raises(CorpusError, match="missing"):
         run_rows([Row(variant="gpt", megabytes=1)], replace(study, valid={"books": "missing.txt"}))
+
+
+def test_a_row_is_not_named_after_more_text_than_there_is(study, monkeypatch):
+    monkeypatch.setattr("thoughtformer.study.run.train", None)
+    with pytest.raises(CorpusError, match=r"gpt_1m_2mb\S+ needs 10,000 bytes .*give 6,\d+: give more"):
+        run_rows([Row(variant="gpt", megabytes=2)], study)
+    assert not study.out.exists()
 
 
 def test_tables_of_what_was_measured(study):

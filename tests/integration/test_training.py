@@ -126,6 +126,28 @@ def test_resumed_equals_straight(place, straight, optimizer, tmp_path):
     assert not torch.equal(weight, weights(tmp_path / "out" / "checkpoint-3")[name])
 
 
+def test_a_finished_run_is_not_trained_on(place, tmp_path):
+    """Neither when its model is written, nor when it was stopped between the last checkpoint and that."""
+    out, data = tmp_path / "out", [place / "data.txt"]
+    done = train(small_recipe(place), data, out)
+    before, stamp = weights(out), (out / "model.safetensors").stat().st_mtime_ns
+    assert train(small_recipe(place), data, out, resume=True) == done
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    for name in ("training.json", "model.safetensors"):
+        (out / name).unlink()
+    again = train(small_recipe(place), data, out, resume=True)
+    assert (again.steps, again.last_loss) == (done.steps, done.last_loss)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(out).items())
+
+
+def test_a_run_that_never_began_is_in_nobodys_way(place, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "short.txt").write_text(PAGE[:200])
+    with pytest.raises(CorpusError, match="makes 1 rows"):
+        train(small_recipe(place), [tmp_path / "short.txt"], out)
+    assert train(small_recipe(place, max_steps=1), [place / "data.txt"], out).steps == 1
+
+
 def test_full_disk_leaves_the_last_checkpoint_whole(place, tmp_path, monkeypatch):
     import errno
 

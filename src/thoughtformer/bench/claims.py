@@ -10,7 +10,7 @@ from typing import Any
 from thoughtformer.bench.paper import PAIRS
 from thoughtformer.bench.records import Record, Spread
 
-__all__ = ["CLAIMS", "Claim", "Verdict", "groups", "judge", "latest"]
+__all__ = ["CLAIMS", "HEADLINES", "Claim", "Verdict", "groups", "judge", "latest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +294,22 @@ CLAIMS = (
         "transformers Llama, padded batch",
         "plain GPT, continuous batching against transformers.generate on one padded batch",
     ),
+)
+
+
+#: What README shows: a claim of each kind, and those that are missed worst.
+HEADLINES = (
+    "prefill of 4k tokens, 4+8 against the plain GPT",
+    "prefill of 32k tokens, 4+8 against the plain GPT",
+    "prefill of 32k tokens, 4+8, every sentence in the store, against the plain GPT",
+    "decoding 16 rows of 4k tokens, 4+8 against the plain GPT's preallocated cache",
+    "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled",
+    "KV bytes at 4k tokens, 16+8 against 24 layers of plain GPT",
+    "KV bytes at 4k tokens, hourglass 2+8+2 against 12 layers of plain GPT",
+    "plain GPT through the engine, batch 1: of the memory's limit",
+    "16 requests of mixed length: plain GPT, continuous batching against one at a time",
+    "16 requests of mixed length: hybrid 4+8, continuous batching, against transformers.generate with its plain twin "
+    "one at a time",
 )
 
 

@@ -22,7 +22,7 @@ from thoughtformer.evaluate.recall import plant_facts, score_recall
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.export import export_llama
-from thoughtformer.models.loading import load, load_causal_lm, resolve
+from thoughtformer.models.loading import BUNDLED_ADAPTERS, load, load_causal_lm, resolve
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.plain import document_tokenizer
 
@@ -119,7 +119,7 @@ def _base(options: QualityOptions) -> tuple[Any, Any, int]:
 def _sentinels(options: QualityOptions) -> dict[str, Any]:
     if options.adapter is None:
         return {}
-    manifest = read_adapter_manifest(resolve(options.adapter))
+    manifest = read_adapter_manifest(resolve(options.adapter, BUNDLED_ADAPTERS))
     return {name: manifest[name] for name in ("num_sentinels", "see_earlier")}
 
 

@@ -1,6 +1,7 @@
 """Markdown tables of results, written between marks in READMEs and docs, so that no figure there is typed.
 
-<!-- bench:claims -->                                   what was set out for, and what was measured
+<!-- bench:claims -->                                   goals, and what was measured
+<!-- bench:headlines -->                                a few of them
 <!-- bench:compression books/valid.txt.xz local,h2o --> thousandths of a bit per byte above full attention
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
 <!-- bench:bits -->                                     bits per byte of checkpoints
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 
-from thoughtformer.bench.claims import CLAIMS, Verdict, judge, latest
+from thoughtformer.bench.claims import CLAIMS, HEADLINES, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.errors import InputError, nearest
@@ -53,7 +54,7 @@ def shown(name: str, spread: Spread) -> str:
 
 def claims_table(verdicts: Sequence[Verdict]) -> str:
     """The claims; the FLOPs pairs as one line, their worst."""
-    lines = ["| | measured | set out for |", "|---|---|---|"]
+    lines = ["| | measured | goal |", "|---|---|---|"]
     flops = [verdict for verdict in verdicts if verdict.claim.theme == "flops"]
     worst = max(flops, key=lambda verdict: verdict.value.median, default=None)
     judged = {id(verdict.claim): verdict for verdict in verdicts}
@@ -67,9 +68,22 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
             if verdict is not worst:
                 continue
             text = f"FLOPs of {len(flops)} (prompt, new) pairs, 16+8: furthest off the exact incremental cost"
-        missed = "" if verdict.is_met else ", **missed**"
-        lines.append(f"| {text} | {verdict.shown()} | {verdict.goal()}{missed} |")
+        lines.append(_line(verdict, text))
     return "\n".join(lines)
+
+
+def _headlines(records: Sequence[Record]) -> str:
+    verdicts = {verdict.claim.text: verdict for verdict in judge(records)}
+    lines = ["| | measured | goal |", "|---|---|---|"]
+    for text in HEADLINES:
+        if text not in verdicts:
+            raise InputError(f"the results don't hold what README shows: {text}.")
+        lines.append(_line(verdicts[text], text))
+    return "\n".join(lines)
+
+
+def _line(verdict: Verdict, text: str) -> str:
+    return f"| {text} | {verdict.shown()} | {verdict.goal()}{'' if verdict.is_met else ', **missed**'} |"
 
 
 def _claims(records: Sequence[Record]) -> str:
@@ -200,6 +214,7 @@ def _architectures(records: Sequence[Record]) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "claims": _claims,
+    "headlines": _headlines,
     "compression": _compression,
     "recall": _recall,
     "bits": _bits,

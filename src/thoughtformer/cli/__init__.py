@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from importlib import metadata
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -35,6 +36,17 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(metadata.version("thoughtformer"))
+        raise typer.Exit
+
+
 app.command("demo")(demo)
 app.command("generate")(generate)
 app.command("serve")(serve)
@@ -75,7 +87,10 @@ def main() -> NoReturn:
     except ThoughtformerError as error:
         print(f"thoughtformer: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # typer makes an exit of its own of an interruption, and says nothing.
+        if isinstance(stopped, SystemExit) and stopped.code != EXIT_INTERRUPTED:
+            raise
         print("thoughtformer: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)

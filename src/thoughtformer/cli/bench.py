@@ -38,7 +38,7 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Prefill and decode: GPTHF, the plain GPT, transformers' Llama, llama.cpp. Cases: prefill, decode, batch1, batch8,
-    packed, compressed, architectures.
+    packed, compressed, architectures, requests, known.
 
     Example: thoughtformer bench speed --case prefill --contexts 1024,4096 --out speed.jsonl
     """

@@ -58,27 +58,34 @@ def train(
     """
     from thoughtformer.recipes import tiny_gpt_sentinel
     from thoughtformer.train.compress import AdapterRecipe, train_adapter
+    from thoughtformer.train.folder import RESULT_FILE
 
     recipe = tiny_gpt_sentinel() if model == "tiny-gpt" else AdapterRecipe()
     recipe = (AdapterRecipe.from_file(config) if config is not None else recipe).with_settings(settings or [])
     set_threads(threads)
+    was_finished = resume and (out / RESULT_FILE).exists()
     with TokenisingStatus() as status:
-        result = train_adapter(
-            recipe,
-            model,
-            data,
-            out,
-            resume=resume,
-            overwrite=overwrite,
-            column=column,
-            half=half,
-            on_tokenised=status.told,
-            on_start=status.stop,
-        )
+        try:
+            result = train_adapter(
+                recipe,
+                model,
+                data,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                column=column,
+                half=half,
+                on_tokenised=status.told,
+                on_start=status.stop,
+            )
+        except KeyboardInterrupt:
+            status.interrupted(out, recipe.save_every_steps)
+            raise
     status.console.print(
-        f"{out}: {result.steps:,} steps, {result.rows:,} rows, loss {result.last_loss or result.mean_loss:.4f}, "
-        f"{result.trained_parameters:,} parameters trained; removed: asked for {result.nominal_removed:.3f}, reached "
-        f"{result.achieved_removed:.3f} at the rows' ends and {result.average_removed:.3f} on average"
+        f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.rows:,} rows, loss "
+        f"{result.last_loss or result.mean_loss:.4f}, {result.trained_parameters:,} parameters trained; removed: asked "
+        f"for {result.nominal_removed:.3f}, reached {result.achieved_removed:.3f} at the rows' ends and "
+        f"{result.average_removed:.3f} on average"
     )
 
 
@@ -195,15 +202,17 @@ def _scores(
     from thoughtformer.evaluate.compression import equal_methods, score_method
     from thoughtformer.models.backbone import backbone_of
     from thoughtformer.models.fingerprint import fingerprint
-    from thoughtformer.models.loading import resolve
+    from thoughtformer.models.loading import BUNDLED_ADAPTERS, resolve
 
     sentinels: dict[str, Any] = {}
     if adapter is not None:
-        manifest = read_adapter_manifest(resolve(adapter))
+        manifest = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
         sentinels = {name: manifest[name] for name in ("num_sentinels", "see_earlier")}
     injected = None
     if lora and adapter is not None:
-        injected = SentinelAdapter.load(backbone_of(loaded), resolve(adapter), fingerprint=fingerprint(loaded))
+        injected = SentinelAdapter.load(
+            backbone_of(loaded), resolve(adapter, BUNDLED_ADAPTERS), fingerprint=fingerprint(loaded)
+        )
     try:
         for seed, blocks in samples.items():
             for fraction in [0.0, *fractions] if "full" in names else fractions:
@@ -238,11 +247,16 @@ def open_compressed(
     from thoughtformer.compression.method import Method
     from thoughtformer.compression.settings import method_from
     from thoughtformer.evaluate.compression import span_for
-    from thoughtformer.models.loading import load_causal_lm, resolve
+    from thoughtformer.models.loading import BUNDLED_ADAPTERS, load_causal_lm, resolve
 
     if sentences and max_bytes is not None:
         raise ConfigError("--sentences and --max-bytes exclude each other.")
     loaded, tokenizer = load_causal_lm(model)
+    if getattr(loaded.config, "num_encoder_layers", 0):
+        raise InputError(
+            f"{model} is a GPTHF, which folds its sentences itself: --adapter and --context are for plain models, e.g. "
+            "--model tiny-gpt."
+        )
     if context is not None:
         manifest = read_manifest(context)
         method: Method = method_from(manifest["method"], manifest["settings"])
@@ -251,7 +265,7 @@ def open_compressed(
     else:
         if adapter is None:
             raise InputError("give the sentinels' --adapter, e.g. --adapter tiny-gpt-sentinel with --model tiny-gpt.")
-        trained = read_adapter_manifest(resolve(adapter))
+        trained = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
         count = trained["num_sentinels"]
         span = (
             span_tokens if span_tokens is not None else span_for(removed, count, loaded.config.max_position_embeddings)

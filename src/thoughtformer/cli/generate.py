@@ -41,8 +41,11 @@ def generate(
     ] = None,
     context_file: Annotated[Path | None, typer.Option(help="UTF-8 text that comes before the prompt.")] = None,
     removed: Annotated[
-        float, typer.Option(help="With --adapter: fraction of the tokens seen that is not held.", min=0.0, max=0.99)
-    ] = 0.9,
+        float | None,
+        typer.Option(
+            help="With --adapter: fraction of the tokens seen that is not held; default 0.9.", min=0.0, max=0.99
+        ),
+    ] = None,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -57,6 +60,12 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise InputError("give the text to continue as either --prompt TEXT or --file FILE.")
+    if removed is not None and (adapter is None or context is not None):
+        raise InputError(
+            "--removed says how an --adapter folds what it reads: name one."
+            if context is None
+            else f"--removed: {context} goes on being folded as it was. Leave it out, or make another context."
+        )
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file).removesuffix("\n").removesuffix("\r")
     assert text is not None
@@ -80,7 +89,8 @@ def generate(
     if adapter is not None or context is not None:
         if store is not None:
             raise InputError("--store keeps sentences of a GPTHF; --adapter and --context compress other models.")
-        _generate_compressed(text, params, model, adapter, context, removed, allow_extrapolation, as_json)
+        fraction = 0.9 if removed is None else removed
+        _generate_compressed(text, params, model, adapter, context, fraction, allow_extrapolation, as_json)
         return
 
     from thoughtformer.engine import Engine, SentenceStore

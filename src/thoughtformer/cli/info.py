@@ -26,7 +26,7 @@ def info(
     import torch
 
     import thoughtformer
-    from thoughtformer.models.loading import BUNDLED, load, resolve
+    from thoughtformer.models.loading import BUNDLED, BUNDLED_ADAPTERS, load, resolve
     from thoughtformer.recipes import RECIPES
 
     facts: dict[str, object] = {
@@ -37,6 +37,7 @@ def info(
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "bundled_models": [name for name in BUNDLED if (resolve(name) / "config.json").exists()],
+        "bundled_adapters": list(BUNDLED_ADAPTERS),
         "recipes": list(RECIPES),
     }
     if model is not None:

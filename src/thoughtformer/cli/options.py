@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from thoughtformer.errors import InputError
 
-__all__ = ["AsJson", "Column", "Data", "Extrapolate", "Model", "Threads", "read_text", "set_threads"]
+__all__ = ["AsJson", "Column", "Data", "Extrapolate", "Model", "Threads", "read_text", "set_threads", "shown_size"]
 
 Model = Annotated[str, typer.Option("--model", "-m", help="tiny-gpthf, tiny-gpt, or a model's folder.")]
 Data = Annotated[
@@ -29,9 +30,9 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one a c
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, line breaks as they are; raises `InputError`."""
+    """A text file's content, or standard input's for `-`, line breaks as they are; raises `InputError`."""
     try:
-        content = path.read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from None
     if b"\0" in content:
@@ -40,6 +41,14 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): binary, or another encoding.") from None
+
+
+def shown_size(num_bytes: float) -> str:
+    """Bytes in kB, MB or GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
 
 
 def set_threads(threads: int | None) -> None:
@@ -68,6 +77,17 @@ class TokenisingStatus:
     def stop(self) -> None:
         """The text is ready."""
         self._status.stop()
+
+    def interrupted(self, out: Path, every: int) -> None:
+        """The run was stopped: says how it goes on."""
+        checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        self.stop()
+        self.console.print(
+            f"{out}: go on after {checkpoints[-1].name} with --resume."
+            if checkpoints
+            else f"{out}: no checkpoint yet, there is one every {every:,} steps (save_every_steps). Start anew with "
+            "--overwrite."
+        )
 
     def __enter__(self) -> TokenisingStatus:
         self._status.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,6 +111,7 @@ def serve(
         allowed_hosts=("127.0.0.1", "localhost") if token is None and host != "::1" else (),
     )
     set_threads(threads)
+    _check_free(host, port)  # before the model is read
     served: GPTHFForCausalLM | CompressedModel
     if adapter is not None:
         served, tokenizer = open_compressed(
@@ -134,6 +136,15 @@ def serve(
         kept = Sessions(scheduler.reader, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise InputError(
+            f"can't listen at {host}, port {port} ({error.strerror or error}): choose another --host or --port."
+        ) from None
 
 
 def _uncompressed(model: str, allow_extrapolation: bool) -> tuple[GPTHFForCausalLM | CompressedModel, Any]:

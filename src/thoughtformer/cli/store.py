@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Column, Model, Threads, set_threads
+from thoughtformer.cli.options import AsJson, Column, Model, Threads, set_threads, shown_size
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def index(
         print(json.dumps(asdict(result) | {"used_bytes": used, "seconds": seconds}))
         return
     console.print(
-        f"{result.documents:,} documents, {result.tokens:,} tokens: {result.sentences:,} sentences, "
-        f"{result.new_sentences:,} of them new, in {seconds:.1f} s. {store} uses {used / 1e6:,.1f} MB."
+        f"{result.documents:,} documents, {result.tokens:,} tokens, {result.sentences:,} sentences: "
+        f"{result.new_vectors:,} vectors new, in {seconds:.1f} s. {store} uses {shown_size(used)}."
     )
 
 
@@ -108,10 +108,10 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(asdict(held)))
         return
-    used, size = held.used_bytes / 1e6, held.file_bytes / 1e6
-    print(f"{held.sentences:,} sentences, {used:,.1f} MB used of a file of {size:,.1f} MB")
+    used, size = shown_size(held.used_bytes), shown_size(held.file_bytes)
+    print(f"{held.sentences:,} sentences, {used} used of a file of {size}")
     for model in held.models:
-        print(f"{model.fingerprint}  {model.dtype}  {model.sentences:,} sentences, {model.vector_bytes / 1e6:,.1f} MB")
+        print(f"{model.fingerprint}  {model.dtype}  {model.sentences:,} sentences, {shown_size(model.vector_bytes)}")
 
 
 @store_app.command("verify")
@@ -150,7 +150,7 @@ def prune(
                 raise InputError(f"--keep {fingerprint}: the store has {', '.join(known) or 'no model'}.")
         removed = store.prune(max_bytes=parse_size(max_size), keep=keep)
         held = store.stats()
-    print(f"{removed:,} sentences removed, {held.sentences:,} left, {held.file_bytes / 1e6:,.1f} MB")
+    print(f"{removed:,} sentences removed, {held.sentences:,} left, {shown_size(held.file_bytes)}")
 
 
 def _existing(folder: Path) -> SentenceStore:

@@ -39,21 +39,27 @@ def train(
     chosen = named_recipe(recipe) if recipe is not None else Recipe.from_file(config or "")
     chosen = chosen.with_settings(settings or [])
 
+    from thoughtformer.train.folder import RESULT_FILE
     from thoughtformer.train.run import train as run
 
     set_threads(threads)
+    was_finished = resume and (out / RESULT_FILE).exists()
     with TokenisingStatus() as status:
-        result = run(
-            chosen,
-            data,
-            out,
-            resume=resume,
-            overwrite=overwrite,
-            column=column,
-            on_tokenised=status.told,
-            on_start=status.stop,
-        )
+        try:
+            result = run(
+                chosen,
+                data,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                column=column,
+                on_tokenised=status.told,
+                on_start=status.stop,
+            )
+        except KeyboardInterrupt:
+            status.interrupted(out, chosen.save_every_steps)
+            raise
     status.console.print(
-        f"{out}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.last_loss or result.mean_loss:.4f}, "
-        f"{result.seconds / 60:.1f} minutes"
+        f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
+        f"{result.last_loss or result.mean_loss:.4f}, {result.seconds / 60:.1f} minutes"
     )

@@ -16,7 +16,7 @@ from thoughtformer.compression.settings import METHODS
 from thoughtformer.errors import ConfigError, nearest
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.loading import resolve
+from thoughtformer.models.loading import BUNDLED_ADAPTERS, resolve
 
 __all__ = ["compress"]
 
@@ -59,7 +59,7 @@ def compress(
                 raise ConfigError(f"{method} has no setting {name!r}.{nearest(name, known)}")
         if kind is Sentinel and isinstance(adapter, str | Path):
             # What the adapter was trained for, unless it is asked for and so checked below.
-            values = read_adapter_manifest(resolve(adapter))
+            values = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
             settings = {"num_sentinels": values["num_sentinels"], "see_earlier": values["see_earlier"]} | settings
         elif kind is Sentinel and isinstance(adapter, SentinelAdapter):
             trained = adapter.config
@@ -70,7 +70,7 @@ def compress(
     if isinstance(adapter, str | Path):
         if not method.needs_adapter:
             raise ConfigError(f"the method {method.name!r} takes no adapter.")
-        adapter = SentinelAdapter.load(backbone, resolve(adapter), fingerprint=base)
+        adapter = SentinelAdapter.load(backbone, resolve(adapter, BUNDLED_ADAPTERS), fingerprint=base)
     if isinstance(method, Sentinel) and adapter is not None:
         trained = adapter.config
         if (method.num_sentinels, method.see_earlier) != (trained.num_sentinels, trained.see_earlier):

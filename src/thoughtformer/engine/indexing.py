@@ -20,12 +20,17 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class IndexResult:
-    """What was read, and how many of its sentences the store hadn't known."""
+    """What was read, and what came into the store.
+
+    Attributes:
+        sentences: of all documents, repeated ones too.
+        new_vectors: of different sentences that the store hadn't known; a document's start has one, too.
+    """
 
     documents: int
     tokens: int
     sentences: int
-    new_sentences: int
+    new_vectors: int
 
 
 def index_documents(
@@ -52,13 +57,11 @@ def index_documents(
         OutputError: the store can't be written to.
     """
     source = store.of(model)
-    count = tokens = 0
+    count = tokens = sentences = 0
     waiting: list[np.ndarray] = []
 
     def result() -> IndexResult:
-        return IndexResult(
-            documents=count, tokens=tokens, sentences=source.hits + source.misses, new_sentences=source.misses
-        )
+        return IndexResult(documents=count, tokens=tokens, sentences=sentences, new_vectors=source.added)
 
     def read() -> None:
         ids = torch.from_numpy(np.concatenate(waiting)).to(model.device)
@@ -71,6 +74,7 @@ def index_documents(
         ids = tokenizer.encode_document(document, complete=True)
         count += 1
         tokens += len(ids)
+        sentences += int(np.count_nonzero(ids == model.config.sentence_end_token_id))
         is_end = np.isin(ids, [model.config.sentence_end_token_id, model.config.bos_token_id])
         is_end[-1:] = True  # white space at a document's end is in no sentence
         for piece in _pieces(ids, np.flatnonzero(is_end) + 1, batch_tokens):

@@ -238,7 +238,7 @@ def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, num
         advice = (
             f"Lower max_new_tokens to {limit - len(ids)}"
             if len(ids) < limit
-            else f"Shorten the prompt by at least {len(ids) + 1 - limit} tokens"
+            else f"Shorten the prompt by {needed - limit} tokens"
         )
         raise ContextOverflowError(
             f"prompt ({len(ids)} tokens) + max_new_tokens ({params.max_new_tokens}) = {needed}, but the model was "

@@ -30,7 +30,7 @@ class StoredSentences:
     """One model's sentences in a store: a `SentenceSource`.
 
     Follows the model: when its weights or their dtype change, so does the fingerprint, and what was kept before is not
-    found any more. Counts `hits` and `misses`, in sentences.
+    found any more. Counts `hits` and `misses`, in sentences, and the different ones `added`.
     """
 
     def __init__(self, store: SentenceStore, model: GPTHFForCausalLM, *, is_strict: bool = True) -> None:
@@ -40,6 +40,7 @@ class StoredSentences:
         self.shape = model.model.sentence_vector_shape
         self.hits = 0
         self.misses = 0
+        self.added = 0
         self.failures = 0
         self._made_by: list[tuple[int, int, torch.dtype, torch.device]] | None = None
         self._some_values: list[Tensor] = []
@@ -73,6 +74,7 @@ class StoredSentences:
         kept = {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)}
         with self._tolerant():
             self.store._add(self._fingerprint, str(self.model.dtype), self.shape, kept)
+            self.added += len(kept)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

@@ -255,9 +255,11 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         assert generation_config.max_length is not None
         needed, limit = generation_config.max_length - padding, self.config.max_position_embeddings
         if needed > limit and not self.config.allow_extrapolation:
+            prompt = 0 if mask is None else mask.shape[-1] - padding
+            advice = f"Lower max_new_tokens by {needed - limit}, or shorten" if prompt < limit else "Shorten"
             raise ContextOverflowError(
-                f"prompt and new tokens come to {needed}, but the model was trained for {limit}. Lower max_new_tokens "
-                f"by {needed - limit}, shorten the prompt, or set config.allow_extrapolation=True."
+                f"prompt and new tokens come to {needed}, but the model was trained for {limit}. {advice} the prompt "
+                f"by {needed - limit} tokens, or set config.allow_extrapolation=True."
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows)

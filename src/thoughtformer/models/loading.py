@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,21 @@ BUNDLED_ADAPTERS = ("tiny-gpt-sentinel",)
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "checkpoint.pt")
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
     """The folder behind a bundled name or a path.
 
     Raises:
-        CheckpointError: neither; names the closest bundled model.
+        CheckpointError: neither; names the closest of `bundled`.
     """
-    if str(name_or_path) in (*BUNDLED, *BUNDLED_ADAPTERS):
+    if str(name_or_path) in bundled:
         return ASSETS / str(name_or_path)
+    if str(name_or_path) in BUNDLED_ADAPTERS:
+        raise CheckpointError(f"{str(name_or_path)!r} is an adapter, not a model: give it as the adapter of tiny-gpt.")
     path = Path(name_or_path)
     if path.is_dir():
         return path
-    what = "is a file, not a model's folder" if path.is_file() else "is neither a bundled model nor a folder"
-    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), (*BUNDLED, *BUNDLED_ADAPTERS))}")
+    what = "is a file, not a folder" if path.is_file() else "is neither bundled nor a folder"
+    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), bundled)}")
 
 
 def load(
@@ -133,6 +136,7 @@ def _config(folder: Path) -> GPTHFConfig:
     if values.get("model_type") != GPTHFConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."
+            " Causal LMs of transformers can be compressed and served; for other uses load them with transformers."
         )
     try:
         return GPTHFConfig.from_dict(values)

@@ -136,6 +136,9 @@ SCREENED = (
 FINALISTS = ("gpt", "fast-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
 
 
+MEGABYTE = 1_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One training: an architecture at a size, a learning rate, a seed, and an amount of text."""
@@ -173,7 +176,7 @@ class Row:
             {
                 "name": self.name,
                 "model": variant.model_at(self.size),
-                "max_bytes": self.megabytes * 1_000_000,
+                "max_bytes": self.megabytes * MEGABYTE,
                 "learning_rate": self.learning_rate,
                 "matrix_learning_rate": self.learning_rate,
                 "seed": self.seed,

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from thoughtformer.bench.architectures import decode_flops
 from thoughtformer.bench.flops import count_flops
 from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
-from thoughtformer.errors import ConfigError, OutputError
+from thoughtformer.errors import ConfigError, CorpusError, OutputError
 from thoughtformer.evaluate import BitsReport, document_bits
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load, load_tokenizer
@@ -116,7 +116,8 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
     Stops after `limit` rows.
 
     Raises:
-        CorpusError, ConfigError, OutputError: as training and scoring do; finished rows are kept.
+        CorpusError: less text than a row is named after, or as training and scoring do; finished rows are kept.
+        ConfigError, OutputError: as training and scoring do.
     """
     for name in settings.valid:
         settings.documents(name)  # a text that can't be read is told before hours of training
@@ -146,6 +147,7 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
 def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
     recipe = row.recipe()
     where = environment()  # now: the checkout may move on while the row trains
+    _enough_text(recipe, settings)
     result = _train(recipe, settings, folder)
     model, tokenizer = load(folder)
     metrics = {
@@ -176,6 +178,17 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         environment=where,
         command=command_line(),
     )
+
+
+def _enough_text(recipe: Recipe, settings: StudySettings) -> None:
+    """Raises `CorpusError` where a row would be named after more text than there is."""
+    corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
+    size = int(TokenisedCorpus.build(corpus, recipe_tokenizer(recipe)).num_bytes.sum())
+    if recipe.max_bytes is not None and size < 0.95 * recipe.max_bytes:
+        raise CorpusError(
+            f"{recipe.name} needs {recipe.max_bytes:,} bytes of text, in equal shares of the {len(settings.data)} "
+            f"sources, and these give {size:,}: give more text."
+        )
 
 
 def _train(recipe: Recipe, settings: StudySettings, folder: Path) -> TrainingResult:

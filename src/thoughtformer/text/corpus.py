@@ -45,6 +45,8 @@ class Corpus:
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if "" in map(str, self.sources):
+            raise CorpusError("a source of text has no name: give a file or a folder (here: .).")
         if not self.sources:
             raise CorpusError("no data: give at least one file, folder or datasets:NAME.")
         if self.max_bytes is not None and self.max_bytes <= 0:

@@ -35,7 +35,7 @@ from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.text.plain import document_tokenizer
 from thoughtformer.train.arguments import hardware, training_arguments
-from thoughtformer.train.folder import RESULT_FILE, prepare_output, same_data, written_whole
+from thoughtformer.train.folder import RESULT_FILE, finished_result, prepare_output, same_data, written_whole
 from thoughtformer.train.settings import RunSettings
 from thoughtformer.train.spans import FoldingSettings, fold_row
 from thoughtformer.train.trainer import ProgressCallback, WholeCheckpointTrainer
@@ -358,6 +358,9 @@ def train_adapter(
             f"{rows_at_once} are computed at once. Give more text, or lower rows_per_batch and rows_per_step."
         )
     same_data(out, tokens, resume=checkpoint is not None, is_first=arguments.should_save)
+    done = None if checkpoint is None else finished_result(out)
+    if done is not None:
+        return AdapterTrainingResult(**done)
     set_seed(recipe.seed)
     adapter = SentinelAdapter(backbone, recipe.adapter, seed=recipe.seed)
     method = Sentinel(num_sentinels=recipe.adapter.num_sentinels, see_earlier=recipe.adapter.see_earlier)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
@@ -17,7 +18,15 @@ from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.train.settings import RunSettings
 from thoughtformer.train.trainer import DRAFT_FOLDER
 
-__all__ = ["DATA_FILE", "RECIPE_FILE", "RESULT_FILE", "prepare_output", "same_data", "written_whole"]
+__all__ = [
+    "DATA_FILE",
+    "RECIPE_FILE",
+    "RESULT_FILE",
+    "finished_result",
+    "prepare_output",
+    "same_data",
+    "written_whole",
+]
 
 RECIPE_FILE = "recipe.json"
 RESULT_FILE = "training.json"
@@ -30,7 +39,8 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
         raise OutputError("--resume and --overwrite exclude each other: go on with the run, or remove it.")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, not a folder.")
-    is_used = out.is_dir() and any(out.iterdir())
+    # What a run leaves that never began, because its data couldn't be read, is nothing to keep.
+    is_used = out.is_dir() and any(path.name not in (RECIPE_FILE, DATA_FILE) for path in out.iterdir())
     holds_run = (out / RECIPE_FILE).exists()
     if int(os.environ.get("RANK", "0")) != 0:
         return get_last_checkpoint(str(out)) if resume and out.is_dir() else None
@@ -46,7 +56,10 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
     elif resume:
         checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
         if checkpoint is None:
-            raise OutputError(f"{out} holds no checkpoint to resume from.")
+            raise OutputError(
+                f"{out} holds no checkpoint to resume from: start anew, with --overwrite if a run has begun there. "
+                "save_every_steps says how often there is one."
+            )
         _same_recipe(out, recipe)
         return checkpoint
     try:
@@ -55,6 +68,17 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
     except OSError as error:
         raise OutputError(f"can't write to {out}: {error}") from None
     return None
+
+
+def finished_result(out: Path) -> dict[str, Any] | None:
+    """What the finished run in the folder wrote of itself; None if it hasn't finished."""
+    file = out / RESULT_FILE
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise OutputError(f"can't read {file}, which says that the run has finished: {error}") from None
 
 
 def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: bool) -> None:
@@ -107,7 +131,8 @@ def written_whole(out: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        for path in draft.iterdir():
+        # The result last: where it is, the run has finished.
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == RESULT_FILE):
             path.replace(out / path.name)
     except (OSError, SafetensorError) as error:
         raise OutputError(

@@ -20,7 +20,7 @@ from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import PackedRows, TokenisedCorpus
 from thoughtformer.text.tokenizer import SentenceTokenizer
 from thoughtformer.train.arguments import hardware, training_arguments
-from thoughtformer.train.folder import RESULT_FILE, prepare_output, same_data, written_whole
+from thoughtformer.train.folder import RESULT_FILE, finished_result, prepare_output, same_data, written_whole
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.trainer import ProgressCallback, SentenceTrainer
 
@@ -66,7 +66,8 @@ def train(
         recipe: the run.
         data: sources as `Corpus` takes them.
         out: a new or empty folder, unless `resume` or `overwrite` is set.
-        resume: go on from the last checkpoint in `out`, with exactly the steps that would have followed.
+        resume: go on from the last checkpoint in `out`, with exactly the steps that would have followed; of a finished
+            run, nothing is done.
         overwrite: remove the run that is in `out`.
         column: where records of .jsonl, .parquet and `datasets` hold their text.
         on_tokenised: told of each tokenised document: how many so far, and its bytes.
@@ -93,6 +94,9 @@ def train(
             "Give more text, or lower rows_per_batch and rows_per_step, or row_tokens."
         )
     same_data(out, tokens, resume=checkpoint is not None, is_first=arguments.should_save)
+    done = None if checkpoint is None else finished_result(out)
+    if done is not None:
+        return TrainingResult(**done)
     set_seed(recipe.seed)
     model = GPTHFForCausalLM(config)
     trainer = SentenceTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -12,7 +13,8 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from thoughtformer.errors import OutputError
 from thoughtformer.train.optimizer import build_optimizer
@@ -30,6 +32,17 @@ class WholeCheckpointTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._is_drafting = False
+
+    def train(self, resume_from_checkpoint: Any = None, **more: Any) -> TrainOutput:
+        """As transformers', but a checkpoint at `max_steps` is the end, and not followed by one step more."""
+        if resume_from_checkpoint is not None and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                losses = [line["loss"] for line in state.log_history if "loss" in line]
+                return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
+        return super().train(resume_from_checkpoint, **more)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
