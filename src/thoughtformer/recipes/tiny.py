@@ -13,16 +13,22 @@ __all__ = ["tiny_gpt", "tiny_gpt_sentinel", "tiny_gpthf"]
 
 
 def tiny_gpthf() -> Recipe:
-    """GPTHF of 6.9M parameters: 1 encoder and 5 body layers, hybrid, the best of five by short runs (docs/log.md)."""
+    """An hourglass of 7M parameters, 2 + 2 + 2 layers: of the study's variants, the one that meets all goals.
+
+    Two summaries a sentence, and the loss of rebuilding it (docs/methods/gpthf.md).
+    """
     return Recipe(
         name="tiny-gpthf",
         model=ModelShape(
             hidden_size=256,
             intermediate_size=704,
             num_attention_heads=4,
-            num_encoder_layers=1,
-            num_body_layers=5,
-            body_visibility="hybrid",
+            num_encoder_layers=2,
+            num_body_layers=2,
+            num_decoder_layers=2,
+            body_visibility="fast",
+            summaries_per_sentence=2,
+            rebuild_loss_weight=0.1,
         ),
         max_bytes=40_000_000,
         learning_rate=4e-3,
@@ -34,7 +40,14 @@ def tiny_gpthf() -> Recipe:
 def tiny_gpt() -> Recipe:
     """A plain GPT of the same parameters, on the same text without sentence ends."""
     gpthf = tiny_gpthf()
-    model = replace(gpthf.model, num_encoder_layers=0, num_body_layers=6, body_visibility="causal")
+    model = ModelShape(
+        hidden_size=gpthf.model.hidden_size,
+        intermediate_size=gpthf.model.intermediate_size,
+        num_attention_heads=gpthf.model.num_attention_heads,
+        num_encoder_layers=0,
+        num_body_layers=6,
+        body_visibility="causal",
+    )
     return replace(gpthf, name="tiny-gpt", model=model, sentence_ends=False)
 
 
