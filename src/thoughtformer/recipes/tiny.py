@@ -13,7 +13,7 @@ __all__ = ["tiny_gpt", "tiny_gpt_sentinel", "tiny_gpthf"]
 
 
 def tiny_gpthf() -> Recipe:
-    """An hourglass of 7M parameters, 2 + 2 + 2 layers: of the study's variants, the one that meets all goals.
+    """An hourglass of 7M parameters, 2 + 2 + 2 layers: of the study's variants the best for its training FLOPs.
 
     Two summaries a sentence, and the loss of rebuilding it (docs/methods/gpthf.md).
     """
