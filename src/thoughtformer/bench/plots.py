@@ -15,7 +15,7 @@ __all__ = ["draw_all"]
 
 MARKERS = "os^Dv<>PX*hd1234"
 #: Architectures whose profiles are drawn.
-PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hourglass-2-2-2", "hourglass-recent-1", "hourglass-k4")
+PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
 
 
 def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:

@@ -254,7 +254,7 @@ def learning_rates_table(records: Sequence[Record], size: str, megabytes: str) -
 def profile_table(
     records: Sequence[Record], kind: str, names: str, text: str, size: str, megabytes: str, learning_rate: str
 ) -> list[list[str]]:
-    """Bits a token by bin: the first architecture's, and how much the others' differ; of seeds that all have."""
+    """Bits a token by bin that has tokens: the first architecture's, and how the others' differ; of seeds all have."""
     if kind not in ("by_offset", "by_earlier"):
         raise InputError(f"profile {kind!r} is unknown: by_offset or by_earlier.")
     rows = {row.name: row for row in trained(records, size, megabytes, learning_rate)}
@@ -271,4 +271,5 @@ def profile_table(
         bits = rows[name].profile(text, kind)
         pairs = zip(bits, base, strict=True)
         lines.append([name, *("" if a is None or b is None else f"{a - b:+.3f}" for a, b in pairs)])
-    return lines
+    filled = [0, *(place for place in range(1, len(lines[0])) if any(line[place] for line in lines[1:]))]
+    return [[line[place] for place in filled] for line in lines]

@@ -33,7 +33,9 @@ class WholeCheckpointTrainer(Trainer):
         super().__init__(**kwargs)
         self._is_drafting = False
 
-    def train(self, resume_from_checkpoint: Any = None, **more: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
         """As transformers', but a checkpoint at `max_steps` is the end, and not followed by one step more."""
         if resume_from_checkpoint is not None and self.args.max_steps > 0:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
@@ -42,7 +44,7 @@ class WholeCheckpointTrainer(Trainer):
                 self.state = state
                 losses = [line["loss"] for line in state.log_history if "loss" in line]
                 return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
-        return super().train(resume_from_checkpoint, **more)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
