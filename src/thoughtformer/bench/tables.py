@@ -41,7 +41,7 @@ def shown(name: str, spread: Spread) -> str:
     elif name.endswith("bytes"):
         scale, unit, digits = 1e6, " MB", 2
     elif name.endswith("flops"):
-        scale, unit, digits = 1e12, " TFLOPs", 4
+        scale, unit, digits = (1e12, " TFLOPs", 4) if spread.median >= 1e10 else (1e6, " MFLOPs", 2)
     elif name.endswith("seconds"):
         scale, unit, digits = (1.0, " s", 2) if spread.median >= 1 else (1e-3, " ms", 1)
     elif name.endswith(("per_byte", "nats")):

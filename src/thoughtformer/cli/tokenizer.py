@@ -52,4 +52,5 @@ def train(
         tokenizer.save_pretrained(str(out))
     except OSError as error:
         raise OutputError(f"can't write to {out}: {error}") from None
-    print(f"{out}: {len(tokenizer):,} tokens")
+    missing = "" if len(tokenizer) == vocab_size else f", not {vocab_size:,}: no more pairs occur often enough"
+    print(f"{out}: {len(tokenizer):,} tokens{missing}")

@@ -34,6 +34,8 @@ def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
         return ASSETS / str(name_or_path)
     if str(name_or_path) in BUNDLED_ADAPTERS:
         raise CheckpointError(f"{str(name_or_path)!r} is an adapter, not a model: give it as the adapter of tiny-gpt.")
+    if str(name_or_path) in BUNDLED:
+        raise CheckpointError(f"{str(name_or_path)!r} is a model, not an adapter.{nearest('', bundled)}")
     path = Path(name_or_path)
     if path.is_dir():
         return path

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from thoughtformer.errors import ThoughtformerError
+from thoughtformer.errors import ThoughtformerError, nearest
 from thoughtformer.serve.answers import Shape, finish_reason, sse, usage
 from thoughtformer.serve.errors import error_body, error_response, response_of
 from thoughtformer.serve.limits import BearerToken, BodyLimit
@@ -272,5 +272,10 @@ def _first_mistake(mistakes: Sequence[Any]) -> tuple[str, str | None]:
         return f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}.", None
     if not place and first["type"] != "value_error":
         return "the body must be a JSON object, sent with `Content-Type: application/json`.", None
+    if first["type"] == "extra_forbidden" and len(place) == 1:
+        known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+        return f"{place[0]!r} is no parameter here.{nearest(place[0], known)}", place[0]
     message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] != "value_error" and not isinstance(first.get("input"), dict | list):
+        message += f", and not {repr(first.get('input'))[:80]}"
     return (f"{'.'.join(place)}: {message}.", place[0]) if place else (f"{message}.", None)
