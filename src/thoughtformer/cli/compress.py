@@ -64,23 +64,19 @@ def train(
     recipe = (AdapterRecipe.from_file(config) if config is not None else recipe).with_settings(settings or [])
     set_threads(threads)
     was_finished = resume and (out / RESULT_FILE).exists()
-    with TokenisingStatus() as status:
-        try:
-            result = train_adapter(
-                recipe,
-                model,
-                data,
-                out,
-                resume=resume,
-                overwrite=overwrite,
-                column=column,
-                half=half,
-                on_tokenised=status.told,
-                on_start=status.stop,
-            )
-        except KeyboardInterrupt:
-            status.interrupted(out, recipe.save_every_steps)
-            raise
+    with TokenisingStatus(out, recipe.save_every_steps) as status:
+        result = train_adapter(
+            recipe,
+            model,
+            data,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            column=column,
+            half=half,
+            on_tokenised=status.told,
+            on_start=status.stop,
+        )
     status.console.print(
         f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.rows:,} rows, loss "
         f"{result.last_loss or result.mean_loss:.4f}, {result.trained_parameters:,} parameters trained; removed: asked "

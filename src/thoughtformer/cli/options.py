@@ -60,11 +60,16 @@ def set_threads(threads: int | None) -> None:
 
 
 class TokenisingStatus:
-    """A line on standard error that says how much text was read; `told` and `stop` are for a training run to call."""
+    """A line on standard error that says how much text was read; `told` and `stop` are for a training run to call.
 
-    def __init__(self) -> None:
+    Says after an interruption how the run in `out` goes on.
+    """
+
+    def __init__(self, out: Path, save_every_steps: int) -> None:
         from rich.console import Console
 
+        self.out = out
+        self.save_every_steps = save_every_steps
         self.console = Console(stderr=True, highlight=False)
         self._status = self.console.status("reading the data")
         self._num_bytes = 0
@@ -78,10 +83,10 @@ class TokenisingStatus:
         """The text is ready."""
         self._status.stop()
 
-    def interrupted(self, out: Path, every: int) -> None:
-        """The run was stopped: says how it goes on."""
+    def _interrupted(self) -> None:
+        """Says how the run goes on."""
+        out, every = self.out, self.save_every_steps
         checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        self.stop()
         self.console.print(
             f"{out}: go on after {checkpoints[-1].name} with --resume."
             if checkpoints
@@ -93,5 +98,7 @@ class TokenisingStatus:
         self._status.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._status.stop()
+        if kind is KeyboardInterrupt:
+            self._interrupted()

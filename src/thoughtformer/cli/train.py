@@ -44,21 +44,17 @@ def train(
 
     set_threads(threads)
     was_finished = resume and (out / RESULT_FILE).exists()
-    with TokenisingStatus() as status:
-        try:
-            result = run(
-                chosen,
-                data,
-                out,
-                resume=resume,
-                overwrite=overwrite,
-                column=column,
-                on_tokenised=status.told,
-                on_start=status.stop,
-            )
-        except KeyboardInterrupt:
-            status.interrupted(out, chosen.save_every_steps)
-            raise
+    with TokenisingStatus(out, chosen.save_every_steps) as status:
+        result = run(
+            chosen,
+            data,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            column=column,
+            on_tokenised=status.told,
+            on_start=status.stop,
+        )
     status.console.print(
         f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
         f"{result.last_loss or result.mean_loss:.4f}, {result.seconds / 60:.1f} minutes"
