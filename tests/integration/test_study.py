@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from prose import prose
 from thoughtformer.bench.records import Record, Spread, read_records
+from thoughtformer.bench.study_plots import draw_study
 from thoughtformer.bench.study_tables import BINS, finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
@@ -200,27 +201,67 @@ def test_flops_of_training_count_all_losses():
     assert flops[0.5] > flops[0.0] > 0
 
 
+def trained_row(name: str, seed: int, bits: float, size: str = "1m", megabytes: int = 1, **settings) -> Record:
+    """A row of the study as its runner writes it, as far as tables and pictures read it."""
+    parameters = {"1m": 1e6, "3m": 3e6}[size]
+    metrics = {"poems_bits_per_byte": bits, "parameters": parameters, "training_flops": 1e12 * megabytes}
+    metrics |= {"decode_flops": 1e6, "bytes": 4.0, "tokens": 1.0}
+    return Record(
+        theme="study",
+        case="train",
+        peer=name,
+        workload={"size": size, "megabytes": megabytes, "learning_rate": 0.1, "seed": seed},
+        metrics={key: Spread.of([value]) for key, value in metrics.items()},
+        settings=settings,
+    )
+
+
 def test_rows_are_compared_seed_by_seed():
     """A row of one seed beside the base's of that seed, not beside its mean over three."""
-
-    def row(name: str, seed: int, bits: float) -> Record:
-        metrics = {"poems_bits_per_byte": bits, "parameters": 1e6, "training_flops": 1e12}
-        metrics |= {"decode_flops": 1e6, "bytes": 4.0, "tokens": 1.0}
-        return Record(
-            theme="study",
-            case="train",
-            peer=name,
-            workload={"size": "1m", "megabytes": 1, "learning_rate": 0.1, "seed": seed},
-            metrics={key: Spread.of([value]) for key, value in metrics.items()},
-        )
-
     bits = {("gpt", 0): 2.0, ("gpt", 1): 3.0, ("a", 1): 2.7, ("b", 0): 1.8, ("b", 1): 3.15, ("c", 7): 1.0}
-    lines = study_table([row(*key, value) for key, value in bits.items()], "1m", "1", "0.1")
+    lines = study_table([trained_row(*key, value) for key, value in bits.items()], "1m", "1", "0.1")
     beside = {line[0]: line[2] for line in lines[1:]}
     assert beside == {"gpt": "2.5000", "a": "-10.0%", "b": "-2.5% [-10.0, +5.0]", "c": "-"}
     assert [line[0] for line in lines[1:]] == ["c", "b", "gpt", "a"]
     perplexity = {line[0]: line[3] for line in lines[1:]}
     assert perplexity == {"gpt": "", "a": f"{100 * (2**-1.2 - 1):+.1f}%", "b": f"{100 * (2**-0.1 - 1):+.1f}%", "c": "-"}
+
+
+def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:
+    """What is drawn, by label: across and up."""
+    drawn = zip(*axes.get_legend_handles_labels(), strict=True)
+    lines = {label: getattr(handle, "lines", [handle])[0] for handle, label in drawn}
+    return {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
+
+
+def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
+    figures = {}
+    monkeypatch.setattr("thoughtformer.bench.study_plots.save", lambda figure, path: figures.setdefault(path, figure))
+
+    def context(*bits: float | None) -> dict[str, object]:
+        profile = [*bits, *[None] * (len(BINS) - len(bits))]
+        return {"poems": {"by_offset": profile, "by_earlier": profile}}
+
+    rows = [
+        trained_row("gpt", 0, 2.0, **context(3.0, 5.0)),
+        trained_row("gpt", 1, 2.2, **context(4.0, 6.0)),
+        trained_row("fast-2-4", 0, 1.8, **context(2.5, 5.5)),
+        trained_row("gpt", 0, 1.9, size="3m"),
+        trained_row("gpt", 0, 1.5, megabytes=4),
+        trained_row("fast-2-4", 0, 1.4, megabytes=4),
+    ]
+    assert len(draw_study(rows, tmp_path)) == 4
+    training, writing = figures[tmp_path / "study.png"].axes
+    assert lines_of(training) == {"gpt": ([1, 1], [2.0, 2.2]), "fast": ([1], [1.8])}
+    assert lines_of(writing)["fast"] == ([1], [1.8])
+    size, text = figures[tmp_path / "study_growth.png"].axes
+    assert lines_of(size) == {"gpt": ([1, 3], [pytest.approx(2.1), 1.9]), "fast-2-4": ([], [])}, "one legend for both"
+    assert lines_of(text) == {"gpt": ([1, 4], [pytest.approx(2.1), 1.5]), "fast-2-4": ([1, 4], [1.8, 1.4])}
+    (beside,) = figures[tmp_path / "study_earlier.png"].axes
+    assert lines_of(beside) == {"fast-2-4": ([0, 1], [-0.5, 0.5])}, "of the one seed that both have"
+    figures.clear()
+    draw_study(rows[:2], tmp_path)
+    assert list(figures) == [tmp_path / "study.png"], "with one architecture at one place there is nothing to compare"
 
 
 def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thoughtformer.bench.canvas import MARKERS, new_axes, save
 from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
-from thoughtformer.bench.study_tables import BINS, SUFFIX, texts_of
+from thoughtformer.bench.study_plots import draw_study
 
 __all__ = ["draw_all"]
-
-MARKERS = "os^Dv<>PX*hd1234"
-#: Architectures whose profiles are drawn.
-PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
-
-
-def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
-    axes.set(title=title, xlabel=across, ylabel=up)
-    axes.grid(visible=True, alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
 
 
 def _lines(axes: Any, series: dict[str, list[tuple[float, Spread]]]) -> None:
@@ -61,13 +37,13 @@ def _curve(records: Sequence[Record], metric: str, path: Path, title: str, acros
     series = _series(records, metric, "context")
     if not series:
         return None
-    figure, axes = _axes(title, across, up)
+    figure, axes = new_axes(across, up, title)
     _lines(axes, series)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({x for points in series.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{int(tick):,}" for tick in ticks])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _batch1(records: Sequence[Record], path: Path) -> Path | None:
@@ -75,7 +51,7 @@ def _batch1(records: Sequence[Record], path: Path) -> Path | None:
     memory = last.pop("memory", None)
     if not last:
         return None
-    figure, axes = _axes("one row, short context", "tokens a second", "")
+    figure, axes = new_axes("tokens a second", "", "one row, short context")
     names = list(last)
     speeds = [last[name].metrics["tokens_per_second"] for name in names]
     middle = [speed.median for speed in speeds]
@@ -86,7 +62,7 @@ def _batch1(records: Sequence[Record], path: Path) -> Path | None:
         limit = memory.metrics["bytes_per_second"].median / last[names[0]].workload["weight_bytes"]
         axes.axvline(limit, color="black", linestyle="--", label="memory read rate by weight bytes")
         axes.legend(fontsize=8, loc="lower right")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _flops(records: Sequence[Record], path: Path) -> Path | None:
@@ -94,7 +70,7 @@ def _flops(records: Sequence[Record], path: Path) -> Path | None:
     peers = list(dict.fromkeys(record.peer for record in records))
     if not pairs:
         return None
-    figure, axes = _axes("FLOPs of a request", "prompt + new tokens", "TFLOPs")
+    figure, axes = new_axes("prompt + new tokens", "TFLOPs", "FLOPs of a request")
     width = 0.8 / len(peers)
     for number, peer in enumerate(peers):
         values = {
@@ -107,7 +83,7 @@ def _flops(records: Sequence[Record], path: Path) -> Path | None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(pairs)), [f"{prompt} + {new}" for prompt, new in pairs])
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
@@ -115,8 +91,8 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
     last = {(record.peer, record.workload["removed"]): record for record in records if record.metrics}
     if not last:
         return None
-    figure, axes = _axes(
-        f"quality against bytes held, {text}", "mean bytes of keys and values", "bits per byte above full attention"
+    figure, axes = new_axes(
+        "mean bytes of keys and values", "bits per byte above full attention", f"quality against bytes held, {text}"
     )
     places = {
         key: (record.metrics["kv_bytes"].median, record.metrics["above_full_bits_per_byte"].median)
@@ -137,57 +113,7 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.001)
     axes.legend(fontsize=7, ncols=2)
-    return _save(figure, path)
-
-
-def _most_alike(records: Sequence[Record]) -> list[Record]:
-    """The rows of the workload that most architectures were trained on."""
-    by_work: dict[str, list[Record]] = {}
-    for record in records:
-        by_work.setdefault(json.dumps(record.workload, sort_keys=True), []).append(record)
-    return max(by_work.values(), key=len)
-
-
-def _alike(record: Record) -> str:
-    work = record.workload
-    return f"{work['size']}, {work['megabytes']} MB, rate {work['learning_rate']:g}"
-
-
-def _study_costs(records: Sequence[Record], path: Path) -> Path | None:
-    """What training cost, and what came of it, of all rows that were trained on equal text at one rate."""
-    if not records:
-        return None
-    first = _most_alike(records)[0]
-    chosen = [record for record in records if _alike(record) == _alike(first)]
-    texts = texts_of(chosen)
-    figure, axes = _axes(_alike(first), "training FLOPs", "bits per byte, mean of " + ", ".join(texts))
-    families = list(dict.fromkeys(record.peer.split("-")[0] for record in chosen))
-    for marker, family in zip(MARKERS, families, strict=False):
-        of = [record for record in chosen if record.peer.split("-")[0] == family]
-        costs = [record.metrics["training_flops"].median for record in of]
-        bits = [sum(record.metrics[text + SUFFIX].median for text in texts) / len(texts) for record in of]
-        axes.plot(costs, bits, marker, label=family, alpha=0.7)
-    axes.legend(fontsize=8)
-    return _save(figure, path)
-
-
-def _study_profile(records: Sequence[Record], kind: str, path: Path, across: str) -> Path | None:
-    """Bits a token less the plain GPT's, where both were trained alike, by bin."""
-    alike = {record.peer: record for record in _most_alike(records)} if records else {}
-    named = [name for name in PROFILED if name in alike]
-    if "gpt" not in alike or not named:
-        return None
-    text = texts_of(list(alike.values()))[0]
-    figure, axes = _axes(f"bits a token beside the plain GPT, {text}, {_alike(alike['gpt'])}", across, "bits")
-    base = alike["gpt"].settings[text][kind]
-    for marker, name in zip(MARKERS, named, strict=False):
-        values = alike[name].settings[text][kind]
-        points = [(place, a - b) for place, (a, b) in enumerate(zip(values, base, strict=True)) if None not in (a, b)]
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set_xticks(range(len(BINS)), BINS)
-    axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, Path]]:
@@ -224,18 +150,7 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, Path]]:
         ("Decoding one row, beside what memory allows", _batch1(of("speed", "batch1"), folder / "batch1.png")),
         ("FLOPs by pair", _flops(of("flops", "pairs"), folder / "flops.png")),
     ]
-    study = [record for record in records if record.theme == "study"]
-    drawn += [
-        ("Architectures at equal text", _study_costs(study, folder / "study.png")),
-        (
-            "Where context helps: by a token's place in its sentence",
-            _study_profile(study, "by_offset", folder / "study_offset.png", "tokens before it in its sentence"),
-        ),
-        (
-            "Where context helps: by earlier sentences",
-            _study_profile(study, "by_earlier", folder / "study_earlier.png", "earlier sentences in view"),
-        ),
-    ]
+    drawn += draw_study(records, folder)
     compression = of("quality", "compression", size=False)
     for number, data in enumerate(dict.fromkeys(tuple(record.workload["data"]) for record in compression)):
         part = [record for record in compression if tuple(record.workload["data"]) == data]

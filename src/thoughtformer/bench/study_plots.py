@@ -1,0 +1,150 @@
+"""Pictures of a study: what architectures cost and reach, how that grows, and where context helps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thoughtformer.bench.canvas import MARKERS, new_axes, save
+from thoughtformer.bench.records import Record
+from thoughtformer.bench.study_tables import BINS, Trained, of_shared_seeds, texts_of, trained
+
+__all__ = ["draw_study"]
+
+#: Architectures whose profiles are drawn.
+PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
+
+
+def draw_study(records: Sequence[Record], folder: Path) -> list[tuple[str, Path | None]]:
+    """The pictures of a study's rows: (caption, file, or None where the rows don't suffice)."""
+    rows = [record for record in records if (record.theme, record.case) == ("study", "train")]
+    if not rows:
+        return []
+    setting = _commonest(rows)
+    alike = trained(rows, *setting)
+    return [
+        ("Architectures at equal text", _costs(alike, folder / "study.png", _title(setting))),
+        ("Bits per byte by size and by text", _growth(rows, setting, folder / "study_growth.png")),
+        (
+            "Where context helps: by a token's place in its sentence",
+            _profile(alike, setting, "by_offset", folder / "study_offset.png", "tokens before it in its sentence"),
+        ),
+        (
+            "Where context helps: by earlier sentences",
+            _profile(alike, setting, "by_earlier", folder / "study_earlier.png", "earlier sentences in view"),
+        ),
+    ]
+
+
+def _setting(record: Record) -> tuple[str, str, str]:
+    """What rows must share to be compared: size, megabytes and learning rate."""
+    work = record.workload
+    return work["size"], str(work["megabytes"]), str(work["learning_rate"])
+
+
+def _commonest(rows: Sequence[Record]) -> tuple[str, str, str]:
+    """The setting that most rows were trained in."""
+    return Counter(_setting(row) for row in rows).most_common(1)[0][0]
+
+
+def _title(setting: tuple[str, str, str]) -> str:
+    size, megabytes, rate = setting
+    return f"{size}, {megabytes} MB, rate {float(rate):g}"
+
+
+def _bits_label(rows: Sequence[Trained]) -> str:
+    return "bits per byte, mean of " + ", ".join(texts_of([record for row in rows for record in row.rows]))
+
+
+def _costs(rows: Sequence[Trained], path: Path, title: str) -> Path:
+    """Bits per byte against what training and what writing cost; every seed is a point."""
+    costs = {"training_flops": ("training TFLOPs", 1e12), "decode_flops": ("MFLOPs a written token", 1e6)}
+    figure, parts = new_axes(tuple(name for name, _ in costs.values()), _bits_label(rows), title)
+    families = list(dict.fromkeys(row.name.split("-")[0] for row in rows))
+    for axes, (metric, (_, unit)) in zip(parts, costs.items(), strict=True):
+        for marker, family in zip(MARKERS, families, strict=False):
+            of = [row for row in rows if row.name.split("-")[0] == family]
+            points = [(row.mean(metric) / unit, bits) for row in of for bits in row.by_seed().values()]
+            axes.plot([x for x, _ in points], [y for _, y in points], marker, label=family, alpha=0.7)
+    parts[0].legend(fontsize=8)
+    return save(figure, path)
+
+
+def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -> Path | None:
+    """Bits per byte by parameters at equal text, and by text at equal size, of those seen at two places or more."""
+    size, megabytes, rate = setting
+    same_rate = [row for row in rows if str(row.workload["learning_rate"]) == rate]
+    by_size = _places([row for row in same_rate if str(row.workload["megabytes"]) == megabytes], "size")
+    by_text = _places([row for row in same_rate if row.workload["size"] == size], "megabytes")
+    panels = [
+        (f"parameters, millions ({megabytes} MB of text)", by_size, _millions),
+        (f"text, MB (size {size})", by_text, _megabytes),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return None
+    names = list(dict.fromkeys(name for _, places, _ in panels for name in places))
+    of_all = [place for _, places, _ in panels for of in places.values() for place in of]
+    figure, parts = new_axes(tuple(across for across, _, _ in panels), _bits_label(of_all), f"rate {float(rate):g}")
+    for axes, (_, places, x_of) in zip(parts, panels, strict=True):
+        for marker, name in zip(MARKERS, names, strict=False):
+            _draw_places(axes, sorted(places.get(name, []), key=x_of), x_of, marker, name)
+        axes.set_xscale("log")
+        ticks = sorted({round(x_of(place), 1) for of in places.values() for place in of})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    parts[0].legend(fontsize=8)
+    return save(figure, path)
+
+
+def _places(rows: Sequence[Record], key: str) -> dict[str, list[Trained]]:
+    """Each architecture's rows by place, of architectures with more than one."""
+    found: dict[str, dict[Any, list[Record]]] = {}
+    for row in rows:
+        found.setdefault(row.peer, {}).setdefault(row.workload[key], []).append(row)
+    return {
+        name: [Trained(name=name, rows=tuple(of)) for of in places.values()]
+        for name, places in found.items()
+        if len(places) > 1
+    }
+
+
+def _millions(row: Trained) -> float:
+    return row.mean("parameters") / 1e6
+
+
+def _megabytes(row: Trained) -> float:
+    return row.rows[0].workload["megabytes"]
+
+
+def _draw_places(axes: Any, rows: Sequence[Trained], x_of: Any, marker: str, name: str) -> None:
+    """A line through the means over seeds, with the smallest and largest."""
+    middle = [row.mean_bits for row in rows]
+    below = [mean - min(row.by_seed().values()) for mean, row in zip(middle, rows, strict=True)]
+    above = [max(row.by_seed().values()) - mean for mean, row in zip(middle, rows, strict=True)]
+    axes.errorbar([x_of(row) for row in rows], middle, yerr=[below, above], marker=marker, capsize=2, label=name)
+
+
+def _profile(rows: Sequence[Trained], setting: tuple[str, str, str], kind: str, path: Path, across: str) -> Path | None:
+    """Bits a token less the plain GPT's, by bin, over the seeds that all of them have."""
+    named = [row for row in rows if row.name in ("gpt", *PROFILED)]
+    if len(named) < 2 or all(row.name != "gpt" for row in named):
+        return None
+    shared = of_shared_seeds(named)
+    text = texts_of([record for row in shared.values() for record in row.rows])[0]
+    figure, axes = new_axes(across, "bits", f"bits a token beside the plain GPT, {text}, {_title(setting)}")
+    base = shared["gpt"].profile(text, kind)
+    for marker, name in zip(MARKERS, (name for name in PROFILED if name in shared), strict=False):
+        values = shared[name].profile(text, kind)
+        points = [
+            (place, a - b)
+            for place, (a, b) in enumerate(zip(values, base, strict=True))
+            if a is not None and b is not None
+        ]
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(BINS)), BINS)
+    axes.legend(fontsize=8)
+    return save(figure, path)
