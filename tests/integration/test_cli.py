@@ -121,7 +121,7 @@ MISTAKES = {
     "temperature": (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
     "unknown model": (["generate", "--prompt", "a", "--model", "tiny-gpthff"], "Did you mean 'tiny-gpthf'"),
     "too long": (["generate", "-m", "{folder}/gpthf", "-f", "{folder}/data.txt"], "Shorten the prompt"),
-    "too many": (["generate", "-m", "{folder}/gpthf", "-p", "a", "--max-new-tokens", "600"], "Lower max_new_tokens to"),
+    "too many": (["generate", "-m", "{folder}/gpthf", "-p", "a", "--max-new-tokens", "600"], "new tokens at most"),
     "removed alone": (["generate", "-p", "a", "--removed", "0.5"], "how an --adapter folds"),
     "removed of a context": (["generate", "-p", "a", "--context", "a.ctx", "--removed", "0.5"], "Leave it out"),
     "eval missing": (["eval", "-m", "{folder}/gpthf", "--data", "nowhere"], "no file or folder 'nowhere'"),

@@ -187,7 +187,7 @@ def test_texts_past_the_trained_length_are_refused_before_work_starts():
     room = 40 - len(ids)
     engine = Engine(model, tokenizer)
     assert len(engine.generate([ids], SamplingParams(max_new_tokens=room))[0].ids) <= room
-    with pytest.raises(ContextOverflowError, match=rf"Lower max_new_tokens to {room}"):
+    with pytest.raises(ContextOverflowError, match=rf"Ask for {room} new tokens at most"):
         engine.generate([ids], SamplingParams(max_new_tokens=room + 1))
     with pytest.raises(ContextOverflowError, match="Shorten the prompt"):
         engine.generate([PAGE], SamplingParams(max_new_tokens=1))
@@ -246,3 +246,5 @@ def test_prompts_that_cannot_be(tmp_path):
         engine.generate(["a"], [SamplingParams(), SamplingParams()])
     with pytest.raises(InputError, match="max_rows"):
         Engine(*tiny_pair(), max_rows=0)
+    with pytest.raises(InputError, match="model is 'tiny-gpthf': load it first"):
+        Engine("tiny-gpthf", tiny_pair()[1])

@@ -18,7 +18,7 @@ from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel
 from thoughtformer.engine.rows import Row, RowContext
 from thoughtformer.engine.stored import StoredSentences
-from thoughtformer.errors import UnsupportedError
+from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.linear import pack_weights, unpack_weights
@@ -263,8 +263,11 @@ def reader_of(
     """The model's reader; arguments as for `Engine`.
 
     Raises:
+        InputError: no model, but its name, say.
         UnsupportedError: something that this kind of model can't do.
     """
+    if not isinstance(model, (torch.nn.Module, CompressedModel)):
+        raise InputError(f"model is {model!r}: load it first: model, tokenizer = thoughtformer.load(name).")
     if isinstance(model, GPTHFForCausalLM):
         return GPTHFReader(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
     from thoughtformer.engine.compressed import CompressedReader

@@ -236,11 +236,11 @@ def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, num
     needed = len(ids) + params.max_new_tokens
     if limit is not None and needed > limit:
         advice = (
-            f"Lower max_new_tokens to {limit - len(ids)}"
+            f"Ask for {limit - len(ids)} new tokens at most"
             if len(ids) < limit
             else f"Shorten the prompt by {needed - limit} tokens"
         )
         raise ContextOverflowError(
-            f"prompt ({len(ids)} tokens) + max_new_tokens ({params.max_new_tokens}) = {needed}, but the model was "
-            f"trained for {limit}. {advice}, or allow extrapolation (--allow-extrapolation)."
+            f"prompt ({len(ids)} tokens) + {params.max_new_tokens} new tokens = {needed}, but the model was trained for "
+            f"{limit}. {advice}, or load the model with allow_extrapolation (command line, server: --allow-extrapolation)."
         )

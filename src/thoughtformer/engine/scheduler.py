@@ -133,7 +133,7 @@ class Scheduler:
                 raise TooLargeError(
                     f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
                     f"{needed} bytes, but all requests together may hold {limits.max_bytes}. Shorten the prompt or "
-                    "lower max_new_tokens."
+                    "ask for fewer new tokens."
                 )
         most = None if limits.max_waiting is None else limits.max_waiting + limits.max_rows
         if most is not None and len(rows) > most:
