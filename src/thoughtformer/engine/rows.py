@@ -241,6 +241,7 @@ def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, num
             else f"Shorten the prompt by {needed - limit} tokens"
         )
         raise ContextOverflowError(
-            f"prompt ({len(ids)} tokens) + {params.max_new_tokens} new tokens = {needed}, but the model was trained for "
-            f"{limit}. {advice}, or load the model with allow_extrapolation (command line, server: --allow-extrapolation)."
+            f"prompt ({len(ids)} tokens) + {params.max_new_tokens} new tokens = {needed}, but the model was trained "
+            f"for {limit}. {advice}, or load the model with allow_extrapolation (command line and server: "
+            "--allow-extrapolation)."
         )
