@@ -163,9 +163,9 @@ def _against_generate(records: dict[str, Record]) -> Spread | None:
     return _divided(speeds.get("gpt"), max(theirs, key=lambda speed: speed.median, default=None))
 
 
-def _deep(program: str, text: str, target: float, *, of_bytes: bool = False) -> Claim:
-    """The hourglass of 24 layers against the plain GPT, both by the same program."""
-    fast, slow = f"hourglass 3+18+3{program}", f"gpt{program}"
+def _deep(program: str, text: str, target: float, *, model: str = "", of_bytes: bool = False) -> Claim:
+    """The hourglass of 24 layers, or a `model` of its kind, against the plain GPT, both by the same program."""
+    fast, slow = f"hourglass 3+18+3{model}{program}", f"gpt{program}"
     faster = _ratio((fast, "text_tokens_per_second"), (slow, "text_tokens_per_second"))
 
     def measure(records: dict[str, Record]) -> Spread | None:
@@ -188,6 +188,17 @@ def _deep(program: str, text: str, target: float, *, of_bytes: bool = False) -> 
         unit="%" if of_bytes else "x",
         measure=measure,
         workload={"size": "deep", "layers": 24, "batch": 1},
+    )
+
+
+def _hourglass_bytes(peer: str, text: str) -> Claim:
+    return Claim(
+        text=f"KV bytes at 4k tokens, {text} against 12 layers of plain GPT",
+        theme="speed",
+        case="architectures",
+        target=20,
+        measure=_ratio(("gpt", "kv_bytes"), (peer, "kv_bytes")),
+        workload={"size": "full", "context": 4096, "batch": 1},
     )
 
 
@@ -224,6 +235,8 @@ def _requests(over: str, under: str, text: str) -> Claim:
     )
 
 
+TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT"
+
 CLAIMS = (
     _prefill("4+8", 4096, 3.5),
     _prefill("4+8", 32768, 10),
@@ -259,14 +272,16 @@ CLAIMS = (
     _deep(", compiled", "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled", 2.5),
     _deep("", "the same, neither compiled", 2.5),
     _deep(", compiled", "the same, both compiled: of the ratio of bytes touched", 0.9, of_bytes=True),
-    Claim(
-        text="KV bytes at 4k tokens, hourglass 2+8+2 against 12 layers of plain GPT",
-        theme="speed",
-        case="architectures",
-        target=20,
-        measure=_ratio(("gpt", "kv_bytes"), ("hourglass 2+8+2", "kv_bytes")),
-        workload={"size": "full", "context": 4096, "batch": 1},
+    _deep(", compiled", f"{TWO}, both compiled", 2.5, model=", 2 summaries"),
+    _deep(
+        ", compiled",
+        f"{TWO}, both compiled: of the ratio of bytes touched",
+        0.9,
+        model=", 2 summaries",
+        of_bytes=True,
     ),
+    _hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2"),
+    _hourglass_bytes("hourglass 2+8+2, 2 summaries", "the same hourglass with two summaries a sentence,"),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
     _known("gpthf 4+8", "4+8"),

@@ -19,7 +19,7 @@ study_app = typer.Typer(help="Train architectures on the same text, and compare 
 @study_app.command("run")
 def run(
     group: Annotated[
-        str, typer.Argument(help="Rows: learning-rates, screen, seeds-1m, seeds-3m, long, equal-flops, largest.")
+        str, typer.Argument(help="Rows: learning-rates, screen, seeds-1m, seeds-3m, long, equal-flops, largest, trial.")
     ],
     data: Data,
     valid: Annotated[list[str], typer.Option(help="Held-out text as NAME=FILE; repeatable.")],

@@ -227,6 +227,11 @@ def _largest() -> list[Row]:
     return [Row(variant=variant, size="8m", learning_rate=LEARNING_RATE) for variant in (FINALISTS[0], FINALISTS[-1])]
 
 
+def _trial() -> list[Row]:
+    """To see the runner at work, minutes a row; so little text says nothing of architectures."""
+    return [Row(variant=variant, megabytes=1, learning_rate=LEARNING_RATE) for variant in (FINALISTS[0], FINALISTS[-1])]
+
+
 #: Rows by what they are for; a row may be in several.
 GROUPS: dict[str, Callable[[], list[Row]]] = {
     "learning-rates": _learning_rates,
@@ -236,6 +241,7 @@ GROUPS: dict[str, Callable[[], list[Row]]] = {
     "long": _long,
     "equal-flops": _equal_flops,
     "largest": _largest,
+    "trial": _trial,
 }
 
 
