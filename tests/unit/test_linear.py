@@ -17,6 +17,12 @@ from thoughtformer.models.linear import PackableLinear, can_pack, pack_weights, 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch can't pack weights")
 
 
+@pytest.fixture(autouse=True)
+def pack_all(monkeypatch):
+    """Layers of any size, so that those of the tests are packed."""
+    monkeypatch.setattr("thoughtformer.models.linear.LEAST_PACKED", 0)
+
+
 @pytest.fixture
 def linear() -> PackableLinear:
     """A layer of odd sizes, in evaluation."""
@@ -114,6 +120,15 @@ def test_copies_and_state_hold_no_packed_weight(linear):
     assert copy.deepcopy(linear)._packed is None
     linear.unpack()
     assert linear._packed is None
+
+
+@needs_packing
+def test_small_weights_stay_plain(monkeypatch):
+    monkeypatch.setattr("thoughtformer.models.linear.LEAST_PACKED", 37 * 91)
+    small, large = PackableLinear(37, 90), PackableLinear(37, 91)
+    pack_weights(torch.nn.Sequential(small, large))
+    assert small._packed is None
+    assert large._packed is not None
 
 
 def test_double_stays_plain():
