@@ -23,24 +23,19 @@ from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
 from thoughtformer.study import run as study_run
-from thoughtformer.study.decoding import DecodingOptions
 from thoughtformer.study.profile import EDGES, LossProfile, Places, sentence_places
 from thoughtformer.study.rows import GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
+from thoughtformer.study.speed import StudySpeed
 
 
 def test_every_row_is_a_valid_training():
     """All variants at all sizes, and every group's rows, make recipes; names are unlike."""
-    names = set()
-    for group in GROUPS:
-        for row in rows_of(group):
-            row.recipe()
-            names.add(row.name)
-    for variant in study_rows.VARIANTS:
-        for size in study_rows.SIZES:
-            names.add(Row(variant=variant, size=size, seed=7).name)
-            assert Row(variant=variant, size=size).recipe().model.num_body_layers >= 1
-    assert len(names) >= len(study_rows.VARIANTS) * len(study_rows.SIZES)
+    of_groups = {row for group in GROUPS for row in rows_of(group)}
+    variants = [Row(variant=variant, size=size) for variant in study_rows.VARIANTS for size in study_rows.SIZES]
+    rows = [*of_groups.union(variants)]
+    assert {row.recipe().name for row in rows} == {row.name for row in rows}
+    assert len({row.name for row in rows}) == len(rows)
     with pytest.raises(ConfigError, match="Did you mean 'hybrid-2-4'"):
         Row(variant="hybrid-2-5")
 
@@ -132,6 +127,88 @@ def test_a_row_of_another_run_is_no_row_of_this(study):
         run_rows([row], study)
 
 
+def test_other_texts_of_the_same_names_are_other_texts(study, tmp_path):
+    """As many bytes in files called alike, but not the same."""
+    row = Row(variant="gpt", megabytes=1)
+    assert run_rows([row], study) == 1
+    (tmp_path / "other").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / "other" / f"{name}.txt").write_text(prose(6000, seed=77))
+    other = str(tmp_path / "other" / "train.txt")
+    with pytest.raises(ConfigError, match="data_digest"):
+        run_rows([row], replace(study, data=[other]))
+    with pytest.raises(ConfigError, match="books"):
+        run_rows([row], replace(study, valid=study.valid | {"books": str(tmp_path / "other" / "valid.txt")}))
+    record = json.loads(study.out.read_text())  # rows of older versions know names and sizes alone
+    del record["settings"]["data_digest"], record["settings"]["books"]["digest"]
+    study.out.write_text(json.dumps(record) + "\n")
+    assert run_rows([row], replace(study, data=[other])) == 0
+
+
+def test_a_trained_row_is_only_scored(study, monkeypatch):
+    """Also if its checkpoints were removed, to make room."""
+    row = Row(variant="gpt", megabytes=1)
+    assert run_rows([row], study) == 1
+    first = json.loads(study.out.read_text())
+    study.out.unlink()
+    for checkpoint in (study.work / row.name).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    weights = study.work / row.name / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run_rows([row], study) == 1
+    assert weights.stat().st_mtime_ns == written
+    assert json.loads(study.out.read_text())["metrics"] == first["metrics"]
+
+
+def test_two_runners_of_one_file_write_a_row_once(study, monkeypatch):
+    """Though each works in a folder of its own."""
+    row = Row(variant="gpt", megabytes=1)
+    train = study_run.train
+
+    def train_beside(*arguments, **settings):
+        monkeypatch.setattr("thoughtformer.study.run.train", train)
+        assert run_rows([row], replace(study, work=study.work.with_name("theirs"))) == 1
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr("thoughtformer.study.run.train", train_beside)
+    assert run_rows([row], study) == 0
+    assert len(read_records([study.out])) == 1
+
+
+def test_a_row_says_by_which_commits_it_was_trained(study, monkeypatch):
+    said = []
+    row = Row(variant="gpt", megabytes=1)
+    for commit in ("aaaa+changes", "bbbb"):
+        monkeypatch.setattr("thoughtformer.study.run.environment", lambda commit=commit: {"commit": commit})
+        study.out.unlink(missing_ok=True)
+        assert run_rows([row], replace(study, on_progress=said.append)) == 1
+    assert json.loads(study.out.read_text())["environment"]["commit"] == "bbbb, begun by aaaa+changes"
+    assert len([line for line in said if "uncommitted changes" in line]) == 2
+
+
+def test_the_command_asks_for_rows(study, run, monkeypatch):
+    """Which, of which texts, and how many; each of a user's mistakes is told."""
+    monkeypatch.setitem(GROUPS, "pair", lambda: [Row(variant=n, megabytes=1) for n in ("gpt", "hourglass-2-2-2")])
+    monkeypatch.setattr("thoughtformer.study.rows.GROUPS", GROUPS)
+    texts = ["--data", study.data[0], "--valid", f"books={study.valid['books']}"]
+    texts += ["--out", str(study.out), "--work", str(study.work)]
+    code, _, said = run("study", "run", "pair", *texts, "--limit", "1")
+    assert code == 0
+    assert "1 rows added, of 2 asked for in pair" in " ".join(said.split())
+    assert run("study", "run", "pair", *texts, "--only", "hourglass-2-2-2")[0] == 0
+    assert [record.peer for record in read_records([study.out])] == ["gpt", "hourglass-2-2-2"]
+    for changed, message in (
+        (["pear", *texts], "Did you mean 'pair'"),
+        (["pair", *texts, "--only", "hourglass-2-2"], "has no such row"),
+        (["pair", *texts, "--valid", "books=other.txt"], "names two texts 'books'"),
+        (["pair", *texts, "--valid", "books"], "write NAME=FILE"),
+        (["pair", *texts, "--valid", "recipe=other.txt"], "can't be called 'recipe'"),
+    ):
+        code, _, said = run("study", "run", *changed)
+        assert code != 0
+        assert message in " ".join(said.split())
+
+
 def test_a_run_with_checkpoints_is_never_removed(study, monkeypatch):
     """A full disk, say, ends the runner, and the checkpoints stay."""
     row = Row(variant="gpt", megabytes=1)
@@ -180,7 +257,8 @@ def test_tables_of_what_was_measured(study):
     assert [int(name.split("-")[0].rstrip("+")) for name in BINS] == list(EDGES)
 
 
-def test_flops_of_training_count_all_losses():
+@pytest.mark.parametrize("loss", ["rebuild_loss_weight", "next_sentence_loss_weight"])
+def test_flops_of_training_count_all_losses(loss):
     rows = [torch.randint(3, 40, (32,)) for _ in range(2)]
     rows[0][::6] = rows[1][::5] = 1  # sentence ends
     flops = {}
@@ -193,8 +271,7 @@ def test_flops_of_training_count_all_losses():
                 num_body_layers=1,
                 num_decoder_layers=1,
                 body_visibility="fast",
-                rebuild_loss_weight=weight,
-                next_sentence_loss_weight=weight,
+                **{loss: weight},
             )
         )
         flops[weight] = study_run._training_flops(model, rows)
@@ -223,6 +300,10 @@ def test_rows_are_compared_seed_by_seed():
     beside = {line[0]: line[2] for line in lines[1:]}
     assert beside == {"gpt": "2.5000", "a": "-10.0%", "b": "-2.5% [-10.0, +5.0]", "c": "-"}
     assert [line[0] for line in lines[1:]] == ["c", "b", "gpt", "a"]
+    with pytest.raises(InputError, match="rows of gpt, 1m, 1 MB that share a seed"):
+        study_table([trained_row("gpt", 0, 2.0), trained_row("gpt", 0, 2.0)], "1m", "1", "0.1")
+    with pytest.raises(InputError, match="no rows of 'd'"):
+        study_table([trained_row("gpt", 0, 2.0)], "1m", "1", "0.1", "gpt,d")
     perplexity = {line[0]: line[3] for line in lines[1:]}
     assert perplexity == {"gpt": "", "a": f"{100 * (2**-1.2 - 1):+.1f}%", "b": f"{100 * (2**-0.1 - 1):+.1f}%", "c": "-"}
 
@@ -267,12 +348,15 @@ def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
 def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
     """From the command, at a tiny size; the bytes held are those that a short context takes."""
     monkeypatch.setitem(study_rows.SIZES, "1m", {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2})
-    monkeypatch.setattr("thoughtformer.study.decoding.FINALISTS", ("gpt", "fast-2-4"))
+    monkeypatch.setattr("thoughtformer.study.speed.FINALISTS", ("gpt", "fast-2-4"))
     out = tmp_path / "speed.jsonl"
     call = ["study", "speed", "--context", "60", "--repeats", "1", "--no-compiled", "--out", str(out)]
     assert CliRunner().invoke(app, call).exit_code == 0
-    records = read_records([out])
-    assert {record.workload["batch"] for record in records} == {1, 16}
+    again = [*call, "--context", "40"]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    both = read_records([out])
+    records = [record for record in both if record.workload.get("context") != 40]
+    assert {record.workload["batch"] for record in records if record.case == "finalists"} == {1, 16}
     for seed, gpt, fast in ((0, 2.0, 1.8), (1, 3.0, 3.15)):
         for name, bits in (("gpt", gpt), ("fast-2-4", fast), ("hybrid-2-4", 1.0)):
             figures = {"poems_bits_per_byte": bits, "parameters": 2e6, "tokens": 3e6, "bytes": 9e6}
@@ -295,10 +379,18 @@ def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
     assert 6 * 63 * 2 * 16 * 4 <= 1e6 * float(gpt["KV bytes at 60"].split()[0]) < 1.5 * 6 * 113 * 2 * 16 * 4
     assert float(fast["KV bytes at 60"].split()[0]) < float(gpt["KV bytes at 60"].split()[0])
     assert gpt["one row, compiled"] == ""
+    assert all(float(line["training"].split()[0].replace(",", "")) > 0 for line in (gpt, fast))
+    # One in 25 of what `fast` writes is a sentence end.
+    written = next(record for record in records if record.peer == "fast-2-4" and record.workload.get("batch") == 1)
+    assert fast["FLOPs a text token"] == f"{written.metrics['flops'].median * 50 / 48 / 1e6:.1f}M"
+    studied = [record for record in records if record.theme == "study"]
+    assert "KV bytes at 40" in finalists_table(both + studied, "1m", "10", "0.1")[0], "the last context measured"
+    with pytest.raises(InputError, match=r"no rows of 'fast-2-5'.*fast-2-4"):
+        finalists_table(records, "1m", "10", "0.1", "gpt,fast-2-5")
     with pytest.raises(InputError, match="no decoding measured at size 1m"):
         finalists_table([record for record in records if record.theme == "study"], "1m", "10", "0.1")
     with pytest.raises(ConfigError, match="size '1n' is unknown"):
-        DecodingOptions(size="1n")
+        StudySpeed(size="1n")
 
 
 def test_places_by_hand():

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -42,7 +43,23 @@ class TokenStructure:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStructure:
         """The same structure with `function` applied to every field."""
-        return TokenStructure(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        return TokenStructure(
+            row=function(self.row),
+            document=function(self.document),
+            sentence=function(self.sentence),
+            offset=function(self.offset),
+            position=function(self.position),
+            is_end=function(self.is_end),
+        )
+
+    def at(self, index: Int[Tensor, " chosen"]) -> TokenStructure:
+        """Those at `index`, whose members increase; copied only if some are left out."""
+        return self if index.shape[0] == len(self) else self[index]
+
+    @cached_property
+    def has_ends(self) -> bool:
+        """Whether any closes its sentence, which most steps of decoding don't."""
+        return bool(self.is_end.any())
 
     def is_one_a_row(self, num_rows: int) -> bool:
         """Whether these are one token of each of `num_rows` rows, in order: a decode step."""

@@ -265,7 +265,7 @@ class Hybrid(KeepLast):
         return tokens.is_end | _sentences_back(tokens, wanted & ~tokens.is_end, self.recent, num_layers)
 
     def all_held_visible(self, new: TokenStructure) -> bool:
-        return not _starts_document(new) and not bool(new.is_end.any())
+        return not _starts_document(new) and not new.has_ends
 
 
 BODY_RULES: dict[str, type[TokenRule]] = {rule.name: rule for rule in (Fast, KeepLast, Hybrid, Causal)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ __all__ = ["draw_all"]
 
 
 def _lines(axes: Any, series: dict[str, list[tuple[float, Spread]]]) -> None:
-    for marker, (name, points) in zip(MARKERS, series.items(), strict=False):
+    for marker, (name, points) in zip(cycle(MARKERS), series.items()):
         points = sorted(points, key=lambda point: point[0])
         middle = [spread.median for _, spread in points]
         below = [spread.median - spread.low for _, spread in points]
@@ -99,7 +100,7 @@ def _pareto(records: Sequence[Record], path: Path, text: str) -> Path | None:
         for key, record in last.items()
     }
     peers = list(dict.fromkeys(peer for peer, _ in last))
-    for marker, peer in zip(MARKERS, peers, strict=False):
+    for marker, peer in zip(cycle(MARKERS), peers):
         points = sorted(place for (name, _), place in places.items() if name == peer)
         style = {"linestyle": "--" if peer.startswith("kvpress") else "-", "linewidth": 1}
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=5, label=peer, **style)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def draw_study(records: Sequence[Record], folder: Path) -> list[tuple[str, Path 
     ]
 
 
+def _family(row: Trained) -> str:
+    """What an architecture is a variant of."""
+    return row.name if row.name.startswith("gpt") else row.name.split("-")[0]
+
+
 def _setting(record: Record) -> tuple[str, str, str]:
     """What rows must share to be compared: size, megabytes and learning rate."""
     work = record.workload
@@ -60,13 +66,16 @@ def _bits_label(rows: Sequence[Trained]) -> str:
 
 def _costs(rows: Sequence[Trained], path: Path, title: str) -> Path:
     """Bits per byte against what training and what writing cost; every seed is a point."""
-    costs = {"training_flops": ("training TFLOPs", 1e12), "decode_flops": ("MFLOPs a written token", 1e6)}
-    figure, parts = new_axes(tuple(name for name, _ in costs.values()), _bits_label(rows), title)
-    families = list(dict.fromkeys(row.name.split("-")[0] for row in rows))
-    for axes, (metric, (_, unit)) in zip(parts, costs.items(), strict=True):
-        for marker, family in zip(MARKERS, families, strict=False):
-            of = [row for row in rows if row.name.split("-")[0] == family]
-            points = [(row.mean(metric) / unit, bits) for row in of for bits in row.by_seed().values()]
+    costs = {
+        "training TFLOPs": (1e12, lambda row: row.mean("training_flops")),
+        "MFLOPs a written text token": (1e6, lambda row: row.text_flops or float("nan")),
+    }
+    figure, parts = new_axes(tuple(costs), _bits_label(rows), title)
+    families = list(dict.fromkeys(map(_family, rows)))
+    for axes, (unit, cost) in zip(parts, costs.values(), strict=True):
+        for marker, family in zip(cycle(MARKERS), families):
+            of = [row for row in rows if _family(row) == family]
+            points = [(cost(row) / unit, bits) for row in of for bits in row.by_seed().values()]
             axes.plot([x for x, _ in points], [y for _, y in points], marker, label=family, alpha=0.7)
     parts[0].legend(fontsize=8)
     return save(figure, path)
@@ -89,7 +98,7 @@ def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -
     of_all = [place for _, places, _ in panels for of in places.values() for place in of]
     figure, parts = new_axes(tuple(across for across, _, _ in panels), _bits_label(of_all), f"rate {float(rate):g}")
     for axes, (_, places, x_of) in zip(parts, panels, strict=True):
-        for marker, name in zip(MARKERS, names, strict=False):
+        for marker, name in zip(cycle(MARKERS), names):
             _draw_places(axes, sorted(places.get(name, []), key=x_of), x_of, marker, name)
         axes.set_xscale("log")
         ticks = sorted({round(x_of(place), 1) for of in places.values() for place in of})
@@ -136,7 +145,7 @@ def _profile(rows: Sequence[Trained], setting: tuple[str, str, str], kind: str, 
     text = texts_of([record for row in shared.values() for record in row.rows])[0]
     figure, axes = new_axes(across, "bits", f"bits a token beside the plain GPT, {text}, {_title(setting)}")
     base = shared["gpt"].profile(text, kind)
-    for marker, name in zip(MARKERS, (name for name in PROFILED if name in shared), strict=False):
+    for marker, name in zip(cycle(MARKERS), (name for name in PROFILED if name in shared)):
         values = shared[name].profile(text, kind)
         points = [
             (place, a - b)

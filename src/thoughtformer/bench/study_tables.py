@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
+from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.errors import InputError, nearest
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SUFFIX",
     "Trained",
     "finalists_table",
+    "flops_of_text",
     "learning_rates_table",
     "profile_table",
     "study_table",
@@ -51,6 +53,18 @@ class Trained:
             row.workload["seed"]: statistics.fmean(row.metrics[text + SUFFIX].median for text in self.texts)
             for row in self.rows
         }
+
+    @property
+    def text_flops(self) -> float | None:
+        """FLOPs of a written token of text; the sentence ends between are no text, but are paid for.
+
+        They were counted over sentences of `SENTENCE_TOKENS`, and so say nothing of rows with a length of their own.
+        """
+        recipe = self.rows[0].settings.get("recipe", {})
+        if recipe.get("min_sentence_tokens"):
+            return None
+        has_ends = recipe.get("sentence_ends", False)
+        return self.mean("decode_flops") * (SENTENCE_TOKENS / (SENTENCE_TOKENS - 1) if has_ends else 1)
 
     @property
     def texts(self) -> list[str]:
@@ -100,6 +114,10 @@ def trained(records: Sequence[Record], size: str, megabytes: str, learning_rate:
             is_other = work["megabytes"] != amounts[0]
             name = f"{record.peer}, {work['megabytes']} MB" if is_other else record.peer
             found.setdefault(name, []).append(record)
+    for name, rows in found.items():
+        by_rate = [(row.workload["seed"], row.workload["learning_rate"]) for row in rows]
+        if len(by_rate) > len(set(by_rate)):
+            raise InputError(f"the results hold rows of {name}, {size}, {megabytes} MB that share a seed: drop one.")
     if not found:
         raise InputError(f"the results hold no study rows of size {size} on {megabytes} MB at rate {learning_rate}.")
     return [Trained(name=name, rows=tuple(rows)) for name, rows in found.items()]
@@ -116,9 +134,9 @@ def study_table(
     reference = next((row for row in rows if row.name == base), None)
     if reference is None:
         raise InputError(f"no rows of {base!r} to compare with.")
-    chosen = names.split(",") if names else [row.name for row in rows]
+    chosen = _chosen(rows, names)
     texts = texts_of([record for row in rows for record in row.rows])
-    costs = ["parameters", "training TFLOPs", "MFLOPs a written token", "seeds"]
+    costs = ["parameters", "training TFLOPs", "MFLOPs a text token", "seeds"]
     lines = [["", *texts, f"mean, beside {base}", "perplexity", *costs]]
     for row in sorted(rows, key=lambda row: row.mean_bits):
         if row.name not in chosen:
@@ -131,7 +149,7 @@ def study_table(
                 _perplexity_beside(row, reference),
                 f"{row.mean('parameters') / 1e6:.2f}M",
                 f"{row.mean('training_flops') / 1e12:.0f}",
-                f"{row.mean('decode_flops') / 1e6:.1f}",
+                "" if row.text_flops is None else f"{row.text_flops / 1e6:.1f}",
                 str(len(row.rows)),
             ]
         )
@@ -147,15 +165,23 @@ def finalists_table(
     """
     rows = trained(records, size, megabytes, learning_rate)
     reference = next((row for row in rows if row.name == base), None)
-    costs: dict[tuple[str, int], Record] = {
-        (record.peer, record.workload["batch"]): record
+    measured = [
+        record
         for record in latest(records)
         if (record.theme, record.case) == ("speed", "finalists") and record.workload["size"] == size and record.metrics
-    }
-    if reference is None or not costs:
+    ]
+    if reference is None or not measured:
         raise InputError(f"no rows of {base!r}, or no decoding measured at size {size}: thoughtformer study speed.")
-    context = next(iter(costs.values())).workload["context"]
+    context = measured[-1].workload["context"]
+    costs: dict[tuple[str, int], Record] = {
+        (record.peer, record.workload["batch"]): record for record in measured if record.workload["context"] == context
+    }
     batches = sorted({batch for _, batch in costs})
+    trainings = {
+        record.peer: record
+        for record in latest(records)
+        if (record.theme, record.case) == ("speed", "training") and record.workload["size"] == size
+    }
     lines = [
         [
             "",
@@ -167,11 +193,12 @@ def finalists_table(
             "text",
             "one row, compiled",
             *("one row" if batch == 1 else f"{batch} rows" for batch in batches),
-            "FLOPs a token",
+            "FLOPs a text token",
             f"KV bytes at {context:,}",
+            *(["training"] if trainings else []),
         ]
     ]
-    chosen = names.split(",") if names else [row.name for row in rows]
+    chosen = _chosen(rows, names)
     for row in sorted(rows, key=lambda row: chosen.index(row.name) if row.name in chosen else -1):
         variant = row.rows[0].peer
         if row.name not in chosen or (variant, 1) not in costs:
@@ -187,11 +214,28 @@ def finalists_table(
                 f"{row.mean('parameters') / 1e6:.2f}M",
                 f"{row.rows[0].workload['megabytes']} MB, {row.mean('tokens') / 1e6:.1f}M tokens",
                 *(_rate(costs.get(key)) for key in ((f"{variant}, compiled", 1), *((variant, b) for b in batches))),
-                f"{metrics['flops'].median / 1e6:.1f}M",
+                f"{flops_of_text(costs[variant, 1]) / 1e6:.1f}M",
                 f"{metrics['kv_bytes'].median / 1e6:.2f} MB",
+                *([_rate(trainings.get(variant))] if trainings else []),
             ]
         )
     return lines
+
+
+def _chosen(rows: Sequence[Trained], names: str) -> list[str]:
+    """The names asked for, with commas between, or all; raises `InputError` for one that there isn't."""
+    known = [row.name for row in rows]
+    chosen = names.split(",") if names else known
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"no rows of {name!r}.{nearest(name, known)}")
+    return chosen
+
+
+def flops_of_text(record: Record) -> float:
+    """FLOPs of a written token of text, where decoding was measured: ends between are paid for, but are no text."""
+    metrics = record.metrics
+    return metrics["flops"].median * metrics["tokens_per_second"].median / metrics["text_tokens_per_second"].median
 
 
 def _over_seeds(row: Trained) -> str:

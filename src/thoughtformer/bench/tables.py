@@ -24,7 +24,13 @@ from pathlib import Path
 
 from thoughtformer.bench.claims import CLAIMS, HEADLINES, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
-from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
+from thoughtformer.bench.study_tables import (
+    finalists_table,
+    flops_of_text,
+    learning_rates_table,
+    profile_table,
+    study_table,
+)
 from thoughtformer.errors import InputError, nearest
 from thoughtformer.models.writing import new_file
 
@@ -191,7 +197,7 @@ def _case(records: Sequence[Record], theme: str, case: str) -> str:
 def _architectures(records: Sequence[Record]) -> str:
     """Decoding, what a token costs and what is held, by work and architecture."""
     chosen = [record for record in _latest(records, "speed", "architectures") if record.peer != "memory"]
-    lines = [["", "rows, context", "text tokens/s", "FLOPs a token", "bytes a step touches", "KV bytes, all rows"]]
+    lines = [["", "rows, context", "text tokens/s", "FLOPs a text token", "bytes a step touches", "KV bytes, all rows"]]
     for record in chosen:
         work = record.workload
         place = f"{work['layers']} layers, {work['batch']} x {work['context']:,}"
@@ -204,7 +210,7 @@ def _architectures(records: Sequence[Record]) -> str:
                 record.peer,
                 place,
                 shown("text_tokens_per_second", metrics["text_tokens_per_second"]),
-                f"{metrics['flops'].median / 1e6:,.0f}M",
+                f"{flops_of_text(record) / 1e6:,.0f}M",
                 f"{metrics['touched_bytes'].median / 1e6:,.0f} MB",
                 f"{metrics['kv_bytes'].median / 1e6:,.1f} MB",
             ]

@@ -71,7 +71,9 @@ class GPTHFCache(RowsCache):
     def record(self, tokens: TokenStructure, after: RowCounters, num_columns: int) -> None:
         """Moves the counters past `tokens`, to `after`; with `autocommit`, commits them."""
         self.counters = after
-        self.num_tokens = self.num_tokens.index_add(0, tokens.row, torch.ones_like(tokens.row))
+        is_step = tokens.is_one_a_row(self.num_rows)
+        new = 1 if is_step else torch.bincount(tokens.row, minlength=self.num_rows)
+        self.num_tokens = self.num_tokens + new
         self.num_columns += num_columns
         self._pending.append(tokens)
         if self.autocommit:
@@ -88,7 +90,7 @@ class GPTHFCache(RowsCache):
         # While no sentence closes and no document starts, what was held stays, and only the new entries are judged.
         is_step = len(self._pending) == 1 and self._pending[0].is_one_a_row(self.num_rows)
         step = self._pending[0] if is_step and num_tokens is None else None
-        if step is not None and bool((step.is_end | (step.position == 0)).any()):
+        if step is not None and (step.has_ends or not bool(step.position.all())):
             step = None
         for stage in self.stages:
             stage.commit(self.counters, step)

@@ -129,6 +129,8 @@ class StageCache(RowSlots):
         entries held before it stay, and only its own are judged.
         """
         if step is not None:
+            if self.lengths is self._committed:
+                return  # nothing was written
             self.lengths = self._committed + self.rule.keeps(step, counters)
             self.fit()
         else:

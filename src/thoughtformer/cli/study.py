@@ -38,7 +38,11 @@ def run(
     from thoughtformer.study.rows import rows_of
     from thoughtformer.study.run import StudySettings, run_rows
 
-    named = dict(_named(text) for text in valid)
+    named: dict[str, str] = {}
+    for name, path in map(_named, valid):
+        if name in named:
+            raise InputError(f"--valid names two texts {name!r}: {named[name]} and {path}.")
+        named[name] = path
     rows = rows_of(group)
     for name in only or ():
         if name not in {row.variant for row in rows}:
@@ -48,7 +52,7 @@ def run(
     console = Console(stderr=True, highlight=False)
     settings = StudySettings(data=data, valid=named, out=out, work=work, on_progress=console.print)
     count = run_rows(rows, settings, limit=limit)
-    console.print(f"{out}: {count} rows added, {len(rows)} in {group}")
+    console.print(f"{out}: {count} rows added, of {len(rows)} asked for in {group}")
 
 
 @study_app.command("speed")
@@ -61,13 +65,13 @@ def speed(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what writing costs the finalists: tokens a second of one row and of 16, FLOPs, bytes held.
+    """Measure what writing and training cost the finalists: text tokens a second, FLOPs, bytes held.
 
     Example: thoughtformer study speed --size 1m --out speed.jsonl
     """
-    from thoughtformer.study.decoding import CASES, DecodingOptions
+    from thoughtformer.study.speed import CASES, StudySpeed
 
-    options = DecodingOptions(size=size, context=context, repeats=repeats, compiles=compiled)
+    options = StudySpeed(size=size, context=context, repeats=repeats, compiles=compiled)
     set_threads(threads)
     run_cases(CASES, None, options, out, as_json)
 

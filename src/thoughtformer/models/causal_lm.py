@@ -218,7 +218,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         if end is None:
             return
         impossible = torch.finfo(logits.dtype).min
-        if bool(tokens.is_end.any()):
+        if tokens.has_ends:
             closed = tokens.is_end.nonzero().squeeze(1).to(logits.device)
             logits[closed, end] = impossible
         if self.config.max_sentence_tokens is None:

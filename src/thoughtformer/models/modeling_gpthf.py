@@ -230,7 +230,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             cache.record(tokens, after, num_columns)
         return RaggedOutput(
             last_hidden_state=last,
-            tokens=tokens[index[is_wanted]],
+            tokens=tokens.at(index[is_wanted]),
             hidden_states=collected,
             sentences=vectors,
             known_tokens=None if known is None else torch.bincount(row[known.is_known], minlength=len(counters)),
@@ -260,11 +260,11 @@ class GPTHFModel(GPTHFPreTrainedModel):
             states = rows_at(encoded.states, encoded.token_index[index])
             decoder = cast(DecoderStage, stages["decoder"])
             memory = held["memory"]
-            states = decoder.decode(states, tokens[index], summaries, shared, held["decoder"], memory, collected)
+            states = decoder.decode(states, tokens.at(index), summaries, shared, held["decoder"], memory, collected)
             return states, index, vectors
         index = passing["body"].nonzero().squeeze(1)
         states = rows_at(self._into_body(encoded), encoded.token_index[index])
-        states = stages["body"](states, tokens[index], shared, held["body"], collected)
+        states = stages["body"](states, tokens.at(index), shared, held["body"], collected)
         return states, index, self._sentence_vectors(tokens, encoded.states, states, index) if keeps else None
 
     def _encoding(self) -> Encoding:
@@ -292,6 +292,8 @@ class GPTHFModel(GPTHFPreTrainedModel):
         keeps: bool,
     ) -> tuple[Summaries, SentenceVectors | None]:
         """What an hourglass's body makes of sentence ends, and the vectors of sentences, if to be kept."""
+        if not keeps and not tokens.has_ends:
+            return Summaries(states=encoded.states[:0], structure=tokens[:0]), None
         count = self.config.summaries_per_sentence
         end_index, structure = summaries_of(tokens, count)
         # Repeated ends follow their end.

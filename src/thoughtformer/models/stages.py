@@ -245,10 +245,14 @@ class DecoderStage(Stage):
             assert memory is not None
             row, slot = (index.to(device) for index in held.extend(tokens))
             over_own, over_memory = held.held_attention(tokens), memory.held_attention(tokens, written=0)
-            is_plain = _is_plain_step(held, over_own, tokens) and _is_plain_step(memory, over_memory, tokens)
-            # The compiler would take two numbers that are equal when it first sees them for one.
-            is_plain = is_plain and over_own.num_keys != over_memory.num_keys
-            if shared.compiles and outputs is None and is_plain:
+            if (
+                shared.compiles
+                and outputs is None
+                and _is_plain_step(held, over_own, tokens)
+                and _is_plain_step(memory, over_memory, tokens)
+                # The compiler would take two numbers that are equal when it first sees them for one.
+                and over_own.num_keys != over_memory.num_keys
+            ):
                 return compiled_step_with_memory(len(self.layers), self.shape.hidden_size)(
                     self._layer_list(),
                     hidden_states,

@@ -25,13 +25,11 @@ class Variant:
     """An architecture: what it changes in a recipe, at any size.
 
     Attributes:
-        family: what it is a variant of, for tables.
         model: keys of the model's shape.
         run: keys of the recipe.
         body_widths: the body's hidden and intermediate size, as multiples of the model's hidden size.
     """
 
-    family: str
     model: Mapping[str, Any]
     run: Mapping[str, Any] = field(default_factory=dict)
     body_widths: tuple[float, float] | None = None
@@ -47,17 +45,17 @@ class Variant:
 
 def _gpt(**run: Any) -> Variant:
     model = {"num_encoder_layers": 0, "num_body_layers": 6, "body_visibility": "causal"}
-    return Variant(family="gpt", model=model, run=run)
+    return Variant(model=model, run=run)
 
 
 def _gpthf(encoder: int, body: int, visibility: str, **model: Any) -> Variant:
     shape = {"num_encoder_layers": encoder, "num_body_layers": body, "body_visibility": visibility}
-    return Variant(family=visibility, model=shape | model)
+    return Variant(model=shape | model)
 
 
 def _hourglass(encoder: int, body: int, decoder: int, **model: Any) -> Variant:
     shape = {"num_encoder_layers": encoder, "num_body_layers": body, "num_decoder_layers": decoder}
-    return Variant(family="hourglass", model={"body_visibility": "fast"} | shape | model)
+    return Variant(model={"body_visibility": "fast"} | shape | model)
 
 
 def _of_length(shortest: int, longest: int) -> Variant:

@@ -6,6 +6,8 @@ from its last checkpoint.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +22,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from thoughtformer.bench.architectures import decode_flops
 from thoughtformer.bench.flops import count_flops
 from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
-from thoughtformer.errors import ConfigError, CorpusError, OutputError
+from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import BitsReport, document_bits
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load, load_tokenizer
+from thoughtformer.models.writing import new_file
 from thoughtformer.study.profile import LossProfile, sentence_places
 from thoughtformer.study.rows import Row
 from thoughtformer.text import SentenceTokenizer
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import PackedRows, TokenisedCorpus
-from thoughtformer.train.folder import RECIPE_FILE
+from thoughtformer.train.folder import RECIPE_FILE, finished_result
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.run import TrainingResult, recipe_tokenizer, train
 
@@ -61,10 +64,27 @@ class StudySettings:
     document_bytes: int = 24_000
     on_progress: Callable[[str], None] = field(default=lambda text: None)
 
-    def valid_summary(self, name: str) -> dict[str, int]:
-        """How much of a held-out text is scored."""
+    def __post_init__(self) -> None:
+        taken = sorted({"recipe", "data", "data_digest"} & set(self.valid))
+        if taken:
+            raise InputError(f"a held-out text can't be called {taken[0]!r}, which names something else of a row.")
+
+    def data_names(self) -> list[str]:
+        """The training files, without where they lie."""
+        return [Path(source).name for source in self.data]
+
+    def data_digest(self, recipe: Recipe) -> str:
+        """SHA-256 of the ids that a recipe trains on."""
+        return _tokenised(recipe, self).digest
+
+    def valid_summary(self, name: str) -> dict[str, Any]:
+        """Which part of a held-out text is scored."""
         documents = self.documents(name)
-        return {"bytes": sum(len(document.encode()) for document in documents), "documents": len(documents)}
+        return {
+            "bytes": sum(len(document.encode()) for document in documents),
+            "documents": len(documents),
+            "digest": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
+        }
 
     def documents(self, name: str) -> list[str]:
         """The held-out documents of that name."""
@@ -89,12 +109,15 @@ def finished(row: Row, settings: StudySettings) -> bool:
             continue
         before, now = _comparable(Recipe.from_dict(record.settings["recipe"])), _comparable(row.recipe())
         differing = [f"{key}: {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]]
-        texts = {"data": [Path(source).name for source in settings.data]}
+        texts: dict[str, Any] = {"data": settings.data_names()}
+        if "data_digest" in record.settings:  # rows of older versions have none
+            texts["data_digest"] = settings.data_digest(row.recipe())
         texts |= {name: settings.valid_summary(name) for name in settings.valid}
         for name, text in texts.items():
             known = record.settings.get(name)
             if isinstance(known, dict):
-                known = {key: known.get(key) for key in ("bytes", "documents")}
+                text = {key: value for key, value in text.items() if key in known or key != "digest"}
+                known = {key: known.get(key) for key in text}
             if known != text:
                 differing.append(f"{name}: {known!r}, now {text!r}")
         if differing:
@@ -137,6 +160,9 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
                     continue
                 settings.on_progress(f"{row.name}: training")
                 record = _run(row, settings, folder)
+                if finished(row, settings):
+                    settings.on_progress(f"{row.name}: {settings.out} got it meanwhile, from a run in another folder")
+                    continue
                 append_records(settings.out, [record])
                 count += 1
         except Timeout:
@@ -146,7 +172,9 @@ def run_rows(rows: Sequence[Row], settings: StudySettings, *, limit: int | None 
 
 def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
     recipe = row.recipe()
-    where = environment()  # now: the checkout may move on while the row trains
+    where = _environment(settings.work / f"{row.name}.begun.json")  # now: the checkout may move on while the row trains
+    if "+changes" in str(where.get("commit")):
+        settings.on_progress(f"{row.name}: trained by a checkout with uncommitted changes, and the row will say so")
     _enough_text(recipe, settings)
     result = _train(recipe, settings, folder)
     model, tokenizer = load(folder)
@@ -158,7 +186,11 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         "training_flops": _training_flops(model, _some_rows(recipe, settings)) * result.tokens,
         "decode_flops": decode_flops(model, model.config.max_position_embeddings // 2),
     }
-    details: dict[str, Any] = {"recipe": recipe.to_dict(), "data": [Path(source).name for source in settings.data]}
+    details: dict[str, Any] = {
+        "recipe": recipe.to_dict(),
+        "data": settings.data_names(),
+        "data_digest": settings.data_digest(recipe),
+    }
     reference = load_tokenizer("tiny-gpthf")
     for name in settings.valid:
         settings.on_progress(f"{row.name}: scoring {name}")
@@ -166,7 +198,7 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         report, profile = _score(model, tokenizer, reference, settings.documents(name))
         metrics[f"{name}_bits_per_byte"] = report.bits_per_byte
         metrics[f"{name}_bits_of_sentence_ends_fraction"] = report.bits_of_sentence_ends_fraction
-        details[name] = profile.bits_per_token() | {"bytes": report.num_bytes, "documents": report.num_documents}
+        details[name] = profile.bits_per_token() | settings.valid_summary(name)
         settings.on_progress(f"{row.name}: {name} {report.bits_per_byte:.4f} ({time.monotonic() - started:.0f} s)")
     return Record(
         theme="study",
@@ -180,10 +212,29 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
     )
 
 
+def _environment(file: Path) -> dict[str, Any]:
+    """Where and by what a row is trained; of one that was interrupted, both commits. `file` keeps the first."""
+    now = environment()
+    try:
+        first = json.loads(file.read_text(encoding="utf-8")).get("commit") if file.exists() else None
+    except (OSError, json.JSONDecodeError) as error:
+        raise OutputError(f"can't read {file}, which says by what the row was begun: {error}") from None
+    if first is not None and first != now.get("commit"):
+        return now | {"commit": f"{now.get('commit')}, begun by {first}"}
+    if first is None:
+        with new_file(file, replace=True) as draft:
+            draft.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    return now
+
+
+def _tokenised(recipe: Recipe, settings: StudySettings) -> TokenisedCorpus:
+    corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
+    return TokenisedCorpus.build(corpus, recipe_tokenizer(recipe))
+
+
 def _enough_text(recipe: Recipe, settings: StudySettings) -> None:
     """Raises `CorpusError` where a row would be named after more text than there is."""
-    corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
-    size = int(TokenisedCorpus.build(corpus, recipe_tokenizer(recipe)).num_bytes.sum())
+    size = int(_tokenised(recipe, settings).num_bytes.sum())
     if recipe.max_bytes is not None and size < 0.95 * recipe.max_bytes:
         raise CorpusError(
             f"{recipe.name} needs {recipe.max_bytes:,} bytes of text, in equal shares of the {len(settings.data)} "
@@ -192,9 +243,9 @@ def _enough_text(recipe: Recipe, settings: StudySettings) -> None:
 
 
 def _train(recipe: Recipe, settings: StudySettings, folder: Path) -> TrainingResult:
-    if get_last_checkpoint(str(folder)) is not None:
+    if get_last_checkpoint(str(folder)) is not None or finished_result(folder) is not None:
         return train(recipe, settings.data, folder, resume=True)
-    # Without a checkpoint there is nothing to lose.
+    # Without a checkpoint or a result there is nothing to lose.
     return train(recipe, settings.data, folder, overwrite=(folder / RECIPE_FILE).exists())
 
 
@@ -212,9 +263,7 @@ def _score(
 
 def _some_rows(recipe: Recipe, settings: StudySettings) -> list[Tensor]:
     """Rows of the training text, from all over it."""
-    tokenizer = recipe_tokenizer(recipe)
-    corpus = Corpus(sources=list(settings.data), max_bytes=recipe.max_bytes)
-    rows = PackedRows(TokenisedCorpus.build(corpus, tokenizer), recipe.row_tokens)
+    rows = PackedRows(_tokenised(recipe, settings), recipe.row_tokens)
     return [rows[number]["input_ids"] for number in range(0, len(rows), max(1, len(rows) // 8))]
 
 

@@ -14,7 +14,7 @@ from thoughtformer.errors import ConfigError
 from thoughtformer.train.settings import RunSettings
 from thoughtformer.train.trainer import CHECKPOINTS_KEPT
 
-__all__ = ["hardware", "training_arguments"]
+__all__ = ["bf16_pays", "hardware", "training_arguments"]
 
 
 def training_arguments(recipe: RunSettings, out: Path) -> TrainingArguments:
@@ -37,7 +37,7 @@ def training_arguments(recipe: RunSettings, out: Path) -> TrainingArguments:
         warmup_steps=recipe.warmup_fraction,
         learning_rate=recipe.learning_rate,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=_bf16_pays(recipe.precision),
+        bf16=bf16_pays(recipe.precision),
         use_cpu=use_cpu,
         ddp_backend="gloo" if use_cpu and processes > 1 else None,
         ddp_find_unused_parameters=False if processes > 1 else None,
@@ -55,7 +55,7 @@ def training_arguments(recipe: RunSettings, out: Path) -> TrainingArguments:
     )
 
 
-def _bf16_pays(precision: str) -> bool:
+def bf16_pays(precision: str) -> bool:
     """Whether to run under bf16 autocast: on CPUs only with instructions for it, else it is slower than fp32."""
     if precision != "auto":
         return precision == "bf16"

@@ -55,7 +55,7 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
         )
     elif resume:
         checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-        if checkpoint is None:
+        if checkpoint is None and finished_result(out) is None:
             raise OutputError(
                 f"{out} holds no checkpoint to resume from: start anew, with --overwrite if a run has begun there. "
                 "save_every_steps says how often there is one."

@@ -93,8 +93,8 @@ def train(
             f"the data makes {len(rows)} rows of {recipe.row_tokens} tokens, but {rows_at_once} are computed at once. "
             "Give more text, or lower rows_per_batch and rows_per_step, or row_tokens."
         )
-    same_data(out, tokens, resume=checkpoint is not None, is_first=arguments.should_save)
-    done = None if checkpoint is None else finished_result(out)
+    same_data(out, tokens, resume=resume, is_first=arguments.should_save)
+    done = finished_result(out) if resume else None
     if done is not None:
         return TrainingResult(**done)
     set_seed(recipe.seed)

@@ -20,7 +20,14 @@ from thoughtformer.errors import OutputError
 from thoughtformer.train.optimizer import build_optimizer
 from thoughtformer.train.recipe import Recipe
 
-__all__ = ["CHECKPOINTS_KEPT", "DRAFT_FOLDER", "ProgressCallback", "SentenceTrainer", "WholeCheckpointTrainer"]
+__all__ = [
+    "CHECKPOINTS_KEPT",
+    "DRAFT_FOLDER",
+    "ProgressCallback",
+    "SentenceTrainer",
+    "WholeCheckpointTrainer",
+    "recipe_optimizer",
+]
 
 CHECKPOINTS_KEPT = 2
 DRAFT_FOLDER = ".writing"
@@ -79,6 +86,18 @@ class WholeCheckpointTrainer(Trainer):
             rotate_checkpoints(output_dir=str(out), save_total_limit=CHECKPOINTS_KEPT)
 
 
+def recipe_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that a recipe names, over all of a model's parameters."""
+    return build_optimizer(
+        model,
+        kind=recipe.optimizer,
+        learning_rate=recipe.learning_rate,
+        matrix_learning_rate=recipe.matrix_learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=recipe.weight_decay,
+    )
+
+
 class SentenceTrainer(WholeCheckpointTrainer):
     """Trains on packed rows; logs real tokens and sentence ends apart."""
 
@@ -91,14 +110,7 @@ class SentenceTrainer(WholeCheckpointTrainer):
         """The recipe's optimiser."""
         if self.optimizer is None:
             assert self.model is not None
-            self.optimizer = build_optimizer(
-                self.model,
-                kind=self.recipe.optimizer,
-                learning_rate=self.recipe.learning_rate,
-                matrix_learning_rate=self.recipe.matrix_learning_rate,
-                betas=(self.recipe.beta1, self.recipe.beta2),
-                weight_decay=self.recipe.weight_decay,
-            )
+            self.optimizer = recipe_optimizer(self.recipe, self.model)
         return self.optimizer
 
     def compute_loss(
