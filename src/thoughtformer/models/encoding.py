@@ -103,7 +103,8 @@ class Encoding:
     ) -> tuple[Float[Tensor, "entries hidden"], TokenStructure, Int[Tensor, " tokens"]]:
         """What enters the encoder, its structure, and where in it the tokens are."""
         embedded = self.embed_tokens(input_ids)
-        if self.summary_tokens is None or not tokens.has_ends:
+        # In training every parameter takes part in every step, as distributed training expects.
+        if self.summary_tokens is None or not (tokens.has_ends or torch.is_grad_enabled()):
             return embedded, tokens, torch.arange(len(tokens))
         index, entries = with_summaries(tokens, self.num_summaries)
         number = entries.offset - tokens.offset[index]
