@@ -81,6 +81,7 @@ def test_ragged_batch_equals_each_row_alone(switched_model):
             switched_model(column, past_key_values=output.past_key_values).logits
             for column in continuations.split(1, dim=1)
         ]
+    assert output.past_key_values.num_tokens.tolist() == [len(row) + 19 for row in rows]
     stepped = torch.cat(steps, dim=1)
     for number, row in enumerate(rows):
         expected = full_logits(switched_model, torch.cat([row, continuations[number]]))
@@ -119,6 +120,7 @@ def test_rollback_and_partial_commit(switched_model, accepted):
             [switched_model(token[None], past_key_values=cache).logits[0] for token in following.split(1)]
         )
     close(drafts, full_logits(switched_model, torch.cat([prompt, draft]))[33:])
+    assert cache.num_tokens.tolist() == [33 + accepted + 14]
     whole = torch.cat([prompt, draft[:accepted], following])
     close(continued, full_logits(switched_model, whole)[33 + accepted :])
     assert cache.num_bytes() == switched_model.model.cache_bytes(entries_expected(switched_model, whole), num_rows=1)
