@@ -101,7 +101,8 @@ def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -
         for marker, name in zip(cycle(MARKERS), names):
             _draw_places(axes, sorted(places.get(name, []), key=x_of), x_of, marker, name)
         axes.set_xscale("log")
-        ticks = sorted({round(x_of(place), 1) for of in places.values() for place in of})
+        # One tick a place: architectures differ there by a few parameters.
+        ticks = sorted(round(min(map(x_of, of)), 1) for of in _by_place(places).values())
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
     parts[0].legend(fontsize=8)
@@ -118,6 +119,15 @@ def _places(rows: Sequence[Record], key: str) -> dict[str, list[Trained]]:
         for name, places in found.items()
         if len(places) > 1
     }
+
+
+def _by_place(places: dict[str, list[Trained]]) -> dict[tuple[str, int], list[Trained]]:
+    """All architectures' rows of each size and amount of text."""
+    found: dict[tuple[str, int], list[Trained]] = {}
+    for row in (row for of in places.values() for row in of):
+        work = row.rows[0].workload
+        found.setdefault((work["size"], work["megabytes"]), []).append(row)
+    return found
 
 
 def _millions(row: Trained) -> float:
@@ -155,5 +165,5 @@ def _profile(rows: Sequence[Trained], setting: tuple[str, str, str], kind: str, 
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(range(len(BINS)), BINS)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return save(figure, path)
