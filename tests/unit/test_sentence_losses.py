@@ -93,3 +93,18 @@ def test_transformers_loss_adds_them_too():
 
 def test_nothing_is_added_by_default():
     assert tiny_model("hourglass").sentence_losses is None
+
+
+def test_bf16_autocast_is_near_and_warns_of_nothing():
+    """Norms get their own type: torch warns, once a process, of one that gets another and takes a slower way."""
+    model = tiny_model("hourglass", **WEIGHTS).float()
+    norms, seen = [part for part in model.modules() if isinstance(part, torch.nn.RMSNorm)], set()
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda part, given: seen.add(given[0].dtype))
+    ids = TEXTS["mixed"][None]
+    exact = losses(model, ids)
+    assert seen == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = losses(model, ids)
+    assert seen == {torch.float32}
+    torch.testing.assert_close(torch.stack(near), torch.stack(exact), rtol=0.03, atol=0)

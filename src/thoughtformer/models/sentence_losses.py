@@ -67,7 +67,9 @@ class SentenceLosses(nn.Module):
         if len(word) == 0:
             return sentences.encoder.sum() * 0
         assert self.rebuild is not None
-        logits = F.linear(self.norm(self.rebuild(sentences.encoder)), head_weight)
+        rebuilt = self.rebuild(sentences.encoder)
+        # Under autocast the product is of another type than the norm's weight, which costs it its fast way.
+        logits = F.linear(self.norm(rebuilt.to(self.norm.weight.dtype)), head_weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         surprise = logits.logsumexp(-1)[sentence] - logits[sentence, word]
         count = torch.bincount(sentence, minlength=len(logits)).clamp(min=1)
