@@ -22,7 +22,8 @@ from thoughtformer.compression.attending import AttendAtOnce
 from thoughtformer.errors import CheckpointError, ConfigError, ContextOverflowError, CorpusError, OutputError
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.loading import load_causal_lm
-from thoughtformer.train.compress import AdapterRecipe, AdapterTraining, FoldingCollator, train_adapter
+from thoughtformer.train.adapter_rows import AdapterRecipe, FoldingCollator
+from thoughtformer.train.compress import AdapterTraining, train_adapter
 from thoughtformer.train.spans import FoldingSettings, fold_row
 
 pytestmark = pytest.mark.filterwarnings(

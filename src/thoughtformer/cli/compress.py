@@ -57,7 +57,8 @@ def train(
     Example: thoughtformer compress train --model tiny-gpt --data books/ --out runs/sentinel --set max_steps=500
     """
     from thoughtformer.recipes import tiny_gpt_sentinel
-    from thoughtformer.train.compress import AdapterRecipe, train_adapter
+    from thoughtformer.train.adapter_rows import AdapterRecipe
+    from thoughtformer.train.compress import train_adapter
     from thoughtformer.train.folder import RESULT_FILE
 
     recipe = tiny_gpt_sentinel() if model == "tiny-gpt" else AdapterRecipe()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from thoughtformer.compression import AdapterConfig
-from thoughtformer.train.compress import AdapterRecipe
+from thoughtformer.train.adapter_rows import AdapterRecipe
 from thoughtformer.train.recipe import ModelShape, Recipe
 from thoughtformer.train.spans import FoldingSettings
 
