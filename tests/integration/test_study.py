@@ -378,8 +378,8 @@ def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
     # Six layers of 16 wide keys and values in float32, and counters; two closed sentences and an open one of `fast`.
     assert 6 * 63 * 2 * 16 * 4 <= 1e6 * float(gpt["KV bytes at 60"].split()[0]) < 1.5 * 6 * 113 * 2 * 16 * 4
     assert float(fast["KV bytes at 60"].split()[0]) < float(gpt["KV bytes at 60"].split()[0])
-    assert gpt["one row, compiled"] == ""
-    assert all(float(line["training"].split()[0].replace(",", "")) > 0 for line in (gpt, fast))
+    assert gpt["tokens/s, one row, compiled"] == ""
+    assert all(float(line["training tokens/s"].split()[0].replace(",", "")) > 0 for line in (gpt, fast))
     # One in 25 of what `fast` writes is a sentence end.
     written = next(record for record in records if record.peer == "fast-2-4" and record.workload.get("batch") == 1)
     assert fast["FLOPs a text token"] == f"{written.metrics['flops'].median * 50 / 48 / 1e6:.1f}M"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from thoughtformer.bench.paper import PAIRS
 from thoughtformer.bench.records import Record, Spread
 
-__all__ = ["CLAIMS", "HEADLINES", "Claim", "Verdict", "groups", "judge", "latest"]
+__all__ = ["CLAIMS", "Claim", "Verdict", "groups", "judge", "latest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Claim:
         unit: `x` or `%`.
         at_most: the target is an upper limit.
         measure: the value from one run's records of equal workload, None where they don't hold it.
+        headline: whether README shows it: one of each kind, and those that are missed worst.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Claim:
     workload: dict[str, Any]
     unit: str = "x"
     at_most: bool = False
+    headline: bool = False
 
 
 def _divided(top: Spread | None, bottom: Spread | None) -> Spread | None:
@@ -235,15 +237,19 @@ def _requests(over: str, under: str, text: str) -> Claim:
     )
 
 
+def _headline(claim: Claim) -> Claim:
+    return replace(claim, headline=True)
+
+
 TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT"
 
 CLAIMS = (
-    _prefill("4+8", 4096, 3.5),
-    _prefill("4+8", 32768, 10),
+    _headline(_prefill("4+8", 4096, 3.5)),
+    _headline(_prefill("4+8", 32768, 10)),
     _prefill("2+10", 32768, 15),
-    _decode(4096, 3.3),
+    _headline(_decode(4096, 3.3)),
     _decode(16384, 10),
-    _bytes(4096, 50),
+    _headline(_bytes(4096, 50)),
     _bytes(32768, 70),
     *(
         Claim(
@@ -258,7 +264,7 @@ CLAIMS = (
         )
         for prompt, new in PAIRS
     ),
-    _limit("gpt", "plain GPT through the engine, batch 1: of the memory's limit", 0.7),
+    _headline(_limit("gpt", "plain GPT through the engine, batch 1: of the memory's limit", 0.7)),
     _limit("gpt, compiled", "plain GPT through the engine, batch 1, compiled: of the memory's limit", 0.85),
     _limit("gpthf 4+8, compiled", "4+8 through the engine, batch 1, compiled: of the memory's limit", 0.8),
     Claim(
@@ -269,7 +275,9 @@ CLAIMS = (
         measure=_against_generate,
         workload={"size": "full"},
     ),
-    _deep(", compiled", "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled", 2.5),
+    _headline(
+        _deep(", compiled", "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled", 2.5)
+    ),
     _deep("", "the same, neither compiled", 2.5),
     _deep(", compiled", "the same, both compiled: of the ratio of bytes touched", 0.9, of_bytes=True),
     _deep(", compiled", f"{TWO}, both compiled", 2.5, model=", 2 summaries"),
@@ -280,13 +288,15 @@ CLAIMS = (
         model=", 2 summaries",
         of_bytes=True,
     ),
-    _hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2"),
-    _hourglass_bytes("hourglass 2+8+2, 2 summaries", "the same hourglass with two summaries a sentence,"),
+    _headline(_hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2")),
+    _headline(_hourglass_bytes("hourglass 2+8+2, 2 summaries", "hourglass 2+8+2 with two summaries a sentence")),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
-    _known("gpthf 4+8", "4+8"),
+    _headline(_known("gpthf 4+8", "4+8")),
     _known("hourglass 2+8+2", "hourglass 2+8+2"),
-    _requests("gpt, continuous", "gpt, one at a time", "plain GPT, continuous batching against one at a time"),
+    _headline(
+        _requests("gpt, continuous", "gpt, one at a time", "plain GPT, continuous batching against one at a time")
+    ),
     _requests("hybrid, continuous", "hybrid, one at a time", "hybrid 4+8, the same"),
     _requests("hourglass, continuous", "hourglass, one at a time", "hourglass 2+8+2, the same"),
     _requests(
@@ -294,10 +304,12 @@ CLAIMS = (
         "transformers Llama, one at a time",
         "plain GPT, continuous batching against transformers.generate one at a time",
     ),
-    _requests(
-        "hybrid, continuous",
-        "transformers Llama, one at a time",
-        "hybrid 4+8, continuous batching, against transformers.generate with its plain twin one at a time",
+    _headline(
+        _requests(
+            "hybrid, continuous",
+            "transformers Llama, one at a time",
+            "hybrid 4+8, continuous batching, against transformers.generate with its plain twin one at a time",
+        )
     ),
     _requests(
         "hourglass, continuous",
@@ -309,22 +321,6 @@ CLAIMS = (
         "transformers Llama, padded batch",
         "plain GPT, continuous batching against transformers.generate on one padded batch",
     ),
-)
-
-
-#: What README shows: a claim of each kind, and those that are missed worst.
-HEADLINES = (
-    "prefill of 4k tokens, 4+8 against the plain GPT",
-    "prefill of 32k tokens, 4+8 against the plain GPT",
-    "prefill of 32k tokens, 4+8, every sentence in the store, against the plain GPT",
-    "decoding 16 rows of 4k tokens, 4+8 against the plain GPT's preallocated cache",
-    "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled",
-    "KV bytes at 4k tokens, 16+8 against 24 layers of plain GPT",
-    "KV bytes at 4k tokens, hourglass 2+8+2 against 12 layers of plain GPT",
-    "plain GPT through the engine, batch 1: of the memory's limit",
-    "16 requests of mixed length: plain GPT, continuous batching against one at a time",
-    "16 requests of mixed length: hybrid 4+8, continuous batching, against transformers.generate with its plain twin "
-    "one at a time",
 )
 
 

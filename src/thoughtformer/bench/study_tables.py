@@ -191,11 +191,11 @@ def finalists_table(
             "seeds",
             "parameters",
             "text",
-            "one row, compiled",
-            *("one row" if batch == 1 else f"{batch} rows" for batch in batches),
+            "tokens/s, one row, compiled",
+            *(f"tokens/s, {'one row' if batch == 1 else f'{batch} rows'}" for batch in batches),
             "FLOPs a text token",
             f"KV bytes at {context:,}",
-            *(["training"] if trainings else []),
+            *(["training tokens/s"] if trainings else []),
         ]
     ]
     chosen = _chosen(rows, names)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 
-from thoughtformer.bench.claims import CLAIMS, HEADLINES, Verdict, judge, latest
+from thoughtformer.bench.claims import CLAIMS, Verdict, judge, latest
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.study_tables import (
     finalists_table,
@@ -79,13 +79,12 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def _headlines(records: Sequence[Record]) -> str:
-    verdicts = {verdict.claim.text: verdict for verdict in judge(records)}
-    lines = ["| | measured | goal |", "|---|---|---|"]
-    for text in HEADLINES:
-        if text not in verdicts:
-            raise InputError(f"the results don't hold what README shows: {text}.")
-        lines.append(_line(verdicts[text], text))
-    return "\n".join(lines)
+    verdicts = [verdict for verdict in judge(records) if verdict.claim.headline]
+    missing = {claim.text for claim in CLAIMS if claim.headline} - {verdict.claim.text for verdict in verdicts}
+    if missing:
+        raise InputError(f"the results don't hold what README shows: {'; '.join(sorted(missing))}.")
+    lines = [_line(verdict, verdict.claim.text) for verdict in verdicts]
+    return "\n".join(["| | measured | goal |", "|---|---|---|", *lines])
 
 
 def _line(verdict: Verdict, text: str) -> str:
