@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -169,6 +170,10 @@ def test_help_has_an_example(run, arguments):
     code, out, _ = run(*arguments, "--help")
     assert code == 0
     assert not arguments or "Example: thoughtformer" in " ".join(out.split())
+
+
+def test_version(run):
+    assert run("--version") == (0, metadata.version("thoughtformer") + "\n", "")
 
 
 def test_help_imports_nothing_heavy():

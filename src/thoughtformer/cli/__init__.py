@@ -38,13 +38,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(metadata.version("thoughtformer"))
         raise typer.Exit
+
+
+@app.callback()
+def _about(
+    # A callback of the option's own: the command's is run only once there is a command to run.
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 app.command("demo")(demo)
