@@ -25,8 +25,10 @@ import sys
 import pytest
 import torch
 
+from thoughtformer.cache import GPTHFCache
 from thoughtformer.cli import main
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+from thoughtformer.models.recall import SentenceSource
 
 torch.set_num_threads(1)
 
@@ -188,6 +190,33 @@ def chunked_logits(model: GPTHFForCausalLM, ids: torch.Tensor, sizes: list[int])
     for chunk in ids.split(sizes):
         parts.append(model(chunk[None], past_key_values=cache).logits[0])
     return torch.cat(parts)
+
+
+#: Sentences and documents that end between any two tokens.
+RESTLESS = torch.tensor([START, 5, END, 8, END, END, 6, START, 4, END, 3])
+
+
+@torch.no_grad()
+def check_last_logits_of_pieces(model: GPTHFForCausalLM, source: SentenceSource | None = None) -> None:
+    """Pieces of 2 to 4 tokens on top of what came before, asked for their last logits alone; then the token after.
+
+    Of a piece's tokens, some skip a stage, and these may end what the stage holds.
+    """
+    expected = full_logits(model, RESTLESS)
+
+    def last_logits(cache: GPTHFCache, first: int, last: int) -> torch.Tensor:
+        number = last - first
+        wanted = torch.arange(number) == number - 1
+        row = torch.zeros(number, dtype=torch.long)
+        return model.ragged_logits(RESTLESS[first:last], row, cache, wanted=wanted, sentence_source=source)[0]
+
+    for first in range(1, len(RESTLESS) - 2):
+        before = model.new_cache(1)
+        last_logits(before, 0, first)
+        for last in range(first + 2, min(first + 5, len(RESTLESS))):
+            cache = before.fork()
+            close(last_logits(cache, first, last), expected[last - 1 : last])
+            close(last_logits(cache, last, last + 1), expected[last : last + 1])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from conftest import END, START, TEXTS, entries_expected, random_text, tiny_model
 from thoughtformer.attention import RowCounters, read_structure
@@ -94,6 +95,41 @@ def test_commit_of_more_than_there_is_refused(model):
         model(torch.tensor([[START, 5]]), past_key_values=cache)
     with pytest.raises(InputError, match=r"num_tokens=\[3\].*\[2\] tokens are uncommitted"):
         cache.commit(torch.tensor([3]))
+    cache.commit()
+    with pytest.raises(InputError, match=r"num_tokens=\[1\].*\[0\] tokens are uncommitted"):
+        cache.commit(torch.tensor([1]))
+    cache.commit(torch.tensor([0]))
+    assert cache.num_tokens.tolist() == [2]
+
+
+def test_generate_goes_on_from_a_partial_commit(model):
+    """transformers asks the cache how many columns it has seen, and reads what comes after."""
+    ids = TEXTS["mixed"][None, :30]
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+        cache.autocommit = False
+        model(ids[:, 15:24], past_key_values=cache)
+    cache.commit(torch.tensor([4]))
+    cache.autocommit = True
+    assert cache.get_seq_length() == 19
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), model.generate(ids, **settings))
+    assert cache.num_tokens.tolist() == [33]
+
+
+def test_commit_counts_the_row_that_keeps_most(model):
+    cache = model.new_cache(2)
+    cache.autocommit = False
+    with torch.no_grad():
+        model(torch.tensor([[START, 5, 6], [START, 7, END]]), past_key_values=cache)
+    cache.commit(torch.tensor([1, 2]))
+    assert cache.get_seq_length() == 2
+
+
+def test_foreign_cache_is_refused(model):
+    with pytest.raises(InputError, match=r"DynamicCache.*model.new_cache"):
+        model(torch.tensor([[START, 5]]), past_key_values=DynamicCache())
 
 
 def test_fork_shares_no_storage(model):

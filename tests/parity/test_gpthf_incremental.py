@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, PAD, START, TEXTS, chunked_logits, close, full_logits, random_text, tiny_model
+from conftest import (
+    END,
+    PAD,
+    START,
+    TEXTS,
+    check_last_logits_of_pieces,
+    chunked_logits,
+    close,
+    full_logits,
+    random_text,
+    tiny_model,
+)
 from thoughtformer.models import GPTHFForCausalLM
 
 
@@ -48,11 +59,24 @@ def test_last_logits_alone_equal_those_of_all(model, text, kept):
     close(following.logits[0], expected[-1:])
 
 
-def test_logits_at_chosen_columns(model):
-    text = TEXTS["mixed"]
-    columns = torch.tensor([40, 3, 17])
+def test_last_logits_of_pieces(model):
+    check_last_logits_of_pieces(model)
+
+
+@pytest.mark.parametrize("columns", [[40, 3, 17], [9, 9, -1, 2]], ids=["unsorted", "twice"])
+def test_logits_at_chosen_columns(model, columns):
+    """In the order they are asked for, next to a padded row, too."""
+    rows, keep = [TEXTS["mixed"], TEXTS["mixed"][:50]], torch.tensor(columns)
+    ids, mask = torch.full((2, 70), PAD), torch.zeros(2, 70, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, 70 - len(row) :], mask[number, 70 - len(row) :] = row, 1
     with torch.no_grad():
-        close(model(text[None], logits_to_keep=columns).logits[0], full_logits(model, text)[columns])
+        alone = model(rows[0][None], logits_to_keep=keep).logits[0]
+        padded = model(ids, attention_mask=mask, logits_to_keep=keep).logits
+    close(alone, full_logits(model, rows[0])[keep])
+    close(padded[0], alone)
+    is_token = (keep % 70) >= 20
+    close(padded[1, is_token], full_logits(model, rows[1])[keep[is_token] % 70 - 20])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

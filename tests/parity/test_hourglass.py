@@ -11,6 +11,7 @@ from conftest import (
     PAD,
     START,
     TEXTS,
+    check_last_logits_of_pieces,
     chunked_logits,
     close,
     entries_expected,
@@ -65,6 +66,10 @@ def test_fewer_logits_are_the_same(switched_model, kept):
         expected = full_logits(switched_model, torch.cat([ids, torch.tensor([9, END, 4])]))
         close(output.logits[0], expected[len(ids) - min(kept, len(ids)) : -3])
         close(following.logits[0], expected[-3:])
+
+
+def test_last_logits_of_pieces(switched_model):
+    check_last_logits_of_pieces(switched_model)
 
 
 def test_ragged_batch_equals_each_row_alone(switched_model):

@@ -324,6 +324,25 @@ def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
         Engine(model, tokenizer).generate(["a"])
 
 
+def test_a_prompt_that_cannot_be_read_leaves_others_alone(monkeypatch):
+    """It has used up the round's tokens: the next in line waits for the next round."""
+    reader = reader_of(*tiny_pair())
+    read_on = reader.read_on
+
+    def failing(ids, *arguments):
+        if 77 in ids:
+            raise MemoryError("too long")
+        return read_on(ids, *arguments)
+
+    monkeypatch.setattr(reader, "read_on", failing)
+    scheduler = Scheduler(reader, Limits(max_prefill_tokens=4))
+    bad, good = (scheduler.submit([0, one, 31, 32, 33, 34], SamplingParams(max_new_tokens=2)) for one in (77, 30))
+    run(scheduler)
+    assert isinstance(bad.error, MemoryError)
+    assert good.error is None
+    assert good.finish_reason == "length"
+
+
 def test_rows_keep_what_they_held(gpthf_pair):
     """A row's cache, taken along, continues as the row would have; the batch's other rows don't notice."""
     model, tokenizer = gpthf_pair

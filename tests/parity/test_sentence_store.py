@@ -13,7 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import END, PAD, START, SWITCHES, VOCAB, close, full_logits, random_text, tiny_model
+from conftest import (
+    END,
+    PAD,
+    RESTLESS,
+    START,
+    SWITCHES,
+    VOCAB,
+    check_last_logits_of_pieces,
+    close,
+    full_logits,
+    random_text,
+    tiny_model,
+)
 from thoughtformer.engine.store import FILE, MIB, SentenceStore
 from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
@@ -97,6 +109,14 @@ def test_in_chunks(storable, store, chunks):
     for _ in range(2):
         close(continued(storable, prompts, source, chunks), expected)
     assert source.hits > 5
+
+
+def test_last_logits_of_pieces(storable, store):
+    """With whole sentences known, which skip the encoder, so that it may get one token of a piece, or none."""
+    source = store.of(storable)
+    continued(storable, [RESTLESS], source)
+    check_last_logits_of_pieces(storable, source)
+    assert source.hits > 20
 
 
 def test_against_the_dense_mask(storable, store):

@@ -82,6 +82,8 @@ class GPTHFCache(RowsCache):
     def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
         """Makes uncommitted tokens final: all of them, or each row's first `num_tokens`, forgetting the rest.
 
+        What `get_seq_length` says goes back to the row that keeps most.
+
         Raises:
             InputError: more tokens than are uncommitted.
         """
@@ -197,17 +199,20 @@ class GPTHFCache(RowsCache):
         )
 
     def _keep_first(self, num_tokens: Int[Tensor, " rows"]) -> None:
-        tokens = self._all_pending()
-        pending = torch.bincount(tokens.row, minlength=self.num_rows)
+        counters, before, columns = self._committed
+        pending = self.num_tokens - before
         if bool((num_tokens > pending).any()) or bool((num_tokens < 0).any()):
             raise InputError(
                 f"commit(num_tokens={num_tokens.tolist()}), but {pending.tolist()} tokens are uncommitted in the rows."
             )
+        if torch.equal(num_tokens, pending):
+            return
+        tokens = self._all_pending()
         column = torch.arange(len(tokens)) - (pending.cumsum(0) - pending)[tokens.row]
         accepted: Bool[Tensor, " tokens"] = column < num_tokens[tokens.row]
-        counters, before, _ = self._committed
         self.counters = counters.after(tokens[accepted])
         self.num_tokens = before + num_tokens
+        self.num_columns = min(self.num_columns, columns + int(num_tokens.max()))
         for stage in self.stages:
             stage.truncate_uncommitted(tokens[accepted])
 

@@ -96,12 +96,17 @@ class StageCache(RowSlots):
         """Makes room for `tokens` behind each row's entries; returns the (row, slot) of each, for `write`."""
         return tokens.row, self.extend_rows(tokens.row, {name: getattr(tokens, name) for name in FIELDS})
 
-    def held_attention(self, tokens: TokenStructure, *, written: int = 1) -> HeldAttention:
-        """How `tokens` attend to their rows' slots, of which `written` a token were just written by `extend`."""
+    def held_attention(self, tokens: TokenStructure, *, is_step: bool, written: int = 1) -> HeldAttention:
+        """How `tokens` attend to their rows' slots, of which `written` a token were just written by `extend`.
+
+        `is_step` says that the rows read one token each: a token that skips this stage may have closed the sentence or
+        the document of what is held, and nothing here would tell.
+        """
         num_rows, num_keys = len(self.lengths), self.longest
         if tokens.is_one_a_row(num_rows):
             query_index, output_index = torch.arange(num_rows)[:, None], None
-            same_length = bool((self.lengths == num_keys).all())
+            # Between passes nothing is held that the very next token can't read, unless it starts a document.
+            same_length = is_step and bool((self.lengths == num_keys).all())
             is_committed = bool((self.lengths == self._committed + written).all())
             if same_length and is_committed and self.rule.all_held_visible(tokens):
                 return HeldAttention(query_index, None, None, num_keys)

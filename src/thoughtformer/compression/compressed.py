@@ -27,7 +27,7 @@ from thoughtformer.compression.streaming import StreamingLLM
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
 from thoughtformer.models.backbone import Attend, Backbone, backbone_of
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.padding import check_positions, kept_columns, real_tokens
+from thoughtformer.models.padding import KeptColumns, check_positions, real_tokens
 
 __all__ = ["CompressedModel"]
 
@@ -208,9 +208,8 @@ class CompressedModel(GeneratingView):
             raise InputError("input_ids are needed: a method decides on token ids.")
         batch, seq = input_ids.shape
         real = real_tokens(input_ids, attention_mask)
-        asked = kept_columns(logits_to_keep, seq)
-        keep = asked.unique()  # hidden states come in the text's order
-        if labels is not None and len(keep) != seq:
+        keep = KeptColumns(logits_to_keep, seq)
+        if labels is not None and not keep.is_all:
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
             use_cache = not self.training and labels is None
@@ -218,19 +217,10 @@ class CompressedModel(GeneratingView):
             past_key_values = self.new_cache(batch)
         if past_key_values is not None:
             self._check_cache(past_key_values, batch)
-        wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq) & real
         before = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.num_tokens
         check_positions(position_ids, real, before)
-        hidden = self.read(input_ids, real, past_key_values, wanted=wanted)
-        logits = self.backbone.head()(hidden)
-        if bool(wanted[:, keep].all()):
-            logits = logits.view(batch, len(keep), logits.shape[-1])
-        else:
-            padded = logits.new_zeros(batch, len(keep), logits.shape[-1])
-            padded[wanted[:, keep].to(logits.device)] = logits
-            logits = padded
-        if not torch.equal(asked, keep):
-            logits = logits[:, torch.searchsorted(keep, asked).to(logits.device)]
+        hidden = self.read(input_ids, real, past_key_values, wanted=keep.wanted(real))
+        logits = keep.laid_out(self.backbone.head()(hidden), real)
         loss = None
         if labels is not None:
             predicted = real.clone()

@@ -304,6 +304,8 @@ class Scheduler:
                 events += self._join(together, logits, cache)
         left = 0 if most is None else max(left, most // 4, 1)  # something, however many short ones there are
         for row in apart:
+            if most is not None and left <= 0:
+                break
             piece = self.reader.piece(row.ids[row.num_read :], None if most is None else left)
             left -= piece
             try:
@@ -314,8 +316,6 @@ class Scheduler:
             if row.num_read == len(row.ids):
                 assert row.held is not None
                 events += self._join([row], logits, row.held)
-            if most is not None and left <= 0:
-                break
         return events
 
     def _join(self, rows: list[Row], logits: torch.Tensor, cache: RowsCache) -> list[StreamEvent]:

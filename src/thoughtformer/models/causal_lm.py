@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.generation import GenerationConfig, LogitsProcessorList
 
 from thoughtformer.attention import TokenStructure
@@ -18,7 +18,7 @@ from thoughtformer.models.linear import PackableLinear, compiled_linear
 from thoughtformer.models.loss import chunked_cross_entropy
 from thoughtformer.models.modeling_gpthf import GPTHFModel, GPTHFPreTrainedModel
 from thoughtformer.models.outputs import GPTHFCausalLMOutput, RaggedOutput
-from thoughtformer.models.padding import kept_columns, real_tokens
+from thoughtformer.models.padding import KeptColumns, real_tokens
 from thoughtformer.models.penalty import exempting_repetition_penalty
 from thoughtformer.models.sentence_losses import SentenceLosses
 
@@ -73,7 +73,7 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch seq"] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: GPTHFCache | None = None,
+        past_key_values: Cache | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -104,11 +104,16 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             raise InputError("GPTHF derives positions from the ids: leave position_ids out.")
         batch, seq = input_ids.shape
         real = real_tokens(input_ids, attention_mask)
-        keep = kept_columns(logits_to_keep, seq)
-        if labels is not None and len(keep) != seq:
+        keep = KeptColumns(logits_to_keep, seq)
+        if labels is not None and not keep.is_all:
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        if past_key_values is not None and not isinstance(past_key_values, GPTHFCache):
+            raise InputError(
+                f"past_key_values is a {type(past_key_values).__name__}; a GPTHF needs a cache of its own: leave it "
+                "out, or make one by model.new_cache(batch)."
+            )
         if past_key_values is not None and past_key_values.num_rows != batch:
             raise InputError(f"past_key_values holds {past_key_values.num_rows} rows, input_ids has {batch}.")
         if past_key_values is None and use_cache:
@@ -118,7 +123,6 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
                 raise InputError("loss_only needs labels.")
             return self._losses(input_ids, real, labels, **kwargs)
 
-        wanted = torch.zeros(seq, dtype=torch.bool).index_fill(0, keep, True).expand(batch, seq)
         row = torch.arange(batch)[:, None].expand(batch, seq)
         all_real = bool(real.all())
         adds_losses = self.sentence_losses is not None and self.training and labels is not None
@@ -128,18 +132,11 @@ class GPTHFForCausalLM(GPTHFPreTrainedModel, GenerationMixin):
             past_key_values,
             num_rows=batch,
             num_columns=seq,
-            wanted=wanted[real],
+            wanted=keep.wanted(real)[real],
             output_hidden_states=bool(output_hidden_states),
             keep_sentences=adds_losses,
         )
-        if all_real:
-            logits = logits.view(batch, len(keep), logits.shape[-1])
-        else:
-            padded = logits.new_zeros(batch, len(keep), logits.shape[-1])
-            padded[real[:, keep].to(logits.device)] = logits
-            logits = padded
-        if len(keep) and not bool((keep[1:] > keep[:-1]).all()):
-            logits = logits[:, torch.argsort(torch.argsort(keep)).to(logits.device)]
+        logits = keep.laid_out(logits, real)
 
         loss = None
         if labels is not None:

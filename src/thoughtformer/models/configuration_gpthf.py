@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +117,9 @@ class GPTHFConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_keys(kwargs)
+        for name, expected in _TYPES.items():
+            _check_type(name, getattr(self, name), expected)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64
         if self.num_key_value_heads is None:
@@ -160,12 +168,20 @@ class GPTHFConfig(PreTrainedConfig):
         for name in (
             "vocab_size",
             "hidden_size",
+            "intermediate_size",
             "num_attention_heads",
             "num_key_value_heads",
             "max_position_embeddings",
         ):
             if (getattr(self, name) or 0) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
+        for name, is_valid, needed in (
+            ("rope_theta", 0 < self.rope_theta < math.inf, "above 0"),
+            ("rms_norm_eps", 0 <= self.rms_norm_eps < math.inf, "0 or more"),
+            ("initializer_range", 0 <= self.initializer_range < math.inf, "0 or more"),
+        ):
+            if not is_valid:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {needed}, and finite.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads="
@@ -205,6 +221,11 @@ class GPTHFConfig(PreTrainedConfig):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name}={token} is outside the vocabulary of {self.vocab_size} ids.")
+        if self.bos_token_id is not None and self.bos_token_id == self.sentence_end_token_id:
+            raise ConfigError(
+                f"bos_token_id and sentence_end_token_id are both {self.bos_token_id}, but one starts a document and "
+                "the other only closes a sentence: give different ids."
+            )
 
     def _check_hourglass(self) -> None:
         if self.memory_positions not in MEMORY_POSITIONS:
@@ -265,3 +286,35 @@ class GPTHFConfig(PreTrainedConfig):
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 raise ConfigError(f"{name}={getattr(self, name)!r} needs a decoder: num_decoder_layers of 1 or more.")
+
+
+#: What each key must be. transformers checks types too, but not where annotations are kept as text, as here.
+_TYPES = typing.get_type_hints(type("_Keys", (), {"__annotations__": GPTHFConfig.__annotations__}), globals())
+
+#: Keys of other configurations that follow from ours.
+_DERIVED = {"head_dim": "hidden_size / num_attention_heads", "num_hidden_layers": "the layers of all stages"}
+
+
+def _check_keys(unknown: Mapping[str, Any]) -> None:
+    """Refuses keys that would be taken along without effect, though they look like ours; transformers takes any."""
+    for key in unknown:
+        if key in _DERIVED:
+            raise ConfigError(f"{key}={unknown[key]!r} can't be set, it is {_DERIVED[key]}: leave it out.")
+        close = difflib.get_close_matches(key, _TYPES, n=1, cutoff=0.9)
+        if close:
+            raise ConfigError(f"unknown key {key!r}. Did you mean {close[0]!r}?")
+
+
+def _check_type(name: str, value: object, expected: Any) -> None:
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if not any(_is(value, option) for option in options):
+        names = " or ".join(getattr(option, "__name__", str(option)).replace("NoneType", "None") for option in options)
+        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give {names}.")
+
+
+def _is(value: object, option: Any) -> bool:
+    if typing.get_origin(option) is list:
+        return isinstance(value, list) and all(_is(part, typing.get_args(option)[0]) for part in value)
+    if option is float and isinstance(value, int) and not isinstance(value, bool):
+        return True
+    return isinstance(value, option) and (option is bool or not isinstance(value, bool))

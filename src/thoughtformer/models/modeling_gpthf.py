@@ -155,7 +155,11 @@ class GPTHFModel(GPTHFPreTrainedModel):
         tokens = self._structure(input_ids, row, counters)
         known = recall(source, input_ids, tokens, torch.zeros(len(tokens), dtype=torch.bool))
         shared = Pass(
-            after=counters, is_fresh=True, is_dense=self.config._attn_implementation == "eager", compiles=False
+            after=counters,
+            is_fresh=True,
+            is_step=False,
+            is_dense=self.config._attn_implementation == "eager",
+            compiles=False,
         )
         self._encoding().encode_new(input_ids, tokens, shared, None, known)
 
@@ -203,6 +207,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         shared = Pass(
             after=after,
             is_fresh=cache is None or (cache.is_fresh and cache.autocommit),
+            is_step=tokens.is_one_a_row(len(counters)),
             is_dense=self.config._attn_implementation == "eager",
             compiles=self.compiles_steps,
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thoughtformer.errors import InputError, UnsupportedError
 
-__all__ = ["check_positions", "kept_columns", "real_tokens"]
+__all__ = ["KeptColumns", "check_positions", "real_tokens"]
 
 
 def real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
@@ -39,8 +39,35 @@ def check_positions(
         )
 
 
-def kept_columns(logits_to_keep: int | Tensor, seq: int) -> Int[Tensor, " kept"]:
-    """The columns that `logits_to_keep` names: the last so many (0: all), or these."""
-    if isinstance(logits_to_keep, Tensor):
-        return torch.arange(seq)[logits_to_keep.cpu()]
-    return torch.arange(seq)[-logits_to_keep if logits_to_keep else 0 :]
+class KeptColumns:
+    """The columns of logits that `logits_to_keep` names: the last so many (0: all), or these, in any order.
+
+    Each is computed once, from left to right, whichever way it is asked for.
+    """
+
+    def __init__(self, logits_to_keep: int | Tensor, seq: int) -> None:
+        columns = torch.arange(seq)
+        if isinstance(logits_to_keep, Tensor):
+            self._asked = columns[logits_to_keep.cpu()]
+        else:
+            self._asked = columns[-logits_to_keep if logits_to_keep else 0 :]
+        self._computed = self._asked.unique()
+        self.is_all = torch.equal(self._asked, columns)
+
+    def wanted(self, real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+        """The tokens whose logits are needed."""
+        return torch.zeros_like(real).index_fill(1, self._computed, True) & real
+
+    def laid_out(
+        self, logits: Float[Tensor, "wanted vocab"], real: Bool[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """The wanted tokens' logits, row by row, as the columns that were asked for; 0 in padding."""
+        is_real = real[:, self._computed]
+        if bool(is_real.all()):
+            columns = logits.view(*is_real.shape, logits.shape[-1])
+        else:
+            columns = logits.new_zeros(*is_real.shape, logits.shape[-1])
+            columns[is_real.to(logits.device)] = logits
+        if torch.equal(self._asked, self._computed):
+            return columns
+        return columns[:, torch.searchsorted(self._computed, self._asked).to(logits.device)]

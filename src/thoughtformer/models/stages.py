@@ -47,12 +47,14 @@ class Pass:
     Attributes:
         after: where the rows stand once the new tokens have been read.
         is_fresh: nothing is held, and what is written is committed at once.
+        is_step: one new token of each row.
         is_dense: attend by dense masks.
         compiles: one row's steps may run compiled.
     """
 
     after: RowCounters
     is_fresh: bool
+    is_step: bool
     is_dense: bool
     compiles: bool
 
@@ -93,7 +95,7 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         """The last layer's output; each layer's is added to `outputs`. What later tokens may read goes to `held`."""
         if len(tokens) == 0:
-            return hidden_states
+            return self._nothing(hidden_states, outputs)
         if self.in_proj is not None:
             hidden_states = self.in_proj(hidden_states)
         hidden_states = self._through(hidden_states, tokens, shared, held, outputs)
@@ -119,7 +121,7 @@ class Stage(nn.Module):
         else:
             assert held is not None
             row, slot = (index.to(device) for index in held.extend(tokens))
-            over_held = held.held_attention(tokens)
+            over_held = held.held_attention(tokens, is_step=shared.is_step)
             if shared.compiles and outputs is None and _is_plain_step(held, over_held, tokens):
                 return compiled_step(len(self.layers), self.shape.hidden_size)(
                     self._layer_list(), hidden_states, angles, held.keys, held.values, slot, over_held.num_keys
@@ -138,6 +140,14 @@ class Stage(nn.Module):
             hidden_states = layer(hidden_states, angles, attend)
             if outputs is not None:
                 outputs.append(hidden_states)
+        return hidden_states
+
+    def _nothing(
+        self, hidden_states: Float[Tensor, "0 hidden"], outputs: list[Tensor] | None
+    ) -> Float[Tensor, "0 hidden"]:
+        """What `forward` returns for no tokens."""
+        if outputs is not None:
+            outputs += [hidden_states.new_empty(0, self.shape.hidden_size)] * len(self.layers)
         return hidden_states
 
     def _position(self, tokens: TokenStructure) -> Int[Tensor, " tokens"]:
@@ -230,7 +240,7 @@ class DecoderStage(Stage):
                     memory.write(number, row, slot, key, value)
             memory_keys, memory_values = memory.keys, memory.values
         if len(tokens) == 0:
-            return hidden_states
+            return self._nothing(hidden_states, outputs)
 
         angles = self._angles(self._position(tokens), hidden_states)
         # A rotated query turned on by the difference is the query that counts sentences.
@@ -244,7 +254,8 @@ class DecoderStage(Stage):
             assert held is not None
             assert memory is not None
             row, slot = (index.to(device) for index in held.extend(tokens))
-            over_own, over_memory = held.held_attention(tokens), memory.held_attention(tokens, written=0)
+            over_own = held.held_attention(tokens, is_step=shared.is_step)
+            over_memory = memory.held_attention(tokens, is_step=shared.is_step, written=0)
             if (
                 shared.compiles
                 and outputs is None
