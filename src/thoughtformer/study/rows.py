@@ -201,16 +201,12 @@ def _screen() -> list[Row]:
     return [Row(variant=variant, learning_rate=LEARNING_RATE) for variant in SCREENED]
 
 
-def _seeds(size: str) -> list[Row]:
+def _seeds(size: str, megabytes: int = 10) -> list[Row]:
     return [
-        Row(variant=variant, size=size, learning_rate=LEARNING_RATE, seed=seed)
+        Row(variant=variant, size=size, megabytes=megabytes, learning_rate=LEARNING_RATE, seed=seed)
         for seed in (0, 1, 2)
         for variant in FINALISTS
     ]
-
-
-def _long() -> list[Row]:
-    return [Row(variant=variant, megabytes=40, learning_rate=LEARNING_RATE) for variant in FINALISTS]
 
 
 def _equal_flops() -> list[Row]:
@@ -236,7 +232,7 @@ GROUPS: dict[str, Callable[[], list[Row]]] = {
     "screen": _screen,
     "seeds-1m": partial(_seeds, "1m"),
     "seeds-3m": partial(_seeds, "3m"),
-    "long": _long,
+    "long": partial(_seeds, "1m", 40),
     "equal-flops": _equal_flops,
     "largest": _largest,
     "trial": _trial,
