@@ -124,7 +124,7 @@ MISTAKES = {
     "too long": (["generate", "-m", "{folder}/gpthf", "-f", "{folder}/data.txt"], "Shorten the prompt"),
     "too many": (["generate", "-m", "{folder}/gpthf", "-p", "a", "--max-new-tokens", "600"], "new tokens at most"),
     "removed alone": (["generate", "-p", "a", "--removed", "0.5"], "how an --adapter folds"),
-    "removed of a context": (["generate", "-p", "a", "--context", "a.ctx", "--removed", "0.5"], "Leave it out"),
+    "removed of a context": (["generate", "-p", "a", "--context", "a.ctx", "--removed", "0.5"], "leave out --removed"),
     "eval missing": (["eval", "-m", "{folder}/gpthf", "--data", "nowhere"], "no file or folder 'nowhere'"),
     "eval empty": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/empty.txt"], "every document is empty"),
     "eval binary": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/binary.txt"], "zero byte"),

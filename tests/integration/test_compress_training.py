@@ -310,6 +310,10 @@ def test_train_eval_context_generate(run, place, base):
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["tokens"] > result["tokens"]
+    again = ["compress", "context", "--file", place / "page.txt", "--append", book, "--out", place / "again.ctx"]
+    code, _, err = run(*again, "--model", model, "--adapter", adapter, "--removed", 0.5, "--sentences")
+    assert code == 2
+    assert "leave out --removed, --sentences" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(
@@ -321,6 +325,8 @@ def test_train_eval_context_generate(run, place, base):
         (["compress", "eval", "--data", "{page}", "--removed", "1.5"], "between 0 and 1"),
         (["compress", "context", "--file", "{page}", "--out", "{page}"], "exists"),
         (["compress", "context", "--file", "{page}", "--out", "{new}"], "--adapter"),
+        (["compress", "context", "--file", "{page}", "--out", "{new}", "--sentences", "--removed", "0.5"], "leave out"),
+        (["compress", "context", "--file", "{page}", "--out", "{new}", "--max-bytes", "9", "--removed", "0.5"], "held"),
         (
             ["compress", "context", "--file", "{page}", "--out", "{new}", "--adapter", "tiny-gpt"],
             "is a model, not an adapter",

@@ -7,8 +7,16 @@ import torch
 
 from lms import DIFFERENT, TINY_METHODS, random_ids, step_by_step, tiny_compressed, tiny_lm
 from thoughtformer.cache.compressed import BLOCK_ENTRIES, EntrySlots
-from thoughtformer.compression import METHODS, Context, HeavyHitters, Local, entries_held
-from thoughtformer.errors import CheckpointError, InputError
+from thoughtformer.compression import (
+    METHODS,
+    Context,
+    HeavyHitters,
+    Local,
+    StreamingLLM,
+    Truncation,
+    entries_held,
+)
+from thoughtformer.errors import CheckpointError, InputError, UnsupportedError
 
 LENGTH = 70
 
@@ -249,8 +257,63 @@ def test_logits_at_chosen_columns():
 
 
 @torch.no_grad()
-def test_a_cache_of_another_h2o_budget_is_refused():
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (HeavyHitters(max_entries=14), HeavyHitters(max_entries=10), "at most 14"),
+        (StreamingLLM(max_entries=20), StreamingLLM(max_entries=8), "'max_entries': 20.*'max_entries': 8"),
+        (Truncation(piece_tokens=13), Truncation(piece_tokens=20), "'piece_tokens': 13"),
+    ],
+    ids=["h2o", "streaming", "truncation"],
+)
+def test_a_cache_of_other_settings_is_refused(one, other, message):
     model = tiny_lm()
-    cache = tiny_compressed(model, HeavyHitters(max_entries=14)).new_cache(1)
-    with pytest.raises(InputError, match="at most 14"):
-        tiny_compressed(model, HeavyHitters(max_entries=10))(random_ids(1, 5), past_key_values=cache)
+    cache = tiny_compressed(model, one).new_cache(1)
+    with pytest.raises(InputError, match=message):
+        tiny_compressed(model, other)(random_ids(1, 5), past_key_values=cache)
+    tiny_compressed(model, one)(random_ids(1, 5), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_pass_of_padding_alone_reads_nothing(family):
+    compressed = tiny_compressed(tiny_lm(family), Local(removed=0.5))
+    ids, cache = random_ids(1, 30), compressed.new_cache(1)
+    compressed(ids[:, :28], past_key_values=cache)
+    nothing = compressed(ids[:, :2], attention_mask=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache)
+    assert not nothing.logits.any()
+    close(compressed(ids[:, 28:], past_key_values=cache).logits, compressed(ids, use_cache=False).logits[:, 28:])
+
+
+@pytest.mark.parametrize("wrong", [40, 41, -1])
+def test_ids_outside_the_vocabulary_are_no_sentinels(wrong):
+    compressed = tiny_compressed(tiny_lm(), TINY_METHODS["sentinel"])
+    with pytest.raises(InputError, match=f"row 1 has the id {wrong}, but the vocabulary has 40"):
+        compressed(torch.tensor([[5, 6, 7], [5, wrong, 6]]))
+
+
+@pytest.mark.parametrize("name", sorted(TINY_METHODS))
+def test_gradients_pass_every_method_that_can_be_trained_through(family, name):
+    """What keeps its entries in a store must not overwrite what gradients need."""
+    compressed, ids = tiny_compressed(tiny_lm(family), TINY_METHODS[name]), random_ids(2, LENGTH)
+    compressed.train().requires_grad_(True)  # a sentinels' adapter comes frozen, and freezes its base
+    if TINY_METHODS[name].is_by_attention:
+        with pytest.raises(UnsupportedError, match="can't be trained through"):
+            compressed(ids, labels=ids)
+        with torch.no_grad():
+            assert compressed(ids, labels=ids).loss.isfinite()
+        return
+    compressed(ids, labels=ids).loss.backward()
+    gradients = [parameter.grad for parameter in compressed.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+
+
+@torch.no_grad()
+def test_a_context_is_one_text():
+    compressed = tiny_compressed(tiny_lm(), Local(removed=0.5))
+    with pytest.raises(InputError, match=r"shape \(2, 5\); a context holds one text"):
+        Context.read(compressed, random_ids(2, 5))
+    context = Context.read(compressed, random_ids(1, 5))
+    assert len(context.ids) == 5
+    with pytest.raises(InputError, match=r"shape \(2, 5\)"):
+        context.generate(random_ids(2, 5), max_new_tokens=2)

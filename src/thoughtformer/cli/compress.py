@@ -20,7 +20,7 @@ from thoughtformer.cli.options import (
     read_text,
     set_threads,
 )
-from thoughtformer.errors import ConfigError, InputError
+from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel
@@ -31,7 +31,10 @@ compress_app = typer.Typer(help="Fold the context of a causal LM: train sentinel
 
 Base = Annotated[str, typer.Option("--model", "-m", help="tiny-gpt, or a folder with a causal LM of transformers.")]
 Adapter = Annotated[str | None, typer.Option(help="tiny-gpt-sentinel, or a folder that `compress train` wrote.")]
-Removed = Annotated[float, typer.Option(help="Fraction of the tokens seen that is not held.", min=0.0, max=0.99)]
+Removed = Annotated[
+    float | None,
+    typer.Option(help="Fraction of the tokens seen that is not held; default: 0.9.", min=0.0, max=0.99),
+]
 Span = Annotated[int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)]
 Every = Annotated[bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")]
 MaxBytes = Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)]
@@ -230,10 +233,10 @@ def open_compressed(
     model: str,
     adapter: str | None,
     *,
-    removed: float,
-    span_tokens: int | None,
-    sentences: bool,
-    max_bytes: int | None,
+    removed: float | None = None,
+    span_tokens: int | None = None,
+    sentences: bool = False,
+    max_bytes: int | None = None,
     allow_extrapolation: bool,
     context: Path | None = None,
 ) -> tuple[CompressedModel, Any]:
@@ -246,8 +249,16 @@ def open_compressed(
     from thoughtformer.evaluate.compression import span_for
     from thoughtformer.models.loading import BUNDLED_ADAPTERS, load_causal_lm, resolve
 
-    if sentences and max_bytes is not None:
-        raise ConfigError("--sentences and --max-bytes exclude each other.")
+    given = [name for name, value in (("--removed", removed), ("--span-tokens", span_tokens)) if value is not None]
+    given += ["--max-bytes"] if max_bytes is not None else []
+    if context is not None and (given or sentences):
+        options = ", ".join([*given, *(["--sentences"] if sentences else [])])
+        raise InputError(f"{context} goes on being folded as it was: leave out {options}, or make another context.")
+    if sentences and given:
+        raise InputError(f"--sentences folds each sentence as it ends: leave out {', '.join(given)}.")
+    if max_bytes is not None and removed is not None:
+        raise InputError("--max-bytes says how much is held: leave out --removed.")
+    removed = 0.9 if removed is None else removed
     loaded, tokenizer = load_causal_lm(model)
     if getattr(loaded.config, "num_encoder_layers", 0):
         raise InputError(
@@ -290,7 +301,7 @@ def context(
     model: Base = "tiny-gpt",
     adapter: Adapter = None,
     append: Annotated[Path | None, typer.Option(help="Read on from this context instead of anew.")] = None,
-    removed: Removed = 0.9,
+    removed: Removed = None,
     span_tokens: Span = None,
     sentences: Every = False,
     max_bytes: MaxBytes = None,

@@ -60,12 +60,8 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise InputError("give the text to continue as either --prompt TEXT or --file FILE.")
-    if removed is not None and (adapter is None or context is not None):
-        raise InputError(
-            "--removed says how an --adapter folds what it reads: name one."
-            if context is None
-            else f"--removed: {context} goes on being folded as it was. Leave it out, or make another context."
-        )
+    if removed is not None and adapter is None and context is None:
+        raise InputError("--removed says how an --adapter folds what it reads: name one.")
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file).removesuffix("\n").removesuffix("\r")
     assert text is not None
@@ -89,8 +85,7 @@ def generate(
     if adapter is not None or context is not None:
         if store is not None:
             raise InputError("--store keeps sentences of a GPTHF; --adapter and --context compress other models.")
-        fraction = 0.9 if removed is None else removed
-        _generate_compressed(text, params, model, adapter, context, fraction, allow_extrapolation, as_json)
+        _generate_compressed(text, params, model, adapter, context, removed, allow_extrapolation, as_json)
         return
 
     from thoughtformer.engine import Engine, SentenceStore
@@ -139,7 +134,7 @@ def _generate_compressed(
     model: str,
     adapter: str | None,
     context: Path | None,
-    removed: float,
+    removed: float | None,
     allow_extrapolation: bool,
     as_json: bool,
 ) -> None:
@@ -156,9 +151,6 @@ def _generate_compressed(
         model,
         adapter,
         removed=removed,
-        span_tokens=None,
-        sentences=False,
-        max_bytes=None,
         allow_extrapolation=allow_extrapolation,
         context=context,
     )

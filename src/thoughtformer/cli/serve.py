@@ -90,8 +90,6 @@ def serve(
         )
     if adapter is None and (removed is not None or span_tokens is not None or sentences or max_bytes is not None):
         raise InputError("--removed, --span-tokens, --sentences and --max-bytes say how an --adapter folds: name one.")
-    if sentences and (removed is not None or span_tokens is not None):
-        raise InputError("--sentences folds each sentence as it ends: leave --removed and --span-tokens out.")
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -117,7 +115,7 @@ def serve(
         served, tokenizer = open_compressed(
             model,
             adapter,
-            removed=0.9 if removed is None else removed,
+            removed=removed,
             span_tokens=span_tokens,
             sentences=sentences,
             max_bytes=max_bytes,

@@ -23,6 +23,7 @@ from thoughtformer.compression.generating import GeneratingView
 from thoughtformer.compression.heavy_hitters import AttendHeavyHitters, HeavyHitters, HeavyHitterStore
 from thoughtformer.compression.method import Method, read_ids
 from thoughtformer.compression.sentinel import Sentinel
+from thoughtformer.compression.settings import settings_of
 from thoughtformer.compression.streaming import StreamingLLM
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
 from thoughtformer.models.backbone import Attend, Backbone, backbone_of
@@ -87,6 +88,7 @@ class CompressedModel(GeneratingView):
         self.execution = execution
         self.prefill_tokens = prefill_tokens
         self.allow_extrapolation = allow_extrapolation or bool(getattr(model.config, "allow_extrapolation", False))
+        self._settings = settings_of(method)
         self.base_fingerprint = fingerprint(model) if base_fingerprint is None else base_fingerprint
         self._adapter_version: tuple[int, str] | None = None
         self._is_closed = False
@@ -120,6 +122,7 @@ class CompressedModel(GeneratingView):
             "model": self.base_fingerprint,
             "adapter": self._adapter_name(),
             "method": self.method.name,
+            "settings": self._settings,
             "kind": kind,
         }
 
@@ -217,6 +220,11 @@ class CompressedModel(GeneratingView):
             past_key_values = self.new_cache(batch)
         if past_key_values is not None:
             self._check_cache(past_key_values, batch)
+        if self.training and labels is not None and torch.is_grad_enabled() and self.method.is_by_attention:
+            raise UnsupportedError(
+                f"{self.method.name!r} can't be trained through: it overwrites what it drops. Train with another "
+                "method; to score, call eval() or use torch.no_grad()."
+            )
         before = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.num_tokens
         check_positions(position_ids, real, before)
         hidden = self.read(input_ids, real, past_key_values, wanted=keep.wanted(real))
@@ -253,6 +261,7 @@ class CompressedModel(GeneratingView):
         ids = [row_ids[row_real].tolist() for row_ids, row_real in zip(input_ids.cpu(), real, strict=True)]
         longest = max((row.num_tokens + len(new) for row, new in zip(rows, ids, strict=True)), default=0)
         self.check_length(longest, "the text comes to")
+        self._check_ids(ids)
         self._check_documents(ids, rows)
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.is_pooled or self.method.is_by_attention or isinstance(self.method, StreamingLLM)
@@ -267,7 +276,7 @@ class CompressedModel(GeneratingView):
         try:
             for start in range(0, width, step):
                 pieces = [reading.piece(start, start + step) for reading in readings]
-                hidden, chunk = self._compute(pieces, store)
+                hidden, chunk = self._compute(pieces, store, is_kept=cache is not None)
                 for row, part in enumerate(token_wanted):
                     part = part[start : start + step]
                     columns = chunk.token_column[row, : len(part)][part]
@@ -280,10 +289,10 @@ class CompressedModel(GeneratingView):
             cache.rows = rows
             cache.num_columns += input_ids.shape[1]
         flat = [part for row_parts in parts for part in row_parts]
-        return torch.cat(flat) if flat else self.backbone.embed(input_ids[:, :0]).reshape(0, self.config.hidden_size)
+        return torch.cat(flat) if flat else self.backbone.embed(input_ids[:, :0].to(self.device)).flatten(0, 1)
 
-    def _compute(self, readings: Sequence[RowReading], store: Store | None) -> tuple[Tensor, Chunk]:
-        """Hidden states of one chunk's entries; `store` holds afterwards what later tokens may read."""
+    def _compute(self, readings: Sequence[RowReading], store: Store | None, *, is_kept: bool) -> tuple[Tensor, Chunk]:
+        """Hidden states of one chunk's entries; `store`, if it is kept, holds afterwards what later tokens may read."""
         backbone, method = self.backbone, self.method
         num_sentinels = 0 if method.is_pooled else method.num_summaries
         chunk = lay_out(readings, vocab_size=backbone.vocab_size, num_summaries=num_sentinels)
@@ -295,6 +304,8 @@ class CompressedModel(GeneratingView):
             assert store is None or isinstance(store, EntrySlots)
             attend = self._attend_entries(chunk, store)
         hidden = self.run(chunk.input_ids, chunk.entries.position, attend)
+        if not is_kept:
+            return hidden, chunk  # and nothing that gradients need is overwritten
         if isinstance(attend, AttendHeavyHitters):
             attend.finish()
         elif isinstance(attend, AttendHeld):
@@ -346,6 +357,14 @@ class CompressedModel(GeneratingView):
                 "held, not the positions counted. "
                 f"Leave out {num_tokens - limit} tokens, or set allow_extrapolation=True."
             )
+
+    def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
+        """Ids behind the vocabulary are those of sentinels, which stand where the method puts them alone."""
+        size = self.backbone.vocab_size
+        for number, new in enumerate(ids):
+            if new and (max(new) >= size or min(new) < 0):
+                wrong = next(token for token in new if not 0 <= token < size)
+                raise InputError(f"row {number} has the id {wrong}, but the vocabulary has {size} ids.")
 
     def _check_documents(self, ids: Sequence[Sequence[int]], rows: Sequence[RowProgress]) -> None:
         """This package's GPT starts a new document, unread by the last, at each start token; a method knows one."""

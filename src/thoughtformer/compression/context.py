@@ -18,7 +18,6 @@ from thoughtformer.attention.schedule import RowProgress
 from thoughtformer.cache.compressed import CompressedCache
 from thoughtformer.compression.compressed import CompressedModel
 from thoughtformer.compression.policies import Callback
-from thoughtformer.compression.settings import settings_of
 from thoughtformer.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from thoughtformer.models.writing import new_file
 
@@ -49,7 +48,7 @@ class Context:
     @torch.no_grad()
     def append(self, ids: Sequence[int] | Int[Tensor, " tokens"]) -> None:
         """Reads on."""
-        new = torch.as_tensor(ids, dtype=torch.long).reshape(1, -1)
+        new = _one_row(torch.as_tensor(ids, dtype=torch.long))
         if new.shape[1] == 0:
             raise InputError("no tokens to read.")
         real = torch.ones_like(new, dtype=torch.bool)
@@ -75,7 +74,8 @@ class Context:
         """
         if input_ids is None or input_ids.shape[-1] == 0:
             raise InputError("give at least one token after the context: the model continues from it.")
-        whole = torch.cat([torch.tensor([self.ids]), input_ids.reshape(1, -1).cpu()], dim=1).to(self.compressed.device)
+        question = _one_row(input_ids.cpu())
+        whole = torch.cat([torch.tensor([self.ids]), question], dim=1).to(self.compressed.device)
         rows = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
         cache = self.cache.fork()
         if rows > 1:
@@ -99,7 +99,6 @@ class Context:
         manifest = {
             "version": FORMAT_VERSION,
             **self.compressed.identity,
-            "settings": settings_of(method),
             "dtype": str(self.compressed.dtype).removeprefix("torch."),
             "progress": [asdict(row) for row in self.cache.rows],
             "num_columns": self.cache.num_columns,
@@ -122,7 +121,6 @@ class Context:
         manifest = read_manifest(path)
         mine = {
             **compressed.identity,
-            "settings": settings_of(compressed.method),
             "dtype": str(compressed.dtype).removeprefix("torch."),
         }
         differing = [
@@ -141,6 +139,13 @@ class Context:
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or not what its manifest says: {error}") from error
         return cls(compressed, cache, ids)
+
+
+def _one_row(ids: Tensor) -> Int[Tensor, "1 tokens"]:
+    """Ids of one text, with or without a dimension of rows."""
+    if ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
+        raise InputError(f"ids have shape {tuple(ids.shape)}; a context holds one text: (tokens,) or (1, tokens).")
+    return ids.reshape(1, -1)
 
 
 def read_manifest(path: str | Path) -> Mapping[str, Any]:

@@ -170,6 +170,7 @@ class SentenceEnds(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "end_ids", frozenset(self.end_ids))
         check_count("min_tokens", self.min_tokens, 2)
         check_count("max_tokens", self.max_tokens, self.min_tokens)
 

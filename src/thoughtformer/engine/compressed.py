@@ -16,7 +16,6 @@ from thoughtformer.cache.compressed import CompressedCache, EntrySlots
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel, HeavyHitters
 from thoughtformer.compression.method import read_ids
-from thoughtformer.compression.settings import settings_of
 from thoughtformer.engine.readers import Reader, identity_of
 from thoughtformer.engine.rows import Row, RowContext
 from thoughtformer.errors import InputError, UnsupportedError
@@ -151,7 +150,7 @@ class CompressedReader(Reader):
 
     def identity(self) -> str:
         model = self.model
-        made_by: list[Any] = [model.identity, settings_of(model.method)]
+        made_by: list[Any] = [model.identity]
         made_by.append({name: value for name, value in model.config.to_dict().items() if name not in UNNAMED})
         made_by.append(None if model.adapter is None else asdict(model.adapter.config))
         return identity_of(model.base_fingerprint, made_by, model.dtype)
