@@ -249,11 +249,11 @@ def open_compressed(
     from thoughtformer.evaluate.compression import span_for
     from thoughtformer.models.loading import BUNDLED_ADAPTERS, load_causal_lm, resolve
 
-    given = [name for name, value in (("--removed", removed), ("--span-tokens", span_tokens)) if value is not None]
-    given += ["--max-bytes"] if max_bytes is not None else []
+    options = {"--removed": removed, "--span-tokens": span_tokens, "--max-bytes": max_bytes}
+    given = [name for name, value in options.items() if value is not None]
     if context is not None and (given or sentences):
-        options = ", ".join([*given, *(["--sentences"] if sentences else [])])
-        raise InputError(f"{context} goes on being folded as it was: leave out {options}, or make another context.")
+        wrong = ", ".join([*given, *["--sentences"] * sentences])
+        raise InputError(f"{context} goes on being folded as it was: leave out {wrong}, or make another context.")
     if sentences and given:
         raise InputError(f"--sentences folds each sentence as it ends: leave out {', '.join(given)}.")
     if max_bytes is not None and removed is not None:
