@@ -28,7 +28,7 @@ from thoughtformer.compression.streaming import StreamingLLM
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
 from thoughtformer.models.backbone import Attend, Backbone, backbone_of
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.padding import KeptColumns, check_positions, real_tokens
+from thoughtformer.models.padding import KeptColumns, check_ids, check_positions, real_tokens
 
 __all__ = ["CompressedModel"]
 
@@ -261,7 +261,7 @@ class CompressedModel(GeneratingView):
         ids = [row_ids[row_real].tolist() for row_ids, row_real in zip(input_ids.cpu(), real, strict=True)]
         longest = max((row.num_tokens + len(new) for row, new in zip(rows, ids, strict=True)), default=0)
         self.check_length(longest, "the text comes to")
-        self._check_ids(ids)
+        check_ids(ids, self.backbone.vocab_size)  # those behind are sentinels, which only a method sets
         self._check_documents(ids, rows)
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.is_pooled or self.method.is_by_attention or isinstance(self.method, StreamingLLM)
@@ -357,14 +357,6 @@ class CompressedModel(GeneratingView):
                 "held, not the positions counted. "
                 f"Leave out {num_tokens - limit} tokens, or set allow_extrapolation=True."
             )
-
-    def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
-        """Ids behind the vocabulary are those of sentinels, which stand where the method puts them alone."""
-        size = self.backbone.vocab_size
-        for number, new in enumerate(ids):
-            if new and (max(new) >= size or min(new) < 0):
-                wrong = next(token for token in new if not 0 <= token < size)
-                raise InputError(f"row {number} has the id {wrong}, but the vocabulary has {size} ids.")
 
     def _check_documents(self, ids: Sequence[Sequence[int]], rows: Sequence[RowProgress]) -> None:
         """This package's GPT starts a new document, unread by the last, at each start token; a method knows one."""

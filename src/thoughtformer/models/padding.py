@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thoughtformer.errors import InputError, UnsupportedError
 
-__all__ = ["KeptColumns", "check_positions", "real_tokens"]
+__all__ = ["KeptColumns", "check_ids", "check_positions", "real_tokens"]
 
 
 def real_tokens(input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
@@ -37,6 +39,14 @@ def check_positions(
             "position_ids must number each row's tokens in order from what its cache has read; a compressed model "
             "counts them itself."
         )
+
+
+def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises `InputError` for a row with an id outside the vocabulary."""
+    for number, row in enumerate(ids):
+        if row and (max(row) >= vocab_size or min(row) < 0):
+            wrong = next(token for token in row if not 0 <= token < vocab_size)
+            raise InputError(f"row {number} has the id {wrong}, but the vocabulary has {vocab_size} ids.")
 
 
 class KeptColumns:
