@@ -87,6 +87,9 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
     "hourglass-rebuild-0.3": _hourglass(2, 2, 2, rebuild_loss_weight=0.3),
     "hourglass-k2-rebuild": _hourglass(2, 2, 2, summaries_per_sentence=2, rebuild_loss_weight=0.1),
+    "hourglass-k2-rebuild-recent-1": _hourglass(
+        2, 2, 2, summaries_per_sentence=2, rebuild_loss_weight=0.1, recent_sentences=1
+    ),
     "hybrid-rebuild": _gpthf(2, 4, "hybrid", rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
@@ -128,6 +131,7 @@ SCREENED = (
     "hourglass-recent-2",
     "hourglass-blocks-32",
     "hybrid-1-5",
+    "hourglass-k2-rebuild-recent-1",
 )
 
 #: Those of the final rows, for which chance and size are looked at too.
@@ -209,6 +213,12 @@ def _seeds(size: str, megabytes: int = 10) -> list[Row]:
     ]
 
 
+def _long() -> list[Row]:
+    """The finalists, and what a window is worth to the last one where there is more text to learn from."""
+    window = Row(variant=f"{FINALISTS[-1]}-recent-1", megabytes=40, learning_rate=LEARNING_RATE)
+    return [*_seeds("1m", 40), window]
+
+
 def _equal_flops() -> list[Row]:
     """The last finalist on as much text as takes it the training FLOPs of the plain GPT's 40 MB."""
     return [
@@ -232,7 +242,7 @@ GROUPS: dict[str, Callable[[], list[Row]]] = {
     "screen": _screen,
     "seeds-1m": partial(_seeds, "1m"),
     "seeds-3m": partial(_seeds, "3m"),
-    "long": partial(_seeds, "1m", 40),
+    "long": _long,
     "equal-flops": _equal_flops,
     "largest": _largest,
     "trial": _trial,
