@@ -17,9 +17,11 @@ from lms import TINY_METHODS, random_ids, tiny_compressed, tiny_lm
 from prose import prose, tiny_pair
 from thoughtformer.attention.schedule import RowProgress
 from thoughtformer.compression import METHODS, EveryTokens, RemovedFraction, Sentinel, compress, entries_held
+from thoughtformer.compression.adapter import AdapterConfig
 from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.policies import Callback, SentenceEnds
 from thoughtformer.compression.settings import method_from, settings_of
-from thoughtformer.errors import CheckpointError, ConfigError, CorpusError, OutputError, TokenizerError
+from thoughtformer.errors import CheckpointError, ConfigError, CorpusError, InputError, OutputError, TokenizerError
 from thoughtformer.evaluate.compression import Blocks, equal_methods, mean_entries, sample_blocks, score_method
 from thoughtformer.evaluate.recall import plant_facts, score_recall
 from thoughtformer.models.fingerprint import fingerprint
@@ -307,6 +309,44 @@ def test_damaged_llama2c_files_are_refused(tmp_path):
         load_llama2c_tokenizer(tmp_path / "t")
     with pytest.raises(CheckpointError, match="can't read"):
         load_llama2c(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RemovedFraction(removed="0.5"), "removed='0.5' is a str; give float"),
+        (lambda: EveryTokens(span_tokens=True), "span_tokens=True is a bool; give int"),
+        (lambda: EveryTokens(span_tokens=16.0), "span_tokens=16.0 is a float; give int"),
+        (lambda: METHODS["scattered"](seed=None), "seed=None is a NoneType; give int"),
+        (lambda: METHODS["local"](removed="half"), "removed='half' is a str; give float"),
+        (lambda: METHODS["h2o"](max_entries="64"), "max_entries='64' is a str; give int"),
+        (lambda: METHODS["streaming"](max_entries=None), "max_entries=None is a NoneType; give int"),
+        (lambda: METHODS["combiner"](policy="every"), "policy='every' is a str; give Policy"),
+        (lambda: Sentinel(see_earlier=1), "see_earlier=1 is a int; give bool"),
+        (lambda: SentenceEnds(end_ids=3), r"end_ids=3 is a int; give frozenset\[int\]"),
+        (lambda: SentenceEnds(end_ids=["."]), r"give frozenset\[int\]"),
+        (lambda: Callback(choose=3), "choose=3 is a int; give a function"),
+        (lambda: AdapterConfig(lora_dropout="no"), "lora_dropout='no' is a str; give float"),
+        (lambda: compress(tiny_lm("llama"), 3), "method=3 is a int; give a Method or one of full, "),
+        (lambda: compress(tiny_lm("llama"), "local", removed="0.5"), "removed='0.5' is a str"),
+        (lambda: compress(tiny_lm("llama"), "local", prefill_tokens="3"), "prefill_tokens='3' must be a whole number"),
+    ],
+)
+def test_settings_of_wrong_types_are_refused_by_name(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_settings_that_follow_from_others_are_taken():
+    assert SentenceEnds(end_ids=[1, 2]).end_ids == frozenset((1, 2))
+    assert RemovedFraction(removed=0).removed == 0
+    assert Callback(choose=lambda row, available: None).name == "callback"
+
+
+def test_one_text_is_a_batch_of_one():
+    model = compress(tiny_lm("llama"), "local")
+    with pytest.raises(InputError, match=r"\(batch, seq\)"):
+        model(torch.arange(5))
 
 
 def test_replacing_settings_is_checked():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thoughtformer.compression.method import check_count
+from thoughtformer.checks import check_count, check_fields
 from thoughtformer.errors import CheckpointError, ConfigError, OutputError, UnsupportedError
 from thoughtformer.models.backbone import Backbone
 
@@ -54,6 +54,7 @@ class AdapterConfig:
     sentinels_only: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_count("num_sentinels", self.num_sentinels, 1)
         check_count("lora_rank", self.lora_rank, 0)
         if not 0 <= self.lora_dropout < 1:

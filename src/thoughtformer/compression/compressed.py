@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from thoughtformer.attention.schedule import Chunk, RowProgress, RowReading, lay_out
 from thoughtformer.cache.compressed import BLOCK_ENTRIES, ENTRY_FIELDS, CompressedCache, EntrySlots, Store
 from thoughtformer.cache.slots import slots_bytes
+from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.attending import EXECUTIONS, AttendAtOnce, AttendHeld
 from thoughtformer.compression.combiner import Combiner
@@ -67,8 +68,7 @@ class CompressedModel(GeneratingView):
         self.backbone = backbone_of(model) if backbone is None else backbone
         if execution not in EXECUTIONS:
             raise ConfigError(f"execution={execution!r}.{nearest(execution, EXECUTIONS)}")
-        if prefill_tokens < 1:
-            raise ConfigError(f"prefill_tokens={prefill_tokens} must be 1 or more.")
+        check_count("prefill_tokens", prefill_tokens, 1)
         if method.needs_adapter and adapter is None:
             raise ConfigError(f"the method {method.name!r} needs an adapter: name one, or train it first.")
         if adapter is not None and not method.needs_adapter:
@@ -207,8 +207,8 @@ class CompressedModel(GeneratingView):
         for name in ("inputs_embeds", "output_attentions", "output_hidden_states", "encoder_hidden_states"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise UnsupportedError(f"{name} is not available from a compressed model.")
-        if input_ids is None:
-            raise InputError("input_ids are needed: a method decides on token ids.")
+        if input_ids is None or input_ids.dim() != 2:
+            raise InputError("input_ids of shape (batch, seq) are needed: a method decides on token ids.")
         batch, seq = input_ids.shape
         real = real_tokens(input_ids, attention_mask)
         keep = KeptColumns(logits_to_keep, seq)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from thoughtformer.attention.schedule import Event, RowProgress
-from thoughtformer.compression.method import Method, check_count, check_fraction
+from thoughtformer.checks import check_count, check_fraction
+from thoughtformer.compression.method import Method
 
 __all__ = ["Full", "Local", "RandomEviction", "Scattered", "Truncation"]
 
@@ -31,6 +32,7 @@ class Truncation(Method):
     piece_tokens: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("piece_tokens", self.piece_tokens, 1)
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
@@ -46,6 +48,7 @@ class Local(Method):
     removed: float = 0.9
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("removed", self.removed)
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
@@ -72,6 +75,7 @@ class Scattered(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("removed", self.removed)
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
@@ -91,6 +95,7 @@ class RandomEviction(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("first_tokens", self.first_tokens, 0)
         check_count("recent_tokens", self.recent_tokens, 0)
         check_count("max_entries", self.max_entries, self.first_tokens + self.recent_tokens + 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 from thoughtformer.attention.entries import TOKEN
 from thoughtformer.attention.schedule import Chunk, Event, RowProgress
 from thoughtformer.cache.compressed import BLOCK_ENTRIES
-from thoughtformer.compression.method import Method, check_count, check_fraction
+from thoughtformer.checks import check_count, check_fraction
+from thoughtformer.compression.method import Method
 from thoughtformer.models.backbone import Original
 
 __all__ = ["AttendHeavyHitters", "HeavyHitterStore", "HeavyHitters"]
@@ -32,6 +33,7 @@ class HeavyHitters(Method):
     recent_fraction: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("max_entries", self.max_entries, 2)
         check_fraction("recent_fraction", self.recent_fraction)
 

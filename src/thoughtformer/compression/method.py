@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from thoughtformer.attention.schedule import Event, RowProgress, RowReading
-from thoughtformer.errors import ConfigError
+from thoughtformer.checks import check_fields
 
 __all__ = ["Method", "entries_held", "read_ids"]
 
@@ -28,6 +28,9 @@ class Method(ABC):
     is_pooled: ClassVar[bool] = False
     #: Each layer and head keeps entries of its own, by what its attention was.
     is_by_attention: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def num_summaries(self) -> int:
@@ -63,15 +66,3 @@ def entries_held(method: Method, ids: Sequence[int]) -> list[int]:
         held.append(row.num_held + 1)
         read_ids(method, row, [token_id])
     return held
-
-
-def check_fraction(name: str, value: float, *, below_one: bool = True) -> None:
-    """Raises `ConfigError` unless `value` is a fraction."""
-    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
-        raise ConfigError(f"{name}={value} must be at least 0 and {'below 1' if below_one else 'at most 1'}.")
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises `ConfigError` unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value} must be a whole number of at least {least}.")

@@ -8,12 +8,12 @@ reading at once and reading token by token fold alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from thoughtformer.attention.schedule import Event, RowProgress
-from thoughtformer.compression.method import check_count, check_fraction
+from thoughtformer.checks import check_count, check_fields, check_fraction
 from thoughtformer.errors import ConfigError, ContextOverflowError
 
 __all__ = ["ByteBudget", "Callback", "EntryBudget", "EveryTokens", "Policy", "RemovedFraction", "SentenceEnds"]
@@ -37,6 +37,7 @@ class Policy(ABC):
     start_tokens: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("first_tokens", "recent_tokens", "start_tokens"):
             check_count(name, getattr(self, name), 0)
 
@@ -169,8 +170,9 @@ class SentenceEnds(Policy):
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
+        if isinstance(self.end_ids, Iterable):
+            object.__setattr__(self, "end_ids", frozenset(self.end_ids))
         super().__post_init__()
-        object.__setattr__(self, "end_ids", frozenset(self.end_ids))
         check_count("min_tokens", self.min_tokens, 2)
         check_count("max_tokens", self.max_tokens, self.min_tokens)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from thoughtformer.attention.schedule import Event, RowProgress
-from thoughtformer.compression.method import Method, check_count
+from thoughtformer.checks import check_count
+from thoughtformer.compression.method import Method
 from thoughtformer.compression.policies import Policy, RemovedFraction
 
 __all__ = ["Sentinel"]
@@ -30,6 +31,7 @@ class Sentinel(Method):
     see_earlier: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("num_sentinels", self.num_sentinels, 1)
 
     @property

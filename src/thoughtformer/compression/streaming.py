@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from thoughtformer.attention.schedule import Event, RowProgress
-from thoughtformer.compression.method import Method, check_count
+from thoughtformer.checks import check_count
+from thoughtformer.compression.method import Method
 from thoughtformer.errors import ConfigError
 
 __all__ = ["StreamingLLM"]
@@ -25,6 +26,7 @@ class StreamingLLM(Method):
     first_tokens: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("first_tokens", self.first_tokens, 0)
         check_count("max_entries", self.max_entries, 1)
         if self.max_entries <= self.first_tokens:

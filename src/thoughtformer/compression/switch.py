@@ -65,6 +65,9 @@ def compress(
             trained = adapter.config
             settings = {"num_sentinels": trained.num_sentinels, "see_earlier": trained.see_earlier} | settings
         method = kind(**settings)
+    elif not isinstance(method, Method):
+        names = ", ".join(METHODS)
+        raise ConfigError(f"method={method!r} is a {type(method).__name__}; give a Method or one of {names}.")
     elif settings:
         raise ConfigError(f"settings {sorted(settings)} go with a method's name; this method is made already.")
     if isinstance(adapter, str | Path):

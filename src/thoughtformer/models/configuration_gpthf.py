@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from thoughtformer.attention.visibility import BODY_RULES
+from thoughtformer.checks import check_type
 from thoughtformer.errors import ConfigError, nearest
 
 __all__ = ["GPTHFConfig", "LayerShape"]
@@ -119,7 +119,7 @@ class GPTHFConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _check_keys(kwargs)
         for name, expected in _TYPES.items():
-            _check_type(name, getattr(self, name), expected)
+            check_type(name, getattr(self, name), expected)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64
         if self.num_key_value_heads is None:
@@ -303,18 +303,3 @@ def _check_keys(unknown: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(key, _TYPES, n=1, cutoff=0.9)
         if close:
             raise ConfigError(f"unknown key {key!r}. Did you mean {close[0]!r}?")
-
-
-def _check_type(name: str, value: object, expected: Any) -> None:
-    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-    if not any(_is(value, option) for option in options):
-        names = " or ".join(getattr(option, "__name__", str(option)).replace("NoneType", "None") for option in options)
-        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give {names}.")
-
-
-def _is(value: object, option: Any) -> bool:
-    if typing.get_origin(option) is list:
-        return isinstance(value, list) and all(_is(part, typing.get_args(option)[0]) for part in value)
-    if option is float and isinstance(value, int) and not isinstance(value, bool):
-        return True
-    return isinstance(value, option) and (option is bool or not isinstance(value, bool))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from thoughtformer.attention.schedule import Event, RowProgress, RowReading
-from thoughtformer.compression.method import check_count, check_fraction, read_ids
+from thoughtformer.checks import check_count, check_fraction
+from thoughtformer.compression.method import read_ids
 from thoughtformer.compression.policies import EveryTokens, Policy, RemovedFraction
 from thoughtformer.compression.sentinel import Sentinel
 from thoughtformer.errors import ConfigError
