@@ -120,6 +120,8 @@ def test_tokenizers_that_do_not_fit(folder):
         ({"sentence_end_token_id": None}, "sentence_end_token_id=None"),
         ({"max_sentence_tokens": 1}, "max_sentence_tokens=1"),
         ({"bos_token_id": 99999}, "bos_token_id=99999"),
+        ({"eos_token_id": 99999}, "eos_token_id=99999 is outside the vocabulary of 8192 ids"),
+        ({"eos_token_id": [0, -1]}, r"eos_token_id=\[0, -1\] is outside"),
         ({"bos_token_id": 1}, "both 1"),
         ({"intermediate_size": 0}, "intermediate_size=0 must be 1 or more"),
         ({"rope_theta": float("nan")}, "rope_theta=nan must be above 0"),

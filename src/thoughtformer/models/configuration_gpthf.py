@@ -217,10 +217,11 @@ class GPTHFConfig(PreTrainedConfig):
                 f"max_sentence_tokens={self.max_sentence_tokens} leaves no room for a token and the sentence end: "
                 "give 2 or more, or None for no limit."
             )
-        for name in ("sentence_end_token_id", "bos_token_id", "pad_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ConfigError(f"{name}={token} is outside the vocabulary of {self.vocab_size} ids.")
+        for name in ("sentence_end_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            tokens = value if isinstance(value, list) else [value]
+            if any(token is not None and not 0 <= token < self.vocab_size for token in tokens):
+                raise ConfigError(f"{name}={value} is outside the vocabulary of {self.vocab_size} ids.")
         if self.bos_token_id is not None and self.bos_token_id == self.sentence_end_token_id:
             raise ConfigError(
                 f"bos_token_id and sentence_end_token_id are both {self.bos_token_id}, but one starts a document and "
