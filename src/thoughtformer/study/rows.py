@@ -64,6 +64,9 @@ def _of_length(shortest: int, longest: int) -> Variant:
     return replace(variant, run={"min_sentence_tokens": shortest})
 
 
+#: The switches of the default recipe.
+DEFAULT: dict[str, Any] = {"summaries_per_sentence": 2, "rebuild_loss_weight": 0.1}
+
 VARIANTS: dict[str, Variant] = {
     "gpt": _gpt(sentence_ends=False),
     "gpt-ends": _gpt(),
@@ -86,10 +89,9 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.25)),
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
     "hourglass-rebuild-0.3": _hourglass(2, 2, 2, rebuild_loss_weight=0.3),
-    "hourglass-k2-rebuild": _hourglass(2, 2, 2, summaries_per_sentence=2, rebuild_loss_weight=0.1),
-    "hourglass-k2-rebuild-recent-1": _hourglass(
-        2, 2, 2, summaries_per_sentence=2, rebuild_loss_weight=0.1, recent_sentences=1
-    ),
+    "hourglass-k2-rebuild": _hourglass(2, 2, 2, **DEFAULT),
+    "hourglass-k2-rebuild-recent-1": _hourglass(2, 2, 2, **(DEFAULT | {"recent_sentences": 1})),
+    "hourglass-k2-rebuild-recent-4": _hourglass(2, 2, 2, **(DEFAULT | {"recent_sentences": 4})),
     "hybrid-rebuild": _gpthf(2, 4, "hybrid", rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
@@ -214,9 +216,10 @@ def _seeds(size: str, megabytes: int = 10) -> list[Row]:
 
 
 def _long() -> list[Row]:
-    """The finalists, and what a window is worth to the last one where there is more text to learn from."""
-    window = Row(variant=f"{FINALISTS[-1]}-recent-1", megabytes=40, learning_rate=LEARNING_RATE)
-    return [*_seeds("1m", 40), window]
+    """The finalists, and the last one with a window: with so much text models learn to copy from what they can read."""
+    window = f"{FINALISTS[-1]}-recent-4"
+    rows = [Row(variant=window, megabytes=40, learning_rate=LEARNING_RATE, seed=seed) for seed in (0, 1, 2)]
+    return [*_seeds("1m", 40), *rows]
 
 
 def _equal_flops() -> list[Row]:
