@@ -18,7 +18,7 @@ from thoughtformer.bench.study_plots import draw_study
 from thoughtformer.bench.study_tables import BINS, finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
-from thoughtformer.evaluate import DocumentBits
+from thoughtformer.evaluate import DocumentBits, windows
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
@@ -413,16 +413,59 @@ def test_earlier_sentences_are_those_in_the_window():
     assert places.earlier[40:].min() >= 1, "half of the window is context"
 
 
+def test_repeats_by_hand():
+    """A pair counts from where it was last read, across sentence ends, within the window alone."""
+    tokenizer = load_tokenizer("tiny-gpthf")
+    text = "Here Ann saw Ann saw. It rained. Ann saw it."
+    ids = tokenizer.encode_document(text, complete=True)
+    tokens = [int(token) for token in ids if token != tokenizer.sentence_end_token_id]
+    words = [tokenizer.decode([token]) for token in tokens[1:]]
+    places = sentence_places(tokenizer, text, context_tokens=64)
+    saw = [place for place, word in enumerate(words) if word == " saw"]
+    assert places.repeat[saw].tolist() == [-1, 0, 2]
+    assert places.repeat[words.index(" It")] == -1
+    windowed = sentence_places(tokenizer, text, context_tokens=8)
+    assert windowed.repeat[saw[-1]] == -1, "its window starts behind the last pair"
+
+
+def test_repeats_are_those_of_a_search():
+    """Against looking back token by token, window by window."""
+    tokenizer = load_tokenizer("tiny-gpthf")
+    end = tokenizer.sentence_end_token_id
+    ids = tokenizer.encode_document(text := prose(3000, seed=3), complete=True)
+    sentences = [sum(1 for token in ids[1:place] if token == end) for place in range(len(ids))]
+    for context in (32, 256):
+        expected = []
+        for first, scored, stop in windows(
+            ids, context_tokens=context, stride_tokens=context // 2, sentence_end_token_id=end
+        ):
+            tokens = [place for place in range(first, stop) if ids[place] != end]
+            pairs = list(zip(tokens, tokens[1:], strict=False))
+            for number, (before, here) in enumerate(pairs):
+                if here < scored:
+                    continue
+                alike = [b for a, b in pairs[:number] if (ids[a], ids[b]) == (ids[before], ids[here])]
+                expected.append(sentences[here] - sentences[alike[-1]] if alike else -1)
+        places = sentence_places(tokenizer, text, context_tokens=context)
+        assert places.repeat.tolist() == expected
+        assert {-1, 0, 1} <= set(expected)
+
+
 def test_profile_by_hand():
     """Ends are left out, and so is the document's start."""
     is_end = np.array([False, False, True, False, False, True, False, False])
     bits = np.array([0.0, 1, 9, 2, 4, 9, 8, 16])
     profile = LossProfile()
-    places = Places(offset=np.array([0, 0, 1, 0, 1]), earlier=np.array([1, 2, 2, 0, 0]))
+    places = Places(
+        offset=np.array([0, 0, 1, 0, 1]),
+        earlier=np.array([1, 2, 2, 0, 0]),
+        repeat=np.array([-1, 0, 2, -1, 4]),
+    )
     profile.add(DocumentBits(num_bytes=10, bits=bits, is_end=is_end), places)
     means = profile.bits_per_token()
     assert means["by_offset"] == [(1 + 2 + 8) / 3, (4 + 16) / 2, *[None] * (len(EDGES) - 2)]
     assert means["by_earlier"] == [(8 + 16) / 2, 1, (2 + 4) / 2, *[None] * (len(EDGES) - 3)]
+    assert means["by_repeat"] == [2, None, 4, 16, *[None] * (len(EDGES) - 4), (1 + 8) / 2]
 
 
 def test_a_model_without_sentence_ends_has_the_same_tokens():
@@ -435,5 +478,5 @@ def test_a_model_without_sentence_ends_has_the_same_tokens():
         is_end = ids == tokenizer.sentence_end_token_id
         profile = LossProfile()
         profile.add(DocumentBits(num_bytes=1, bits=np.ones(len(ids)), is_end=is_end), places)
-        counts.append((profile.by_offset.tolist(), profile.by_earlier.tolist()))
+        counts.append((profile.by_offset.tolist(), profile.by_earlier.tolist(), profile.by_repeat.tolist()))
     assert counts[0] == counts[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
@@ -26,6 +26,8 @@ __all__ = [
 
 #: Of `study.profile.EDGES`.
 BINS = ("0", "1", "2", "3-4", "5-8", "9-16", "17-32", "33+")
+#: The profiles, and their bins.
+PROFILES = {"by_offset": BINS, "by_earlier": BINS, "by_repeat": (*BINS, "new")}
 SUFFIX = "_bits_per_byte"
 
 
@@ -70,6 +72,13 @@ class Trained:
     def texts(self) -> list[str]:
         """The held-out texts that every row was scored on."""
         return texts_of(self.rows)
+
+    def with_profile(self, text: str, kind: str) -> Trained:
+        """The rows that have a profile: those of older versions lack `by_repeat`."""
+        rows = tuple(row for row in self.rows if kind in row.settings[text])
+        if not rows:
+            raise InputError(f"no row of {self.name} has the profile {kind}: they are of an older version.")
+        return replace(self, rows=rows)
 
     def profile(self, text: str, kind: str) -> list[float | None]:
         """Bits a token in each bin, mean over seeds."""
@@ -299,8 +308,8 @@ def profile_table(
     records: Sequence[Record], kind: str, names: str, text: str, size: str, megabytes: str, learning_rate: str
 ) -> list[list[str]]:
     """Bits a token by bin that has tokens: the first architecture's, and how the others' differ; of seeds all have."""
-    if kind not in ("by_offset", "by_earlier"):
-        raise InputError(f"profile {kind!r} is unknown: by_offset or by_earlier.")
+    if kind not in PROFILES:
+        raise InputError(f"profile {kind!r} is unknown.{nearest(kind, PROFILES)}")
     rows = {row.name: row for row in trained(records, size, megabytes, learning_rate)}
     first, *others = names.split(",")
     missing = [name for name in (first, *others) if name not in rows]
@@ -308,9 +317,9 @@ def profile_table(
         raise InputError(f"no rows of {', '.join(missing)}.")
     if any(text not in rows[name].texts for name in (first, *others)):
         raise InputError(f"no rows scored on {text!r}.{nearest(text, rows[first].texts)}")
-    rows = of_shared_seeds([rows[name] for name in (first, *others)])
+    rows = of_shared_seeds([rows[name].with_profile(text, kind) for name in (first, *others)])
     base = rows[first].profile(text, kind)
-    lines = [["", *BINS], [first, *("" if bits is None else f"{bits:.2f}" for bits in base)]]
+    lines = [["", *PROFILES[kind]], [first, *("" if bits is None else f"{bits:.2f}" for bits in base)]]
     for name in others:
         bits = rows[name].profile(text, kind)
         pairs = zip(bits, base, strict=True)

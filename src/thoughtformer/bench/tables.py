@@ -11,6 +11,7 @@
 <!-- bench:finalists 1m 10 0.008 -->                    some of them over seeds, with what writing costs
 <!-- bench:rates 1m 10 -->                              some of them at several rates
 <!-- bench:profile by_offset gpt,fast-2-4 books 1m 10 0.008 -->  bits a token by place, beside the first
+<!-- bench:profile by_repeat gpt,fast-2-4 books 1m 40 0.008 -->  by the distance to the same pair of tokens
 ...
 <!-- bench:end -->
 """
