@@ -137,7 +137,8 @@ def study_table(
 ) -> list[list[str]]:
     """Architectures by mean bits per byte, the best first; `names` picks some. For `megabytes` see `trained`.
 
-    What is said beside `base` is seed by seed: a row is compared with the base's row of its own seed.
+    What is said beside `base` is of means over all seeds, whichever there are, with the range that the seeds allow. Two
+    architectures share nothing by sharing a seed, and one seed of the base may be far off the others.
     """
     rows = trained(records, size, megabytes, learning_rate)
     reference = next((row for row in rows if row.name == base), None)
@@ -261,22 +262,21 @@ def _rate(record: Record | None) -> str:
 
 
 def _beside(row: Trained, base: Trained) -> str:
-    """Per cent by which a row's mean bits differ from the base's, and over seeds from least to most."""
-    bases = base.by_seed()
-    parts = [100 * (bits / bases[seed] - 1) for seed, bits in row.by_seed().items() if seed in bases]
-    if not parts:
-        return "-"
-    mean = f"{statistics.fmean(parts):+.1f}%"
-    return mean if len(parts) == 1 else f"{mean} [{min(parts):+.1f}, {max(parts):+.1f}]"
+    """Per cent by which a row's mean bits differ from the base's, and the range that their seeds allow."""
+    mean = f"{100 * (row.mean_bits / base.mean_bits - 1):+.1f}%"
+    bits, bases = row.by_seed().values(), base.by_seed().values()
+    if len(bits) == len(bases) == 1:
+        return mean
+    low, high = min(bits) / max(bases) - 1, max(bits) / min(bases) - 1
+    return f"{mean} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _perplexity_beside(row: Trained, base: Trained) -> str:
     """Per cent by which the perplexity a token differs, at as many bytes a token as the base's training text has."""
     if row is base:
         return ""
-    bases, bytes_a_token = base.by_seed(), base.mean("bytes") / base.mean("tokens")
-    less = [bits - bases[seed] for seed, bits in row.by_seed().items() if seed in bases]
-    return f"{100 * (2 ** (bytes_a_token * statistics.fmean(less)) - 1):+.1f}%" if less else "-"
+    bytes_a_token = base.mean("bytes") / base.mean("tokens")
+    return f"{100 * (2 ** (bytes_a_token * (row.mean_bits - base.mean_bits)) - 1):+.1f}%"
 
 
 def _bits(row: Trained, text: str) -> str:
