@@ -253,6 +253,14 @@ def test_tables_of_what_was_measured(study):
         profile_table(records, "by_offset", "gpt,hourglass-2-2-2", "prose", "1m", "1", "0.004")
     with pytest.raises(InputError, match="no rows of hybrid"):
         profile_table(records, "by_offset", "gpt,hybrid", "poems", "1m", "1", "0.004")
+    repeats = profile_table(records, "by_repeat", "gpt,hourglass-2-2-2", "poems", "1m", "1", "0.004")
+    assert repeats[0][-1] == "new" and len(repeats) == 3
+    for record in records:
+        record.settings["poems"].pop("by_repeat")
+    with pytest.raises(InputError, match="no row of gpt has the profile by_repeat"):
+        profile_table(records, "by_repeat", "gpt,hourglass-2-2-2", "poems", "1m", "1", "0.004")
+    with pytest.raises(InputError, match="Did you mean 'by_offset'"):
+        profile_table(records, "by_offsets", "gpt", "poems", "1m", "1", "0.004")
     assert len(BINS) == len(EDGES)
     assert [int(name.split("-")[0].rstrip("+")) for name in BINS] == list(EDGES)
 
