@@ -89,9 +89,11 @@ VARIANTS: dict[str, Variant] = {
     "hourglass-wide": replace(_hourglass(2, 1, 2), body_widths=(2, 1.25)),
     "hourglass-rebuild": _hourglass(2, 2, 2, rebuild_loss_weight=0.1),
     "hourglass-rebuild-0.3": _hourglass(2, 2, 2, rebuild_loss_weight=0.3),
+    "hourglass-rebuild-recent-8": _hourglass(2, 2, 2, rebuild_loss_weight=0.1, recent_sentences=8),
     "hourglass-k2-rebuild": _hourglass(2, 2, 2, **DEFAULT),
     "hourglass-k2-rebuild-recent-1": _hourglass(2, 2, 2, **(DEFAULT | {"recent_sentences": 1})),
     "hourglass-k2-rebuild-recent-4": _hourglass(2, 2, 2, **(DEFAULT | {"recent_sentences": 4})),
+    "hourglass-k2-rebuild-recent-8": _hourglass(2, 2, 2, **(DEFAULT | {"recent_sentences": 8})),
     "hybrid-rebuild": _gpthf(2, 4, "hybrid", rebuild_loss_weight=0.1),
     "hourglass-next": _hourglass(2, 2, 2, next_sentence_loss_weight=0.1),
     "hourglass-even-16": _of_length(12, 20),
@@ -216,9 +218,13 @@ def _seeds(size: str, megabytes: int = 10) -> list[Row]:
 
 
 def _long() -> list[Row]:
-    """The finalists, and the last one with a window: with so much text models learn to copy from what they can read."""
-    window = f"{FINALISTS[-1]}-recent-4"
-    rows = [Row(variant=window, megabytes=40, learning_rate=LEARNING_RATE, seed=seed) for seed in (0, 1, 2)]
+    """The finalists, and windows: with so much text models learn to copy from what they can read."""
+    windows = ("hourglass-k2-rebuild-recent-4", "hourglass-rebuild-recent-8", "hourglass-k2-rebuild-recent-8")
+    rows = [
+        Row(variant=variant, megabytes=40, learning_rate=LEARNING_RATE, seed=seed)
+        for seed in (0, 1, 2)
+        for variant in windows
+    ]
     return [*_seeds("1m", 40), *rows]
 
 
