@@ -8,10 +8,12 @@ import subprocess
 import sys
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
-from thoughtformer.models.loading import load
+from thoughtformer.evaluate.profile import EDGES, PROFILES, sentence_places
+from thoughtformer.models.loading import load, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,38 @@ def test_eval(run, folder):
     _, table, _ = run(*arguments, "--batch-size", 1)
     assert f"bits per byte              {result['bits_per_byte']:.4f}" in table
     assert "stride 256" in table
+
+
+@pytest.mark.parametrize("name", ["gpthf", "gpt"])
+def test_eval_profiles(run, folder, name):
+    """The bins' means, weighed by tokens, are the mean of all tokens; the figures beside them stay."""
+    arguments = [
+        "eval",
+        "--model",
+        folder / name,
+        "--data",
+        folder / "data.txt",
+        "--context-tokens",
+        64,
+        "--stride-tokens",
+        24,
+    ]
+    result = json.loads(run(*arguments, "--profiles", "--json")[1])
+    without = json.loads(run(*arguments, "--json")[1])
+    assert without == {key: value for key, value in result.items() if key not in PROFILES}
+    document = (folder / "data.txt").read_text()
+    tokenizer = load_tokenizer(folder / name, insert_sentence_ends=True)
+    places = sentence_places(tokenizer, document, context_tokens=64, stride_tokens=24)
+    for key, bins in PROFILES.items():
+        each = getattr(places, key.removeprefix("by_"))
+        counts = np.bincount(np.where(each < 0, 8, np.searchsorted(EDGES, each, side="right") - 1), minlength=9)
+        means = np.array([bits or 0.0 for bits in result[key]])
+        assert len(means) == len(bins)
+        mean = (means * counts[: len(bins)]).sum() / counts.sum()
+        assert 2**mean == pytest.approx(result["token_perplexity"])
+    table = run(*arguments, "--profiles")[1]
+    assert "sentences since the same pair of tokens was read" in table
+    assert f"{result['by_repeat'][-1]:.2f}" in table.splitlines()[-1]
 
 
 def test_several_data_sources_after_one_flag(run, folder):

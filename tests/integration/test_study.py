@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 from prose import prose
 from thoughtformer.bench.records import Record, Spread, read_records
 from thoughtformer.bench.study_plots import draw_study
-from thoughtformer.bench.study_tables import BINS, finalists_table, learning_rates_table, profile_table, study_table
+from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits, windows
+from thoughtformer.evaluate.profile import BINS, EDGES, LossProfile, Places, sentence_places
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.study import rows as study_rows
 from thoughtformer.study import run as study_run
-from thoughtformer.study.profile import EDGES, LossProfile, Places, sentence_places
 from thoughtformer.study.rows import GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
 from thoughtformer.study.speed import StudySpeed

@@ -10,7 +10,8 @@ from typing import Any
 
 from thoughtformer.bench.canvas import MARKERS, new_axes, save
 from thoughtformer.bench.records import Record
-from thoughtformer.bench.study_tables import BINS, Trained, of_shared_seeds, texts_of, trained
+from thoughtformer.bench.study_tables import Trained, of_shared_seeds, texts_of, trained
+from thoughtformer.evaluate.profile import BINS
 
 __all__ = ["draw_study"]
 

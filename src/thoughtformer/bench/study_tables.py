@@ -10,9 +10,9 @@ from thoughtformer.bench.claims import latest
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.errors import InputError, nearest
+from thoughtformer.evaluate.profile import PROFILES
 
 __all__ = [
-    "BINS",
     "SUFFIX",
     "Trained",
     "finalists_table",
@@ -24,10 +24,6 @@ __all__ = [
     "trained",
 ]
 
-#: Of `study.profile.EDGES`.
-BINS = ("0", "1", "2", "3-4", "5-8", "9-16", "17-32", "33+")
-#: The profiles, and their bins.
-PROFILES = {"by_offset": BINS, "by_earlier": BINS, "by_repeat": (*BINS, "new")}
 SUFFIX = "_bits_per_byte"
 
 

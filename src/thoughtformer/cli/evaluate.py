@@ -21,6 +21,9 @@ def evaluate(
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows computed together; changes no figure.", min=1)] = 8,
     column: Column = "text",
+    profiles: Annotated[
+        bool, typer.Option("--profiles", help="Also bits by place in the sentence, and by what was read before.")
+    ] = False,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -31,8 +34,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
-    from thoughtformer.models.loading import load
+    from thoughtformer.evaluate import BitsReport, document_bits, window_sizes
+    from thoughtformer.evaluate.profile import LossProfile, sentence_places
+    from thoughtformer.models.loading import load, load_tokenizer
     from thoughtformer.text.corpus import Corpus
 
     set_threads(threads)
@@ -40,17 +44,24 @@ def evaluate(
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
     context, stride = window_sizes(loaded, context_tokens, stride_tokens)
-    console, scores, done = Console(stderr=True, highlight=False), [], 0
+    # Sentences are told by one that writes their ends, also for a model that reads none.
+    with_ends = load_tokenizer(model, insert_sentence_ends=True)
+    console, scores, profile, done = Console(stderr=True, highlight=False), [], LossProfile(), 0
     with console.status("evaluating") as status:
-        for score in score_documents(
-            loaded, tokenizer, corpus, context_tokens=context, stride_tokens=stride, batch_size=batch_size
-        ):
-            scores.append(score)
-            done += score.num_bytes
+        for document in corpus:
+            bits = document_bits(
+                loaded, tokenizer, document, context_tokens=context, stride_tokens=stride, batch_size=batch_size
+            )
+            if profiles:
+                places = sentence_places(with_ends, document, context_tokens=context, stride_tokens=stride)
+                profile.add(bits, places)
+            scores.append(bits.score())
+            done += bits.num_bytes
             status.update(f"evaluating: {len(scores):,} documents, {done / 1e6:,.2f} MB")
     report = BitsReport.from_scores(scores, context_tokens=context, stride_tokens=stride)
+    means = profile.bits_per_token() if profiles else {}
     if as_json:
-        print(json.dumps({"model": model, "data": data, **asdict(report)}))
+        print(json.dumps({"model": model, "data": data, **asdict(report), **means}))
         return
     print(f"bits per byte              {report.bits_per_byte:.4f}")
     print(
@@ -67,3 +78,21 @@ def evaluate(
         f"{report.num_bytes:,} bytes, {report.num_tokens:,} tokens, {report.num_sentence_ends:,} sentence ends; "
         f"windows of {report.context_tokens} tokens, stride {report.stride_tokens}"
     )
+    for name, values in means.items():
+        _print_profile(name, values)
+
+
+#: What each profile counts.
+COUNTED = {
+    "by_offset": "tokens before it in its sentence",
+    "by_earlier": "sentences before its own in the window",
+    "by_repeat": "sentences since the same pair of tokens was read",
+}
+
+
+def _print_profile(name: str, means: list[float | None]) -> None:
+    from thoughtformer.evaluate.profile import PROFILES
+
+    print(f"bits a token, by {COUNTED[name]}")
+    print("  " + "".join(f"{label:>7}" for label in PROFILES[name]))
+    print("  " + "".join(f"{'' if bits is None else f'{bits:.2f}':>7}" for bits in means))

@@ -24,10 +24,10 @@ from thoughtformer.bench.flops import count_flops
 from thoughtformer.bench.records import Record, Spread, append_records, command_line, environment, read_records
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import BitsReport, document_bits
+from thoughtformer.evaluate.profile import LossProfile, sentence_places
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load, load_tokenizer
 from thoughtformer.models.writing import new_file
-from thoughtformer.study.profile import LossProfile, sentence_places
 from thoughtformer.study.rows import Row
 from thoughtformer.text import SentenceTokenizer
 from thoughtformer.text.corpus import Corpus

@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from thoughtformer.evaluate import DocumentBits, windows
+from thoughtformer.evaluate.bits import DocumentBits, windows
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["EDGES", "LossProfile", "Places", "sentence_places"]
+__all__ = ["BINS", "EDGES", "PROFILES", "LossProfile", "Places", "sentence_places"]
 
-#: Lower edges of the bins: 0, 1, 2, 3-4, 5-8, 9-16, 17-32, 33 and more.
+#: Lower edges of the bins.
 EDGES = (0, 1, 2, 3, 5, 9, 17, 33)
+#: What the bins hold.
+BINS = ("0", "1", "2", "3-4", "5-8", "9-16", "17-32", "33+")
+#: The profiles, and their bins.
+PROFILES = {"by_offset": BINS, "by_earlier": BINS, "by_repeat": (*BINS, "new")}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,8 +62,7 @@ class LossProfile:
     def bits_per_token(self) -> dict[str, list[float | None]]:
         """Mean bits of each bin's tokens; None where there are none."""
         return {
-            name: [float(bits / count) if count else None for bits, count in getattr(self, name).T]
-            for name in ("by_offset", "by_earlier", "by_repeat")
+            name: [float(bits / count) if count else None for bits, count in getattr(self, name).T] for name in PROFILES
         }
 
 
@@ -67,10 +70,12 @@ def _bins(counts: np.ndarray) -> np.ndarray:
     return np.searchsorted(EDGES, counts, side="right") - 1
 
 
-def sentence_places(tokenizer: SentenceTokenizer, document: str, *, context_tokens: int) -> Places:
+def sentence_places(
+    tokenizer: SentenceTokenizer, document: str, *, context_tokens: int, stride_tokens: int | None = None
+) -> Places:
     """The places of a document's tokens, but its start, by a tokenizer that writes sentence ends.
 
-    Windows are those of a model that reads them; a plain GPT's lie a few tokens off.
+    Windows are those of a model that reads them, half of each new by default; a plain GPT's lie a few tokens off.
     """
     ids = tokenizer.encode_document(document, complete=True)
     is_end = ids == tokenizer.sentence_end_token_id
@@ -83,7 +88,7 @@ def sentence_places(tokenizer: SentenceTokenizer, document: str, *, context_toke
     for first, scored, end in windows(
         ids,
         context_tokens=context_tokens,
-        stride_tokens=context_tokens // 2,
+        stride_tokens=stride_tokens if stride_tokens is not None else context_tokens // 2,
         sentence_end_token_id=tokenizer.sentence_end_token_id,
     ):
         window_start[scored:end] = first
