@@ -84,8 +84,14 @@ def _models(size: Size) -> dict[str, GPTHFForCausalLM]:
         models[f"{visibility} {_name(split)}"] = _sharing(gpt, lambda: size.gpthf(split, visibility))  # noqa: B023
     hourglass = (ends, layers - 2 * ends, ends)
     models[f"hourglass {_name(hourglass)}"] = _sharing(gpt, lambda: size.gpthf(hourglass, "fast"))
-    more = {"summaries_per_sentence": 2}
-    models[f"hourglass {_name(hourglass)}, 2 summaries"] = _sharing(gpt, lambda: size.gpthf(hourglass, "fast", **more))
+    for name, changes in (
+        ("window of 8", {"recent_sentences": 8}),
+        ("2 summaries", {"summaries_per_sentence": 2}),
+    ):
+        models[f"hourglass {_name(hourglass)}, {name}"] = _sharing(
+            gpt,
+            lambda: size.gpthf(hourglass, "fast", **changes),  # noqa: B023
+        )
     return models
 
 

@@ -242,6 +242,7 @@ def _headline(claim: Claim) -> Claim:
 
 
 TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT"
+WINDOW = "decoding one row, the same hourglass with a window of eight sentences against that GPT"
 
 CLAIMS = (
     _headline(_prefill("4+8", 4096, 3.5)),
@@ -288,8 +289,17 @@ CLAIMS = (
         model=", 2 summaries",
         of_bytes=True,
     ),
-    _headline(_hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2")),
-    _headline(_hourglass_bytes("hourglass 2+8+2, 2 summaries", "hourglass 2+8+2 with two summaries a sentence")),
+    _headline(_deep(", compiled", f"{WINDOW}, both compiled", 2.5, model=", window of 8")),
+    _deep(
+        ", compiled",
+        f"{WINDOW}, both compiled: of the ratio of bytes touched",
+        0.9,
+        model=", window of 8",
+        of_bytes=True,
+    ),
+    _hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2"),
+    _hourglass_bytes("hourglass 2+8+2, 2 summaries", "hourglass 2+8+2 with two summaries a sentence"),
+    _headline(_hourglass_bytes("hourglass 2+8+2, window of 8", "hourglass 2+8+2 with a window of eight sentences")),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
     _headline(_known("gpthf 4+8", "4+8")),

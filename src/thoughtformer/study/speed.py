@@ -1,4 +1,4 @@
-"""What writing and training cost the study's finalists, at their own shapes, with random weights."""
+"""What writing and training cost the study's finalists and its best, at their own shapes, with random weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.errors import ConfigError, nearest
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights
-from thoughtformer.study.rows import FINALISTS, SIZES, Row
+from thoughtformer.study.rows import BEST, FINALISTS, SIZES, Row
 from thoughtformer.train.arguments import bf16_pays
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.trainer import recipe_optimizer
 
 __all__ = ["CASES", "StudySpeed"]
+
+#: Whose speed is measured: the plain GPT first.
+MEASURED = (*FINALISTS, BEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class StudySpeed:
 
 def decoding(options: StudySpeed) -> Iterator[Record]:
     """Text tokens a second, FLOPs a token, and bytes of keys and values."""
-    models = {name: _untrained(name, options) for name in FINALISTS}
+    models = {name: _untrained(name, options) for name in MEASURED}
     for model in models.values():
         pack_weights(model.eval())
     layers = sum(len(stage.layers) for stage in models["gpt"].model.stages)  # type: ignore[arg-type]
@@ -66,12 +69,12 @@ def decoding(options: StudySpeed) -> Iterator[Record]:
 
 def training(options: StudySpeed) -> Iterator[Record]:
     """Text tokens a second of whole training steps, the optimiser's part among them."""
-    recipe = _recipe(FINALISTS[0], options)
+    recipe = _recipe(MEASURED[0], options)
     workload = {"size": options.size, "rows": recipe.rows_per_step, "row_tokens": recipe.row_tokens}
     yield from measured(
         "training",
         workload,
-        {name: _step(_recipe(name, options), _untrained(name, options)) for name in FINALISTS},
+        {name: _step(_recipe(name, options), _untrained(name, options)) for name in MEASURED},
         {},
         repeats=options.repeats,
         on_run=lambda name, number: options.on_progress(f"training {name}, round {number}"),
