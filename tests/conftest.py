@@ -21,6 +21,7 @@ with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "bea
     import thoughtformer.models
 
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from thoughtformer.cache import GPTHFCache
 from thoughtformer.cli import main
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.recall import SentenceSource
+from thoughtformer.recipes import recipe
 
 torch.set_num_threads(1)
 
@@ -70,7 +72,14 @@ def tiny_model(visibility: str = "hybrid", *, seed: int = 0, **changes: object) 
     return model
 
 
-#: Every switch of the architecture alone, and all that go together.
+def _default_switches() -> dict[str, object]:
+    """Layers and switches of the default recipe, whatever they are, at the tests' widths."""
+    shape = asdict(recipe("tiny-gpthf").model)
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_sentence_tokens")
+    return {name: value for name, value in shape.items() if name not in widths} | {"visibility": "hourglass"}
+
+
+#: Every switch of the architecture alone, all that go together, and the combination that the bundled model has.
 SWITCHES: dict[str, dict[str, object]] = {
     "hourglass_recent": {"visibility": "hourglass", "recent_sentences": 1},
     "hourglass_recent_2": {"visibility": "hourglass", "recent_sentences": 2, "num_decoder_layers": 1},
@@ -99,6 +108,7 @@ SWITCHES: dict[str, dict[str, object]] = {
         "body_positions": "sentence",
         "num_decoder_layers": 2,
     },
+    "default_recipe": _default_switches(),
 }
 
 

@@ -134,6 +134,7 @@ def test_rollback_and_partial_commit(switched_model, accepted):
 def test_gradients_equal_those_of_the_dense_mask(switched_model):
     text = TEXTS["two_documents"][None]
     gradients = []
+    switched_model.train()  # some losses are of training alone
     for implementation in ("sdpa", "eager"):
         switched_model.set_attn_implementation(implementation)
         switched_model.zero_grad()
