@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -
         axes.set_xscale("log")
         # One tick a place: architectures differ there by a few parameters.
         ticks = sorted(round(min(map(x_of, of)), 1) for of in _by_place(places).values())
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        are_close = any(after < 1.15 * before for before, after in pairwise(ticks))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60 if are_close else 0)
         axes.set_xticks([], minor=True)
     parts[0].legend(fontsize=8)
     return save(figure, path)
