@@ -367,7 +367,7 @@ def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
 def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
     """From the command, at a tiny size; the bytes held are those that a short context takes."""
     monkeypatch.setitem(study_rows.SIZES, "1m", {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2})
-    monkeypatch.setattr("thoughtformer.study.speed.MEASURED", ("gpt", "fast-2-4"))
+    monkeypatch.setattr("thoughtformer.study.speed.FINALISTS", ("gpt", "fast-2-4"))
     out = tmp_path / "speed.jsonl"
     call = ["study", "speed", "--context", "60", "--repeats", "1", "--no-compiled", "--out", str(out)]
     assert CliRunner().invoke(app, call).exit_code == 0

@@ -1,4 +1,4 @@
-"""What writing and training cost the study's finalists and its best, at their own shapes, with random weights."""
+"""What writing and training cost the study's finalists, at their own shapes, with random weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.errors import ConfigError, nearest
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.linear import pack_weights
-from thoughtformer.study.rows import BEST, FINALISTS, SIZES, Row
+from thoughtformer.study.rows import BASELINE, FINALISTS, SIZES, Row
 from thoughtformer.train.arguments import bf16_pays
 from thoughtformer.train.recipe import Recipe
 from thoughtformer.train.trainer import recipe_optimizer
 
 __all__ = ["CASES", "StudySpeed"]
-
-#: Whose speed is measured: the plain GPT first.
-MEASURED = (*FINALISTS, BEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +49,10 @@ class StudySpeed:
 
 def decoding(options: StudySpeed) -> Iterator[Record]:
     """Text tokens a second, FLOPs a token, and bytes of keys and values."""
-    models = {name: _untrained(name, options) for name in MEASURED}
+    models = {name: _untrained(name, options) for name in FINALISTS}
     for model in models.values():
         pack_weights(model.eval())
-    layers = sum(len(stage.layers) for stage in models["gpt"].model.stages)  # type: ignore[arg-type]
+    layers = sum(len(stage.layers) for stage in models[BASELINE].model.stages)  # type: ignore[arg-type]
     for batch in options.batches:
         yield from compared(
             "finalists",
@@ -69,12 +66,12 @@ def decoding(options: StudySpeed) -> Iterator[Record]:
 
 def training(options: StudySpeed) -> Iterator[Record]:
     """Text tokens a second of whole training steps, the optimiser's part among them."""
-    recipe = _recipe(MEASURED[0], options)
+    recipe = _recipe(BASELINE, options)
     workload = {"size": options.size, "rows": recipe.rows_per_step, "row_tokens": recipe.row_tokens}
     yield from measured(
         "training",
         workload,
-        {name: _step(_recipe(name, options), _untrained(name, options)) for name in MEASURED},
+        {name: _step(_recipe(name, options), _untrained(name, options)) for name in FINALISTS},
         {},
         repeats=options.repeats,
         on_run=lambda name, number: options.on_progress(f"training {name}, round {number}"),
