@@ -16,7 +16,14 @@ from thoughtformer.evaluate.profile import BINS
 __all__ = ["draw_study"]
 
 #: Architectures whose profiles are drawn.
-PROFILED = ("gpt-ends", "fast-2-4", "hybrid-2-4", "hybrid-rebuild", "hourglass-2-2-2", "hourglass-k2-rebuild")
+PROFILED = (
+    "gpt-ends",
+    "fast-2-4",
+    "hybrid-rebuild",
+    "hourglass-2-2-2",
+    "hourglass-k2-rebuild",
+    "hourglass-rebuild-recent-8",
+)
 
 
 def draw_study(records: Sequence[Record], folder: Path) -> list[tuple[str, Path | None]]:
@@ -166,6 +173,8 @@ def _profile(rows: Sequence[Trained], setting: tuple[str, str, str], kind: str, 
         ]
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set_xticks(range(len(BINS)), BINS)
+    # By earlier sentences the first bin is empty: a document's start counts as one.
+    filled = [place for place, value in enumerate(base) if value is not None]
+    axes.set_xticks(filled, [BINS[place] for place in filled])
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return save(figure, path)
