@@ -52,7 +52,7 @@ class Claim:
         unit: `x` or `%`.
         at_most: the target is an upper limit.
         measure: the value from one run's records of equal workload, None where they don't hold it.
-        headline: whether README shows it: one of each kind, and those that are missed worst.
+        headline: whether README shows it: one of each kind, some that are missed among them.
     """
 
     text: str

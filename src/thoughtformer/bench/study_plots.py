@@ -42,7 +42,13 @@ def draw_study(records: Sequence[Record], folder: Path) -> list[tuple[str, Path 
         ),
         (
             "Where context helps: by earlier sentences",
-            _profile(alike, setting, "by_earlier", folder / "study_earlier.png", "earlier sentences in view"),
+            _profile(
+                alike,
+                setting,
+                "by_earlier",
+                folder / "study_earlier.png",
+                "earlier sentences in view, the start of the text among them",
+            ),
         ),
     ]
 
