@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from prose import prose
 from thoughtformer.bench.records import Record, Spread, read_records
-from thoughtformer.bench.study_plots import draw_study
+from thoughtformer.bench.study_plots import PROFILED, draw_study
 from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
 from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
@@ -22,9 +22,10 @@ from thoughtformer.evaluate import DocumentBits, windows
 from thoughtformer.evaluate.profile import BINS, EDGES, LossProfile, Places, sentence_places
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
+from thoughtformer.recipes.tiny import tiny_gpthf
 from thoughtformer.study import rows as study_rows
 from thoughtformer.study import run as study_run
-from thoughtformer.study.rows import GROUPS, Row, rows_of
+from thoughtformer.study.rows import BEST, GROUPS, Row, rows_of
 from thoughtformer.study.run import StudySettings, run_rows
 from thoughtformer.study.speed import StudySpeed
 
@@ -38,6 +39,18 @@ def test_every_row_is_a_valid_training():
     assert len({row.name for row in rows}) == len(rows)
     with pytest.raises(ConfigError, match="Did you mean 'hybrid-2-4'"):
         Row(variant="hybrid-2-5")
+
+
+def test_best_is_the_default_recipe():
+    """Their shapes differ in width alone, so what the study says of one holds for the other's architecture."""
+    default = tiny_gpthf().model
+    widths = {name: getattr(default, name) for name in study_rows.SIZES["1m"]}
+    assert replace(Row(variant=BEST).recipe().model, **widths) == default
+
+
+def test_drawn_profiles_are_of_known_variants():
+    """Pictures name architectures a layer below the study, which can't be asked there."""
+    assert set(PROFILED) <= set(study_rows.VARIANTS)
 
 
 @pytest.mark.parametrize("size", list(study_rows.SIZES))
