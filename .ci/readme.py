@@ -1,4 +1,7 @@
-"""Runs README's bash and python examples as a reader would, in a folder of text; but not those of make and pip."""
+"""Runs README's bash and python examples as a reader would, in a folder of text; but not those of make and pip.
+
+With an argument, those of that language alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", readme, flags=re.DOTALL)
+    languages = sys.argv[1] if len(sys.argv) > 1 else "bash|python"
+    blocks = re.findall(rf"```({languages})\n(.*?)```", readme, flags=re.DOTALL)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "books")

@@ -1,41 +1,67 @@
-"""Shared fixtures: tiny models in float64, text written for the tests; shapes are checked at run time."""
+"""Shared fixtures: tiny models in float64, text written for the tests.
+
+With CHECK_SHAPES=1 in the environment, the shapes of tensors are checked at run time, against their annotations. That
+takes five times as long, so of every parametrized test one case in twelve runs then; `make test` does both.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 from jaxtyping import install_import_hook
 
-# Before the first import of the package: shapes are checked in the tests, and cost users nothing. Configurations are
-# left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
-CHECKED = ["attention", "cache", "decode", "engine", "models.causal_lm", "models.layers", "models.modeling_gpthf"]
+CHECKS_SHAPES = os.environ.get("CHECK_SHAPES") == "1"
+#: Of a test's cases, one in so many runs with checks.
+ONE_IN = 12
+#: Configurations are left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords.
+CHECKED = ["attention", "rules", "cache", "decode", "engine", "text.packing"]
+CHECKED += [f"models.{name}" for name in ("chunked_loss", "padding", "penalty")]
 CHECKED += [
-    "models.encoding",
-    "models.recall",
-    "models.stages",
-    "models.loss",
-    "models.padding",
-    "models.penalty",
-    "text.packing",
+    f"models.gpthf.{name}" for name in ("causal_lm", "encoding", "known_sentences", "layers", "modeling", "stages")
 ]
-CHECKED += ["compression.attending", "compression.compressed", "compression.heavy_hitters"]
-with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
-    import thoughtformer.models
+CHECKED += ["compression.at_once", "compression.on_cache", "compression.model", "compression.methods"]
+if CHECKS_SHAPES:
+    # Before the first import of the package.
+    with install_import_hook([f"thoughtformer.{module}" for module in CHECKED], "beartype.beartype"):
+        import thoughtformer.models
 
+import io
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+import typer
 
+import twins
 from thoughtformer.cache import GPTHFCache
-from thoughtformer.cli import main
+from thoughtformer.cli import app, main
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
-from thoughtformer.models.recall import SentenceSource
+from thoughtformer.models.gpthf.known_sentences import SentenceSource
 from thoughtformer.recipes import recipe
+from thoughtformer.rules import BODY_RULES
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With checks of shapes: the first of every twelve cases of a test."""
+    if not CHECKS_SHAPES:
+        return
+    seen: Counter[str] = Counter()
+    left = []
+    for item in list(items):
+        name = item.nodeid.partition("[")[0]
+        if seen[name] % ONE_IN:
+            items.remove(item)
+            left.append(item)
+        seen[name] += 1
+    config.hook.pytest_deselected(items=left)
+
+
 #: Body rules, and the hourglass, whose body is fast.
-VISIBILITIES = ("fast", "keep_last", "hybrid", "causal", "hourglass")
+VISIBILITIES = (*BODY_RULES, "hourglass")
 END, START, PAD = 1, 0, 2
 VOCAB = 40
 
@@ -53,6 +79,8 @@ def tiny_config(visibility: str = "hybrid", **changes: object) -> GPTHFConfig:
         "max_position_embeddings": 256,
         "max_sentence_tokens": None,
     }
+    if visibility in twins.RULES:
+        settings |= twins.RULES[visibility].settings
     if visibility == "hourglass":
         settings |= {"body_visibility": "fast", "num_encoder_layers": 1, "num_decoder_layers": 2}
     return GPTHFConfig(**(settings | changes))
@@ -139,8 +167,19 @@ def random_text(num_tokens: int, *, seed: int, end_every: float = 6.0) -> torch.
     return ids
 
 
+def places_of(ids: torch.Tensor) -> list[twins.Place]:
+    """Sentences as the twins know them, counted over all documents."""
+    places, sentence = [], 0
+    for number, token in enumerate(ids.tolist()):
+        if token == START and number and not places[-1].is_end:
+            sentence += 1
+        places.append(twins.Place(sentence, token in (END, START)))
+        sentence += token in (END, START)
+    return places
+
+
 def entries_expected(model: GPTHFForCausalLM, ids: torch.Tensor) -> dict[str, int]:
-    """Entries that each stage must hold after `ids`, from the documentation's words instead of from the rules."""
+    """Entries that each stage must hold after `ids`, from the twins' words instead of from the rules."""
     config = model.config
     document = ids[(ids == START).nonzero()[-1].item() :] if (ids == START).any() else ids
     ends = [-1, *((document == END) | (document == START)).nonzero().flatten().tolist()]
@@ -150,13 +189,11 @@ def entries_expected(model: GPTHFForCausalLM, ids: torch.Tensor) -> dict[str, in
     if config.num_decoder_layers:
         summaries = closed * config.summaries_per_sentence
         return {"encoder": num_open, "body": summaries, "decoder": near, "memory": summaries}
-    ends_among_near = min(closed, config.recent_sentences)
-    body = {
-        "fast": closed,
-        "keep_last": closed + near - ends_among_near,
-        "hybrid": closed + near - ends_among_near,
-        "causal": len(document),
-    }[config.body_visibility]
+    if config.recent_sentences:
+        body = closed + near - min(closed, config.recent_sentences)
+    else:  # what an ordinary token would read that came next
+        places, reads = places_of(torch.cat([document, torch.tensor([3])])), twins.RULES[config.body_visibility].reads
+        body = sum(reads(places, len(document), number) for number in range(len(document)))
     return {"encoder": num_open, "body": body} if config.num_encoder_layers else {"body": body}
 
 
@@ -198,7 +235,7 @@ def full_logits(model: GPTHFForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def chunked_logits(model: GPTHFForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     cache, parts = model.new_cache(1), []
     for chunk in ids.split(sizes):
-        parts.append(model(chunk[None], past_key_values=cache).logits[0])
+        parts.append(model(chunk[None], cache=cache).logits[0])
     return torch.cat(parts)
 
 
@@ -231,12 +268,13 @@ def check_last_logits_of_pieces(model: GPTHFForCausalLM, source: SentenceSource 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command line; returns (exit code, standard output, standard error)."""
+    """Runs a command line, thoughtformer's by default; returns (exit code, standard output, standard error)."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, command: typer.Typer = app) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
         with pytest.raises(SystemExit) as exit_:
-            main()
+            main(command)
         captured = capsys.readouterr()
         return exit_.value.code, captured.out, captured.err
 

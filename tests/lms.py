@@ -20,30 +20,15 @@ from transformers import (
     Qwen3Config,
 )
 
+import twins
 from conftest import tiny_model
 from prose import tiny_pair, tiny_tokenizer
-from thoughtformer.compression import (
-    AdapterConfig,
-    Combiner,
-    CompressedModel,
-    EntryBudget,
-    Full,
-    HeavyHitters,
-    Local,
-    Method,
-    Policy,
-    RandomEviction,
-    RemovedFraction,
-    Scattered,
-    SentenceEnds,
-    Sentinel,
-    SentinelAdapter,
-    StreamingLLM,
-    Truncation,
-    compress,
-)
+from thoughtformer.compression import METHODS, AdapterConfig, CompressedModel, Method, SentinelAdapter, compress
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.text import END_OF_TEXT
+from twins.folding import policy
+
+__all__ = ["policy"]
 
 VOCAB = 40
 # Three layers: what <CL> reads reaches later tokens through <CR> in the third.
@@ -102,41 +87,33 @@ def tiny_adapter(model: PreTrainedModel, **settings: Any) -> SentinelAdapter:
     return adapter
 
 
-def policy(**settings: Any) -> Policy:
-    """Folds spans of 5 tokens soon."""
-    defaults = {"removed": 0.6, "span_tokens": 5, "first_tokens": 2, "recent_tokens": 3, "start_tokens": 8}
-    return RemovedFraction(**(defaults | settings))
-
-
-#: Every method by a name for the tests.
+#: Every method by names for the tests; those without a twin by their defaults, which tests/contract takes exception to.
 TINY_METHODS: dict[str, Method] = {
-    "full": Full(),
-    "truncation": Truncation(piece_tokens=13),
-    "local": Local(removed=0.6),
-    "scattered": Scattered(removed=0.6),
-    "random": RandomEviction(max_entries=15, first_tokens=2, recent_tokens=4),
-    "streaming": StreamingLLM(max_entries=14, first_tokens=3),
-    "h2o": HeavyHitters(max_entries=14),
-    "combiner": Combiner(policy=policy()),
-    "sentinel": Sentinel(policy=policy()),
-    "sentinel_k4": Sentinel(policy=policy(span_tokens=9), num_sentinels=4),
-    "sentinel_earlier": Sentinel(policy=policy(), num_sentinels=2, see_earlier=True),
-    "sentinel_lag0": Sentinel(policy=policy(removed=0.9, recent_tokens=0, first_tokens=0, start_tokens=0)),
-    "sentinel_lag16": Sentinel(policy=policy(removed=0.9, recent_tokens=16)),
+    case: method
+    for name, kind in METHODS.items()
+    for case, method in (twins.METHODS[name].cases if name in twins.METHODS else {name: kind()}).items()
+}
+#: Models for the engine: a family, and a method.
+SERVED: dict[str, tuple[str, Method]] = {
+    case: served for twin in twins.METHODS.values() for case, served in twin.served.items()
 }
 
 
 def tiny_compressed(model: PreTrainedModel, method: Method, **settings: Any) -> CompressedModel:
     """The model under a method, with a random adapter where one is needed."""
     adapter = None
-    if isinstance(method, Sentinel):
-        adapter = tiny_adapter(model, num_sentinels=method.num_sentinels, see_earlier=method.see_earlier)
+    if method.needs_adapter:
+        adapter = tiny_adapter(model, **{name: getattr(method, name) for name in method.trained_settings})
     return compress(model, method, adapter=adapter, **settings)
 
 
 def served_pair(kind: str) -> tuple[CompressedModel, Any]:
     """A compressed model that texts can be given to, by what it is and does; see `SERVED`."""
-    family, method = SERVED[kind]
+    return compressed_pair(*SERVED[kind])
+
+
+def compressed_pair(family: str, method: Method) -> tuple[CompressedModel, Any]:
+    """A model of the family under the method, and a tokenizer."""
     if family == "plain":
         model, tokenizer = tiny_pair(plain=True)
         return tiny_compressed(model, method), tokenizer
@@ -147,18 +124,6 @@ def served_pair(kind: str) -> tuple[CompressedModel, Any]:
     return tiny_compressed(model, method), tokenizer
 
 
-_SENTENCES = SentenceEnds(end_ids=frozenset(range(5, 40)), recent_tokens=3, start_tokens=9)
-#: Models for the engine: a family, and a method.
-SERVED: dict[str, tuple[str, Method]] = {
-    "sentinel_plain": ("plain", Sentinel(policy=policy())),
-    "sentinel_sentences": ("llama", Sentinel(policy=_SENTENCES, num_sentinels=2)),
-    "sentinel_budget": ("gpt2", Sentinel(policy=EntryBudget(max_entries=250, span_tokens=7, recent_tokens=3))),
-    "streaming": ("llama", StreamingLLM(max_entries=40, first_tokens=3)),
-    "random": ("gpt_neox", RandomEviction(max_entries=40, first_tokens=2, recent_tokens=4)),
-    "combiner": ("qwen3", Combiner(policy=policy())),
-}
-
-
 def random_ids(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:
     """Ids without special ones."""
     return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
@@ -167,5 +132,5 @@ def random_ids(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:
 def step_by_step(compressed: CompressedModel, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
     """Logits of a text read one token at a time."""
     cache = compressed.new_cache(len(ids)) if cache is None else cache
-    steps = [compressed(ids[:, [column]], past_key_values=cache).logits for column in range(ids.shape[1])]
+    steps = [compressed(ids[:, [column]], cache=cache).logits for column in range(ids.shape[1])]
     return torch.cat(steps, dim=1)

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 import thoughtformer
+import twins
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
+from thoughtformer.rules import BODY_RULES
 from thoughtformer.text import SentenceTokenizer, SentencexSplitter, train_bpe
 
 PAGE = (Path(thoughtformer.__file__).parent / "assets" / "page.txt").read_text(encoding="utf-8")
@@ -25,6 +27,17 @@ def prose(num_characters: int, *, seed: int = 0) -> str:
         parts.append(part)
         length += len(part)
     return "".join(parts).rstrip()
+
+
+#: A GPTHF by each body rule, an hourglass, and a plain GPT: arguments of `tiny_pair`.
+KINDS: dict[str, dict[str, object]] = {
+    name: {"body_visibility": name} | (twins.RULES[name].settings if name in twins.RULES else {})
+    for name in BODY_RULES
+    if name != "causal"
+} | {
+    "hourglass": {"body_visibility": "fast", "num_decoder_layers": 2, "summaries_per_sentence": 2},
+    "plain": {"plain": True},
+}
 
 
 @lru_cache

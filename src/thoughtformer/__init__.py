@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from thoughtformer.models.loading import load
     from thoughtformer.text import SentenceTokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Completion",

@@ -55,6 +55,8 @@ def _is(value: object, option: Any) -> bool:
         return callable(value)
     if origin in (list, frozenset):
         return isinstance(value, origin) and all(_is(part, parts[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(key, parts[0]) for key in value)
     if option is float and isinstance(value, int) and not isinstance(value, bool):
         return True
     return isinstance(value, option) and (option is bool or not isinstance(value, bool))

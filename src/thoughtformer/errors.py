@@ -2,6 +2,7 @@
 
     ThoughtformerError
     ├── InputError (ValueError)       a value somebody gave; the command line exits with 2
+    │   ├── ArgumentError (TypeError) an argument that a function doesn't know
     │   ├── ContextOverflowError      more tokens than the model was trained for
     │   ├── CorpusError               text that can't be read: missing, empty, binary, wrong column
     │   ├── ConfigError               a recipe or configuration with an unknown key or a wrong value
@@ -24,6 +25,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ArgumentError",
     "BusyError",
     "CheckpointError",
     "ConfigError",
@@ -48,6 +50,10 @@ class ThoughtformerError(Exception):
 
 class InputError(ThoughtformerError, ValueError):
     """A value that somebody gave can't be used."""
+
+
+class ArgumentError(InputError, TypeError):
+    """A function was given an argument that it doesn't know."""
 
 
 class ContextOverflowError(InputError):

@@ -14,6 +14,7 @@ from thoughtformer.compression import Full, Local, Sentinel
 from thoughtformer.errors import ContextOverflowError, UnsupportedError
 from thoughtformer.models import backbone as backbones
 from thoughtformer.models.backbone import SUPPORTED_MODELS, backbone_of
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 
 def test_every_supported_architecture_is_tested():
@@ -31,12 +32,12 @@ def test_nothing_compressed_is_the_base_bit_for_bit(family, backend):
         first = model(ids[:, :15], use_cache=True)
         stepped = [first.logits]
         for column in range(15, 20):
-            stepped.append(model(ids[:, [column]], past_key_values=first.past_key_values, use_cache=True).logits)
+            stepped.append(model(ids[:, [column]], use_cache=True, **{CACHE_NAME: first[CACHE_NAME]}).logits)
         with compress(model, Local(removed=0.0)) as compressed:
             assert torch.equal(compressed(ids, use_cache=False).logits, expected)
             cache = compressed.new_cache(2)
-            ours = [compressed(ids[:, :15], past_key_values=cache).logits]
-            ours += [compressed(ids[:, [column]], past_key_values=cache).logits for column in range(15, 20)]
+            ours = [compressed(ids[:, :15], cache=cache).logits]
+            ours += [compressed(ids[:, [column]], cache=cache).logits for column in range(15, 20)]
         assert torch.equal(torch.cat(ours, dim=1), torch.cat(stepped, dim=1))
         assert torch.equal(model(ids, use_cache=False).logits, expected)
 

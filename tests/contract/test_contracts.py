@@ -1,4 +1,4 @@
-"""What holds for every rule and every module, so that none can be added untested."""
+"""What holds for every module and every name, so that none can be added untested."""
 
 from __future__ import annotations
 
@@ -9,77 +9,11 @@ import pytest
 import torch
 
 import thoughtformer
-from conftest import END, START, VISIBILITIES
-from thoughtformer.attention import BODY_RULES, EarlierSentences, OwnSentence, RowCounters, dense_mask, read_structure
+from lms import tiny_lm
 from thoughtformer.compression.adapter import read_adapter_manifest
+from thoughtformer.errors import ConfigError
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.loading import ASSETS, BUNDLED, BUNDLED_ADAPTERS, load
-
-RULES = {**BODY_RULES, "own_sentence": OwnSentence}
-VARIED = {
-    "own_sentence_and_2": lambda: OwnSentence(2),
-    "keep_last_and_1": lambda: BODY_RULES["keep_last"](1),
-    "hybrid_and_2": lambda: BODY_RULES["hybrid"](2),
-    "earlier_sentences": lambda: EarlierSentences(own=False),
-    "earlier_sentences_and_own": lambda: EarlierSentences(own=True),
-}
-# `a b .` `c d .` `e`, as visibility.py draws it
-DRAWN = torch.tensor([5, 6, END, 7, 8, END, 9])
-DRAWINGS = {
-    "causal": ["1", "11", "111", "1111", "11111", "111111", "1111111"],
-    "own_sentence": ["1", "11", "111", "...1", "...11", "...111", "......1"],
-    "fast": ["1", ".1", "..1", "..11", "..1.1", "..1..1", "..1..11"],
-    "keep_last": ["1", "11", "111", "..11", "..111", "..1111", "..1..11"],
-    "hybrid": ["1", "11", "..1", "..11", "..111", "..1..1", "..1..11"],
-}
-
-
-def structure(ids: torch.Tensor):
-    return read_structure(
-        ids,
-        torch.zeros_like(ids),
-        RowCounters.zeros(1),
-        sentence_end_token_id=END,
-        document_start_token_id=START,
-    )
-
-
-def test_every_rule_is_in_the_parity_tests():
-    assert set(VISIBILITIES) == {*BODY_RULES, "hourglass"}
-    assert set(DRAWINGS) == set(RULES)
-
-
-@pytest.mark.parametrize("name", list(RULES))
-def test_rule_is_as_drawn(name):
-    mask = dense_mask(RULES[name](), structure(DRAWN))
-    rows = ["".join("1" if seen else "." for seen in row).rstrip(".") for row in mask.tolist()]
-    assert rows == DRAWINGS[name]
-    assert all(row in (thoughtformer.attention.visibility.__doc__ or "") for row in rows)
-
-
-@pytest.mark.parametrize("name", [*RULES, *VARIED])
-def test_rule_keeps_what_a_later_token_may_read(name, text):
-    """What `keeps` drops after a prefix, no later token reads; what it keeps, some continuation reads."""
-    rule = (RULES | VARIED)[name]()
-    for count in range(1, len(text) + 1):
-        prefix = structure(text[:count])
-        kept = rule.keeps(prefix, RowCounters.zeros(1).after(prefix))
-        whole = torch.cat([text, torch.tensor([5, 6])])
-        later = dense_mask(rule, structure(whole))[count:, :count]
-        assert not (later & ~kept).any()
-        at_once = dense_mask(rule, structure(torch.cat([text[:count], torch.tensor([5])])))[-1, :count]
-        assert torch.equal(at_once, kept), "the next ordinary token reads all that is held"
-
-
-@pytest.mark.parametrize("name", [*RULES, *VARIED])
-def test_visibility_never_grows(name, text):
-    """For ordinary queries of one document, what was invisible stays so."""
-    mask = dense_mask((RULES | VARIED)[name](), structure(text))
-    tokens = structure(text)
-    queries = (~tokens.is_end).nonzero().flatten().tolist()
-    for earlier, later in zip(queries, queries[1:]):
-        known = torch.arange(len(text)) < earlier
-        assert not (mask[later] & ~mask[earlier] & known).any()
 
 
 def modules() -> list[str]:
@@ -134,6 +68,37 @@ def test_bundled_adapters_are_as_promised(name):
     before = model(**inputs).logits
     with thoughtformer.compress(model, "sentinel", adapter=name) as compressed:
         output = compressed.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True, do_sample=False)
-    held = int(output.past_key_values.num_entries[0])
+    held = int(output.cache.num_entries[0])
     assert held < 0.5 * output.sequences.shape[1]
     assert torch.equal(model(**inputs).logits, before)
+
+
+def test_names_known_before_anything_heavy_is_imported_are_those_that_there_are():
+    from thoughtformer import names
+    from thoughtformer.bench import memory, quality, speed
+    from thoughtformer.compression import METHODS
+    from thoughtformer.recipes import RECIPES
+
+    assert set(names.METHOD_NAMES) == set(METHODS)
+    assert set(names.RECIPE_NAMES) == set(RECIPES)
+    for theme, module in (("speed", speed), ("memory", memory), ("quality", quality)):
+        assert set(names.BENCH_CASES[theme]) == set(module.CASES)
+    assert all((names.ASSETS / name).is_dir() for name in (*names.BUNDLED, *names.BUNDLED_ADAPTERS))
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("snapkv", "h2o"),
+        ("SnapKVPress", "h2o"),
+        ("streaming_llm", "streaming"),
+        ("StreamingLLMPress", "streaming"),
+        ("knorm", "h2o"),
+        ("expected_attention", "h2o"),
+        ("TOVAPress", "h2o"),
+        ("RandomPress", "random"),
+    ],
+)
+def test_methods_of_kvpress_are_told_what_is_nearest_here(name, here):
+    with pytest.raises(ConfigError, match=f"Of those here '{here}' is nearest to kvpress's {name}"):
+        thoughtformer.compress(tiny_lm(), name)

@@ -1,4 +1,4 @@
-"""Figures in README and docs are those of the results: made by `thoughtformer bench report --renew`, never typed."""
+"""Figures in README and docs are those of the results: made by `python -m benchmarks.report --renew`, never typed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from thoughtformer.bench.claims import CLAIMS, judge
+from benchmarks.report.claims import CLAIMS, judge
+from benchmarks.report.tables import renewed
 from thoughtformer.bench.records import read_records
-from thoughtformer.bench.tables import renewed
 
 ROOT = Path(__file__).parent.parent.parent
 RENEWED = ("README.md", "docs/benchmarks.md", "docs/methods/gpthf.md", "docs/methods/sentinel.md")
@@ -29,7 +29,10 @@ def test_every_result_says_where_it_comes_from():
     records = read_records([ROOT / "benchmarks" / "results"])
     assert records
     for record in records:
-        assert record.command.startswith(("thoughtformer bench ", "thoughtformer study "))
+        # The study was a command of thoughtformer's once.
+        assert record.command.startswith(
+            ("thoughtformer bench ", "thoughtformer study ", "python -m benchmarks.study ")
+        )
         assert record.environment["commit"]
         assert record.environment["versions"]["torch"]
         assert record.environment["threads"] >= 1

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 
 import numpy as np
 import pytest
 
+import thoughtformer
+from benchmarks.report.__main__ import app as report
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
 from thoughtformer.evaluate.profile import EDGES, PROFILES, sentence_places
 from thoughtformer.models.loading import load, load_tokenizer
@@ -58,6 +59,62 @@ def test_empty_prompt(run, folder):
     code, out, _ = run("generate", "--model", folder / "gpt", "--prompt", "", "--max-new-tokens", 3, "--json")
     assert code == 0
     assert json.loads(out)["usage"]["prompt_tokens"] == 1
+
+
+def test_a_prompt_from_standard_input(folder):
+    """By a pipe or by name; line breaks at the end are an editor's."""
+    command = [sys.executable, "-m", "thoughtformer", "generate", "-m", str(folder / "gpthf"), "--max-new-tokens", "5"]
+    outputs = []
+    for arguments in ([], ["--prompt", "-"], ["--file", "-"]):
+        done = subprocess.run([*command, *arguments], input=b"The ferry\n", capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    outputs.append(subprocess.run([*command, "--prompt", "The ferry"], capture_output=True, timeout=120).stdout)
+    assert len(set(outputs)) == 1
+    done = subprocess.run(command, input=b"", capture_output=True, timeout=120)
+    assert (done.returncode, b"standard input" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "-m", "tiny-gptf", "-p", "a"],
+        ["eval", "-m", "nowhere", "-d", "x"],
+        ["train", "-r", "tiny-gptf", "-d", "x", "-o", "y"],
+        ["serve", "-m", "tiny-gptf"],
+        ["generate", "-m", "tiny-gpt", "--adapter", "sentinels", "-p", "a"],
+        ["bench", "speed", "--case", "prefil"],
+        ["bench", "quality", "-d", "x", "--methods", "snapkv"],
+        ["compress", "train", "-m", "nowhere", "-d", "x", "--out", "y"],
+        ["compress", "context", "-m", "nowhere", "--file", "x", "--out", "y"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_names_are_told_before_anything_heavy_is_imported(arguments):
+    script = f"import sys; sys.argv = ['thoughtformer', *{arguments!r}]\nfrom thoughtformer.cli import main\ntry:\n"
+    script += "    main()\nexcept SystemExit as error:\n"
+    script += "    print(error.code, [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "2 []", done.stdout + done.stderr
+    assert any(word in done.stderr for word in ("Did you mean", "Known:", "nearest to kvpress")), done.stderr
+
+
+def test_text_of_another_encoding(run, folder, tmp_path):
+    text = PAGE[:300] + " Die Tür war zu."
+    for encoding in ("utf-8", "latin-1", "utf-16"):
+        (tmp_path / f"{encoding}.txt").write_bytes(text.encode(encoding))
+    bits = set()
+    for encoding in ("utf-8", "latin-1", "utf-16"):
+        code, out, _ = run(
+            "eval", "-m", folder / "gpthf", "-d", tmp_path / f"{encoding}.txt", "--encoding", encoding, "--json"
+        )
+        assert code == 0
+        bits.add(json.loads(out)["bits_per_byte"])
+        measured = ["bench", "quality", "--case", "bits", "--model", folder / "gpthf", "--json"]
+        code, out, _ = run(*measured, "--data", tmp_path / f"{encoding}.txt", "--encoding", encoding)
+        assert code == 0
+        bits.add(json.loads(out)["metrics"]["bits_per_byte"]["median"])
+    assert len(bits) == 1
 
 
 def test_eval(run, folder):
@@ -147,6 +204,12 @@ def test_info(run, folder):
 
 
 MISTAKES = {
+    "encoding": (
+        ["eval", "-m", "{folder}/gpthf", "-d", "{folder}/data.txt", "--encoding", "utf9"],
+        "none that Python knows",
+    ),
+    "other encoding": (["eval", "-m", "{folder}/gpthf", "-d", "{folder}/latin.txt"], "which --encoding names"),
+    "two prompts": (["generate", "-p", "a", "-f", "{folder}/data.txt"], "either --prompt TEXT or --file FILE"),
     "no command": (["bogus"], "No such command 'bogus'"),
     "missing prompt": (["generate"], "either --prompt TEXT or --file FILE"),
     "missing file": (["generate", "--file", "nowhere.txt"], "can't read nowhere.txt"),
@@ -165,7 +228,7 @@ MISTAKES = {
     "eval column": (["eval", "-m", "{folder}/gpthf", "--data", "{folder}/a.jsonl", "--column", "txt"], "mean 'text'"),
     "eval window": (["eval", "-m", "{folder}/gpthf", "-d", "{folder}/data.txt", "--context-tokens", "9999"], "512"),
     "unknown recipe": (["train", "--recipe", "tiny-gpthg", "-d", "x", "-o", "y"], "Did you mean 'tiny-gpthf'"),
-    "unknown key": (["train", "-r", "tiny-gpt", "-d", "x", "-o", "y", "--set", "epoch=1"], "Did you mean 'epochs'"),
+    "unknown key": (["train", "-r", "tiny-gpt", "-d", ".", "-o", "y", "--set", "epoch=1"], "Did you mean 'epochs'"),
     "no recipe": (["train", "-d", "x", "-o", "y"], "either --recipe NAME or --config FILE"),
     "train missing": (
         ["train", "-r", "tiny-gpt", "-d", "nowhere", "-o", "{folder}/new"],
@@ -180,6 +243,7 @@ def test_mistakes_are_named_with_exit_code_2(run, folder, name):
     (folder / "empty.txt").write_text("")
     (folder / "binary").write_bytes(b"\0\1\2")
     (folder / "binary.txt").write_bytes(b"abc\0\1\2")
+    (folder / "latin.txt").write_bytes("Die Tür war zu.".encode("latin-1"))
     (folder / "a.jsonl").write_text('{"text": "a"}\n')
     arguments, message = MISTAKES[name]
     before = sorted(folder.rglob("*"))
@@ -207,7 +271,7 @@ def test_help_has_an_example(run, arguments):
 
 
 def test_version(run):
-    assert run("--version") == (0, metadata.version("thoughtformer") + "\n", "")
+    assert run("--version") == (0, thoughtformer.__version__ + "\n", "")
 
 
 def test_help_imports_nothing_heavy():
@@ -255,7 +319,9 @@ def test_bench_measures_and_reports(run, tmp_path):
     assert code == 0
     assert "gpthf 4+2" in out
     assert run("bench", "flops", "--size", "toy", "--out", results, "--json")[0] == 0
-    code, out, _ = run("bench", "report", results.parent, "--out", tmp_path / "report")
+    code, _, error = run("nothing.jsonl", "--out", tmp_path / "report", command=report)
+    assert (code, "can't read nothing.jsonl" in error) == (2, True)
+    code, out, _ = run(results.parent, "--out", tmp_path / "report", command=report)
     assert code == 0
     assert (tmp_path / "report" / "kv_bytes.png").exists()
     page = (tmp_path / "report" / "report.html").read_text()
@@ -273,7 +339,6 @@ def test_bench_measures_and_reports(run, tmp_path):
         (("memory", "--case", "kv_bytes", "--size", "toy", "--contexts", "10"), "two sentences"),
         (("quality", "--data", "a.txt", "--removed", "1"), "between 0 and 1"),
         (("quality", "--data", "a.txt", "--methods", "h20"), "Did you mean 'h2o'"),
-        (("report", "nothing.jsonl", "--out", "x"), "can't read nothing.jsonl"),
         (("peers", "--install", "vllm"), "peer 'vllm' is unknown"),
         (("flops", "--out", "/proc/no/x.jsonl"), "can't write to"),
     ],

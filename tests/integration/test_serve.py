@@ -18,7 +18,7 @@ import torch
 from lms import served_pair, tiny_compressed
 from prose import PAGE, prose, tiny_pair
 from serving import serving
-from thoughtformer.decode import SamplingParams
+from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine import Engine, Limits, SentenceStore
 from thoughtformer.errors import InputError
 from thoughtformer.text.chat import encode_chat
@@ -90,11 +90,12 @@ def test_several_prompts_and_choices(client, pair):
     done = client.completions.create(model="tiny", prompt=["The ferry", "Wait."], n=2, max_tokens=6, seed=1)
     assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
     assert done.choices[0].text != done.choices[1].text
-    alone = client.completions.create(model="tiny", prompt=ids, max_tokens=6, seed=1)
+    alone = client.completions.create(model="tiny", prompt=ids, max_tokens=6, seed=row_seed(1, 1, 0))
     assert alone.choices[0].text == done.choices[2].text
     assert done.usage.prompt_tokens == len(pair[1]("The ferry")["input_ids"]) + len(ids)
     nested = client.completions.create(model="tiny", prompt=[ids, ids], max_tokens=6, seed=1)
-    assert [choice.text for choice in nested.choices] == [alone.choices[0].text] * 2
+    assert nested.choices[1].text == alone.choices[0].text
+    assert nested.choices[0].text != alone.choices[0].text, "no two rows of a request share their draws"
 
 
 def test_known_sentences_are_counted(client):
@@ -133,8 +134,15 @@ def test_models_health_and_metrics(client, http):
         ({"model": "tiny", "prompt": "a", "max_tokens": 5000}, 400, "this server writes 4096 at most", None),
         ({"model": "tiny", "prompt": "a", "max_tokens": 4000}, 400, "but the model was trained for 512", None),
         ({"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature", "temperature"),
-        ({"model": "tiny", "prompt": "a", "top_p": 0}, 400, "top_p", "top_p"),
-        ({"model": "tiny", "prompt": "a", "seed": -1}, 400, "seed", "seed"),
+        ({"model": "tiny", "prompt": "a", "top_p": 1.5}, 400, "top_p", "top_p"),
+        ({"model": "tiny", "prompt": "a", "top_k": -2}, 400, "top_k", "top_k"),
+        ({"model": "tiny", "prompt": "a", "seed": 1 << 63}, 400, "seed", "seed"),
+        ({"model": "tiny", "prompt": "a", "stop_token_ids": [10**6]}, 400, "stop_token_ids has 1000000", None),
+        ({"model": "tiny", "prompt": "a", "tools": [{}]}, 400, "tools is not supported", None),
+        ({"model": "tiny", "prompt": "a", "best_of": 3}, 400, "best_of is not supported", None),
+        ({"model": "tiny", "prompt": "a", "reasoning_effort": "high"}, 400, "reasoning_effort is not supported", None),
+        ({"model": "tiny", "prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported", None),
+        ({"model": "tiny", "prompt": "a", "response_format": {"type": "json_object"}}, 400, "response_format", None),
         ({"model": "tiny", "prompt": "a", "n": 65}, 400, "one request may ask for 64", None),
         ({"model": "tiny", "prompt": "a", "n": 1000}, 400, "n: ", "n"),
         ({"model": "tiny", "prompt": "a", "stop": ["a"] * 20}, 400, "stop", "stop"),
@@ -300,6 +308,7 @@ def test_sessions_that_fail(pair, tmp_path):
         assert post("b", prompt=PAGE).status_code == 400
         assert post("b", max_tokens=3).status_code == 200, "nothing of the last is left"
         body = {"model": "tiny", "prompt": "x", "max_tokens": 300, "session": "a", "stream": True}
+        body["ignore_eos"] = True  # or a draw that ends the text leaves the session free before the next request comes
         with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
@@ -486,9 +495,6 @@ def test_chat_in_a_session_of_other_models():
     ids = encode_chat(plain, [{"role": "user", "content": "a <mark> b"}])
     assert tokenizer.convert_tokens_to_ids("<mark>") not in ids
     assert "a <mark> b" in tokenizer.decode(ids)
-    tokenizer.chat_template = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
-    with pytest.raises(InputError, match=r"writes messages \[0\] of 2"):
-        encode_chat(plain, [user, {"role": "developer", "content": "x"}])
 
 
 def test_other_tokenizers_are_read_whole():
@@ -532,6 +538,45 @@ def test_chat_in_a_session(pair):
         whole = tokenizer.decode(session.ids)
         assert whole.startswith(f"user: Who is there? {first.choices[0].message.content}user: And why? ")
         assert whole.endswith(second.choices[0].message.content)
+
+
+def test_many_short_messages_are_as_long_as_one_text():
+    """Refused by the start of all that they say: the tokenizer reads none of them one by one."""
+    model, tokenizer = tiny_pair()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "It was late. He went home. "}] * 2_000
+    with serving((model, tokenizer), max_prompt_tokens=100) as running, httpx.Client(timeout=60) as http:
+        body = {"model": "tiny", "messages": messages, "max_tokens": 1}
+        answer = http.post(f"{running.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 413
+    assert "54,000 characters, more than 100 tokens" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("unit", ["“a. ", "\u3000", "word ", "\ufffd", '"'])
+def test_a_text_of_megabytes_keeps_nobody_waiting(unit):
+    """As long as a body may be, of any characters: refused by its beginning, and the next client is served at once."""
+    text = unit * ((8 << 20) // len(json.dumps(unit)[1:-1]) - 50)
+    with serving(tiny_pair()) as running, httpx.Client(timeout=60) as http:
+        started = time.process_time()
+        answer = http.post(f"{running.url}/v1/completions", json={"model": "tiny", "prompt": text})
+        assert answer.status_code == 400
+        assert "more than 512 tokens" in answer.json()["error"]["message"]
+        answer = http.post(f"{running.url}/v1/completions", json={"model": "tiny", "prompt": "It", "max_tokens": 2})
+        assert answer.status_code == 200
+        assert time.process_time() - started < 10, "seconds of work for what is refused"
+
+
+def test_a_model_without_a_limit_has_one_here():
+    with serving(tiny_pair(allow_extrapolation=True)) as running, httpx.Client(timeout=60) as http:
+        started = time.process_time()
+        body = {"model": "tiny", "prompt": "It was late. " * 400_000, "max_tokens": 1}
+        answer = http.post(f"{running.url}/v1/completions", json=body)
+        assert answer.status_code == 413
+        assert "more than 131,072 tokens" in answer.json()["error"]["message"]
+        assert time.process_time() - started < 10
+        answer = http.post(f"{running.url}/v1/completions", json=body | {"prompt": "It was late. " * 60})
+        assert answer.status_code == 200
 
 
 def test_chat_by_template():

@@ -10,18 +10,13 @@ import time
 import pytest
 
 from lms import served_pair
-from prose import PAGE, prose, tiny_pair
+from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, Sessions
 from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import BusyError, CheckpointError, ContextOverflowError, OutputError
 
 PARAMS = SamplingParams(max_new_tokens=8, ignore_end_of_text=True)
-KINDS = {
-    "hourglass": {"body_visibility": "fast", "num_decoder_layers": 2, "summaries_per_sentence": 2},
-    "hybrid": {"body_visibility": "hybrid"},
-    "plain": {"plain": True},
-}
 
 
 def sessions_of(model, tokenizer, **settings) -> Sessions:
@@ -146,12 +141,12 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     whole = file.read_bytes()
     other, _ = tiny_pair()
     other.model.norm.weight.data += 1
-    with pytest.raises(CheckpointError, match="is of model"):
+    with pytest.raises(CheckpointError, match="written by something else: model was"):
         turn(sessions_of(other, tokenizer, folder=tmp_path), "a", "b")
-    with pytest.raises(CheckpointError, match="is of model"):
+    with pytest.raises(CheckpointError, match="written by something else: model was"):
         turn(sessions_of(tiny_pair()[0].float(), tokenizer, folder=tmp_path), "a", "b")
     for changes in ({"body_visibility": "fast"}, {"rope_theta": 500.0}):
-        with pytest.raises(CheckpointError, match="is of model"):
+        with pytest.raises(CheckpointError, match="written by something else: model was"):
             turn(sessions_of(tiny_pair(**changes)[0], tokenizer, folder=tmp_path), "a", "b")
     flipped = bytearray(whole)
     flipped[-9] ^= 1  # within the last tensor's values
@@ -171,6 +166,43 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="can't keep sessions"):
         sessions_of(model, tokenizer, folder=tmp_path / "file")
+
+
+def test_weights_that_change_end_sessions(pair, tmp_path, caplog):
+    """In memory as on disk: what some weights computed, others don't go on with, nor sign as theirs."""
+    model, tokenizer = pair
+    sessions = sessions_of(model, tokenizer, folder=tmp_path)
+    turn(sessions, "a", PAGE[:100])
+    weight = next(weight for name, weight in sessions.reader.model.named_parameters() if name.endswith("norm.weight"))
+    weight.data.neg_()
+    with pytest.raises(CheckpointError, match="weights have changed since session 'a'"):
+        turn(sessions, "a", " And")
+    sessions.close()
+    assert list(tmp_path.iterdir()) == []
+    assert "weights have changed" in caplog.text
+    weight.data.neg_()
+    assert len(turn(sessions, "a", " And")) == 8
+    sessions.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    weight.data.neg_()
+    with pytest.raises(CheckpointError, match="model was"):
+        turn(sessions, "a", " And")
+
+
+def test_a_file_serves_its_own_session_alone(tmp_path):
+    """Whoever moves files about doesn't move one user's text into another's session."""
+    model, tokenizer = tiny_pair()
+    sessions = sessions_of(model, tokenizer, folder=tmp_path, max_bytes=1)
+    turn(sessions, "a", PAGE[:100])
+    (file,) = tmp_path.iterdir()
+    turn(sessions, "b", PAGE[100:300])
+    (other,) = set(tmp_path.iterdir()) - {file}
+    whole = other.read_bytes()
+    other.write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="session was"):
+        turn(sessions, "b", " And")
+    other.write_bytes(whole)
+    assert len(turn(sessions, "b", " And")) == 8
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

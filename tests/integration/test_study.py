@@ -12,22 +12,22 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from benchmarks.report.study_plots import PROFILED, draw_study
+from benchmarks.report.study_tables import finalists_table, learning_rates_table, profile_table, study_table
+from benchmarks.study import rows as study_rows
+from benchmarks.study import run as study_run
+from benchmarks.study.__main__ import app
+from benchmarks.study.rows import BEST, GROUPS, Row, rows_of
+from benchmarks.study.run import StudySettings, run_rows
+from benchmarks.study.speed import StudySpeed
 from prose import prose
 from thoughtformer.bench.records import Record, Spread, read_records
-from thoughtformer.bench.study_plots import PROFILED, draw_study
-from thoughtformer.bench.study_tables import finalists_table, learning_rates_table, profile_table, study_table
-from thoughtformer.cli import app
 from thoughtformer.errors import ConfigError, CorpusError, InputError, OutputError
 from thoughtformer.evaluate import DocumentBits, windows
 from thoughtformer.evaluate.profile import BINS, EDGES, LossProfile, Places, sentence_places
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.recipes.tiny import tiny_gpthf
-from thoughtformer.study import rows as study_rows
-from thoughtformer.study import run as study_run
-from thoughtformer.study.rows import BEST, GROUPS, Row, rows_of
-from thoughtformer.study.run import StudySettings, run_rows
-from thoughtformer.study.speed import StudySpeed
 
 
 def test_every_row_is_a_valid_training():
@@ -179,11 +179,11 @@ def test_two_runners_of_one_file_write_a_row_once(study, monkeypatch):
     train = study_run.train
 
     def train_beside(*arguments, **settings):
-        monkeypatch.setattr("thoughtformer.study.run.train", train)
+        monkeypatch.setattr("benchmarks.study.run.train", train)
         assert run_rows([row], replace(study, work=study.work.with_name("theirs"))) == 1
         return train(*arguments, **settings)
 
-    monkeypatch.setattr("thoughtformer.study.run.train", train_beside)
+    monkeypatch.setattr("benchmarks.study.run.train", train_beside)
     assert run_rows([row], study) == 0
     assert len(read_records([study.out])) == 1
 
@@ -192,7 +192,7 @@ def test_a_row_says_by_which_commits_it_was_trained(study, monkeypatch):
     said = []
     row = Row(variant="gpt", megabytes=1)
     for commit in ("aaaa+changes", "bbbb"):
-        monkeypatch.setattr("thoughtformer.study.run.environment", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr("benchmarks.study.run.environment", lambda commit=commit: {"commit": commit})
         study.out.unlink(missing_ok=True)
         assert run_rows([row], replace(study, on_progress=said.append)) == 1
     assert json.loads(study.out.read_text())["environment"]["commit"] == "bbbb, begun by aaaa+changes"
@@ -202,13 +202,13 @@ def test_a_row_says_by_which_commits_it_was_trained(study, monkeypatch):
 def test_the_command_asks_for_rows(study, run, monkeypatch):
     """Which, of which texts, and how many; each of a user's mistakes is told."""
     monkeypatch.setitem(GROUPS, "pair", lambda: [Row(variant=n, megabytes=1) for n in ("gpt", "hourglass-2-2-2")])
-    monkeypatch.setattr("thoughtformer.study.rows.GROUPS", GROUPS)
+    monkeypatch.setattr("benchmarks.study.rows.GROUPS", GROUPS)
     texts = ["--data", study.data[0], "--valid", f"books={study.valid['books']}"]
     texts += ["--out", str(study.out), "--work", str(study.work)]
-    code, _, said = run("study", "run", "pair", *texts, "--limit", "1")
+    code, _, said = run("run", "pair", *texts, "--limit", "1", command=app)
     assert code == 0
     assert "1 rows added, of 2 asked for in pair" in " ".join(said.split())
-    assert run("study", "run", "pair", *texts, "--only", "hourglass-2-2-2")[0] == 0
+    assert run("run", "pair", *texts, "--only", "hourglass-2-2-2", command=app)[0] == 0
     assert [record.peer for record in read_records([study.out])] == ["gpt", "hourglass-2-2-2"]
     for changed, message in (
         (["pear", *texts], "Did you mean 'pair'"),
@@ -217,7 +217,7 @@ def test_the_command_asks_for_rows(study, run, monkeypatch):
         (["pair", *texts, "--valid", "books"], "write NAME=FILE"),
         (["pair", *texts, "--valid", "recipe=other.txt"], "can't be called 'recipe'"),
     ):
-        code, _, said = run("study", "run", *changed)
+        code, _, said = run("run", *changed, command=app)
         assert code != 0
         assert message in " ".join(said.split())
 
@@ -233,20 +233,20 @@ def test_a_run_with_checkpoints_is_never_removed(study, monkeypatch):
         assert not settings.get("overwrite")
         raise OutputError("no space left")
 
-    monkeypatch.setattr("thoughtformer.study.run.train", fails)
+    monkeypatch.setattr("benchmarks.study.run.train", fails)
     with pytest.raises(OutputError, match="no space"):
         run_rows([row], study)
     assert (study.work / row.name / "checkpoint-4").is_dir()
 
 
 def test_held_out_text_is_looked_for_first(study, monkeypatch):
-    monkeypatch.setattr("thoughtformer.study.run.train", None)
+    monkeypatch.setattr("benchmarks.study.run.train", None)
     with pytest.raises(CorpusError, match="missing"):
         run_rows([Row(variant="gpt", megabytes=1)], replace(study, valid={"books": "missing.txt"}))
 
 
 def test_a_row_is_not_named_after_more_text_than_there_is(study, monkeypatch):
-    monkeypatch.setattr("thoughtformer.study.run.train", None)
+    monkeypatch.setattr("benchmarks.study.run.train", None)
     with pytest.raises(CorpusError, match=r"gpt_1m_2mb\S+ needs 10,000 bytes .*give 6,\d+: give more"):
         run_rows([Row(variant="gpt", megabytes=2)], study)
     assert not study.out.exists()
@@ -349,7 +349,7 @@ def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
     figures = {}
-    monkeypatch.setattr("thoughtformer.bench.study_plots.save", lambda figure, path: figures.setdefault(path, figure))
+    monkeypatch.setattr("benchmarks.report.study_plots.save", lambda figure, path: figures.setdefault(path, figure))
 
     def context(*bits: float | None) -> dict[str, object]:
         profile = [*bits, *[None] * (len(BINS) - len(bits))]
@@ -380,9 +380,9 @@ def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
 def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):
     """From the command, at a tiny size; the bytes held are those that a short context takes."""
     monkeypatch.setitem(study_rows.SIZES, "1m", {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2})
-    monkeypatch.setattr("thoughtformer.study.speed.FINALISTS", ("gpt", "fast-2-4"))
+    monkeypatch.setattr("benchmarks.study.speed.FINALISTS", ("gpt", "fast-2-4"))
     out = tmp_path / "speed.jsonl"
-    call = ["study", "speed", "--context", "60", "--repeats", "1", "--no-compiled", "--out", str(out)]
+    call = ["speed", "--context", "60", "--repeats", "1", "--no-compiled", "--out", str(out)]
     assert CliRunner().invoke(app, call).exit_code == 0
     again = [*call, "--context", "40"]
     assert CliRunner().invoke(app, again).exit_code == 0

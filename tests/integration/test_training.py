@@ -19,6 +19,7 @@ from thoughtformer.errors import ConfigError, CorpusError, OutputError
 from thoughtformer.models.loading import load
 from thoughtformer.recipes import RECIPES, recipe
 from thoughtformer.train import ModelShape, Recipe, train
+from thoughtformer.train.folder import RECIPE_FILE
 from thoughtformer.train.trainer import SentenceTrainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -117,6 +118,11 @@ def test_resumed_equals_straight(place, straight, optimizer, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train(changed, [place / "data.txt"], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    # A run that began before some key of the recipe was there goes on.
+    file = tmp_path / "out" / RECIPE_FILE
+    values = json.loads(file.read_text())
+    assert values["model"].pop("body_visibility_settings") is None
+    file.write_text(json.dumps(values))
     # The run goes on from a copy of its text: what counts is the ids, not where the file lies or when it changed.
     (tmp_path / "moved.txt").write_bytes((place / "data.txt").read_bytes())
     train(changed, [tmp_path / "moved.txt"], tmp_path / "out", resume=True)
@@ -210,6 +216,9 @@ def test_used_folders(place, straight, tmp_path):
         train(small_recipe(place), data, tmp_path / "new", resume=True)
     with pytest.raises(OutputError, match="exclude each other"):
         train(small_recipe(place), data, straight, resume=True, overwrite=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".recipe.json.writing-1-2").write_text("{")
+    train(small_recipe(place, max_steps=1), data, tmp_path / "killed")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="no training run to overwrite"):
@@ -331,7 +340,9 @@ def test_settings_on_top_of_a_recipe():
 def test_recipe_files(tmp_path):
     (tmp_path / "recipe.yaml").write_text("name: mine\nlearning_rate: 3e-3\nmodel:\n  hidden_size: 64\n")
     assert Recipe.from_file(tmp_path / "recipe.yaml").model.hidden_size == 64
-    for content, message in (("- 1", "a list"), ("a: [", "neither YAML nor JSON")):
+    # The last ones are what YAML's own constructors raise other errors for.
+    damaged = ["a: [", "seed: 2026-99-99", "seed: 0x_", 'seed: !!int "x"', "seed: !!timestamp x", "[" * 5000]
+    for content, message in (("- 1", "a list"), *((content, "neither YAML nor JSON") for content in damaged)):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError, match=message):
             Recipe.from_file(tmp_path / "bad.yaml")

@@ -11,6 +11,7 @@ from prose import tiny_pair
 from thoughtformer import compress
 from thoughtformer.compression import ByteBudget, EntryBudget, Local, SentenceEnds, Sentinel
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 25}
 
@@ -44,7 +45,7 @@ def test_padded_batches_and_turns(family):
 
     more = torch.cat([output.sequences, random_ids(2, 8, seed=5)], dim=1)
     more_mask = torch.cat([mask, torch.ones(2, more.shape[1] - 30, dtype=torch.long)], dim=1)
-    again = compressed.generate(more, attention_mask=more_mask, past_key_values=output.past_key_values, **GREEDY)
+    again = compressed.generate(more, attention_mask=more_mask, cache=output.cache, **GREEDY)
     for row, padding in enumerate((13, 0)):
         # Without a mask transformers would take generated tokens with the padding's id for padding.
         alone = more[row : row + 1, padding:]
@@ -84,7 +85,7 @@ def test_what_can_not_be_exact_is_refused():
         cache.crop(-1)
     assert not cache.is_croppable
     with pytest.raises(UnsupportedError, match="compressed"):
-        compressed.model(ids, past_key_values=cache)
+        compressed.model(ids, **{CACHE_NAME: cache})
     with pytest.raises(UnsupportedError, match="static"):
         compressed.generate(ids, cache_implementation="static", max_new_tokens=5)
     with pytest.raises(UnsupportedError, match="output_attentions"):
@@ -128,7 +129,7 @@ def test_budgets_and_sentences():
         at_once = compressed(ids, use_cache=False).logits
         cache, steps, held = compressed.new_cache(1), [], []
         for column in range(100):
-            steps.append(compressed(ids[:, [column]], past_key_values=cache).logits)
+            steps.append(compressed(ids[:, [column]], cache=cache).logits)
             held.append(cache.live_bytes(per_entry))
         torch.testing.assert_close(torch.cat(steps, dim=1), at_once, rtol=0, atol=1e-9)
         assert max(held) <= 40 * per_entry
@@ -143,7 +144,7 @@ def test_an_exhausted_budget_says_so():
     compressed = tiny_compressed(tiny_lm(), Sentinel(policy=budget))
     cache = compressed.new_cache(1)
     with pytest.raises(ContextOverflowError, match="max_entries=20"):
-        compressed(random_ids(1, 100), past_key_values=cache)
+        compressed(random_ids(1, 100), cache=cache)
     assert cache.num_tokens.tolist() == [0]
 
 

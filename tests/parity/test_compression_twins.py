@@ -5,22 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lms import policy, random_ids, tiny_adapter, tiny_compressed, tiny_lm
-from thoughtformer.attention.entries import FOREVER, Entries, entries_mask
-from thoughtformer.attention.schedule import Event, RowReading, lay_out
-from thoughtformer.compression import (
-    Callback,
-    Combiner,
-    HeavyHitters,
-    Local,
-    RandomEviction,
-    Scattered,
-    Sentinel,
-    StreamingLLM,
-    Truncation,
-    compress,
-)
+import twins
+from lms import TINY_METHODS, policy, random_ids, step_by_step, tiny_adapter, tiny_compressed, tiny_lm
+from thoughtformer.compression import METHODS, Callback, Combiner, Sentinel, compress
 from thoughtformer.models.backbone import backbone_of
+from thoughtformer.rules.entries import FOREVER, Entries, entries_mask
+from thoughtformer.rules.schedule import Event, RowReading, lay_out
+from twins.folding import Fold, folded_by_sentinels, folded_into_means
 
 LENGTH = 48
 FAMILIES = ["llama", "gpt_neox", "gpt2", "opt", "qwen2"]
@@ -28,65 +19,6 @@ FAMILIES = ["llama", "gpt_neox", "gpt2", "opt", "qwen2"]
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
-
-
-def masked(model, embeddings, positions, allowed):
-    """The model itself under a mask of transformers' kind; its eager attention would round to float32."""
-    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill_(~allowed, torch.finfo(model.dtype).min)
-    return model(
-        inputs_embeds=embeddings, position_ids=positions, attention_mask=mask[None, None], use_cache=False
-    ).logits
-
-
-def causal(length):
-    return torch.ones(length, length, dtype=torch.bool).tril()
-
-
-def naive_sentinel(model, adapter, ids, folds, see_earlier=False):
-    """The paper's sequence, sentinels right behind their span, and its mask entry by entry.
-
-    `folds` are (start, end, lag), end included.
-    """
-    k = adapter.config.num_sentinels
-    items = []  # kind, number, position, span
-    spans = {end: number for number, (_, end, _) in enumerate(folds)}
-    inside = {p: number for number, (start, end, _) in enumerate(folds) for p in range(start, end + 1)}
-    for position in range(len(ids)):
-        items.append(("token", position, position, inside.get(position)))
-        if position in spans:
-            number = spans[position]
-            items.append(("CL", 0, max(folds[number][0] - 1, 0), number))
-            items += [("CR", i, position, number) for i in range(1, k + 1)]
-    size = len(items)
-    allowed = torch.zeros(size, size, dtype=torch.bool)
-    for i, (kind, number, position, span) in enumerate(items):
-        for j, (key_kind, key_number, key_position, key_span) in enumerate(items):
-            if i == j:
-                seen = True
-            elif kind == "CL":
-                seen = False
-            elif kind == "CR":
-                seen = key_span == span and (key_kind in ("token", "CL") or key_number < number)
-                if see_earlier and key_kind == "CR" and key_span != span:
-                    when = (folds[span][1] + folds[span][2], span)
-                    seen = (folds[key_span][1] + folds[key_span][2], key_span) < when
-            elif key_kind == "CL" or key_position > position or (key_kind == "token" and key_number > number):
-                seen = False
-            elif key_span is None:
-                seen = True
-            else:
-                _, end, lag = folds[key_span]
-                within_lag = position <= end + lag
-                seen = within_lag if key_kind == "token" else not within_lag
-            allowed[i, j] = seen
-    token_ids = torch.tensor([ids[number] if kind == "token" else 0 for kind, number, *_ in items])
-    embeddings = model.get_input_embeddings()(token_ids).clone()
-    for i, (kind, number, *_) in enumerate(items):
-        if kind != "token":
-            embeddings[i] = adapter.rows[0 if kind == "CL" else number]
-    positions = torch.tensor([position for _, _, position, _ in items])
-    logits = masked(model, embeddings[None], positions[None], allowed)[0]
-    return logits[[i for i, item in enumerate(items) if item[0] == "token"]]
 
 
 FOLDS = {
@@ -114,7 +46,8 @@ def test_sentinels_equal_the_papers_mask(family, k, see_earlier, folds):
     model = tiny_lm(family)
     adapter = tiny_adapter(model, num_sentinels=k, see_earlier=see_earlier)
     ids = random_ids(1, LENGTH)
-    expected = naive_sentinel(model, adapter, ids[0].tolist(), folds, see_earlier)
+    spans = [Fold(start, end, end + lag) for start, end, lag in folds]
+    expected = folded_by_sentinels(model, adapter, ids[0].tolist(), spans, see_earlier)
     due = {end + lag: (start, end) for start, end, lag in folds}
 
     class Fixed(Sentinel):
@@ -128,7 +61,7 @@ def test_sentinels_equal_the_papers_mask(family, k, see_earlier, folds):
     compressed = compress(model, method, adapter=adapter)
     close(compressed(ids, use_cache=False).logits[0], expected)
     cache = compressed.new_cache(1)
-    steps = [compressed(ids[:, [column]], past_key_values=cache).logits for column in range(LENGTH)]
+    steps = [compressed(ids[:, [column]], cache=cache).logits for column in range(LENGTH)]
     close(torch.cat(steps, dim=1)[0], expected)
     folded = [(start, end) for start, end, lag in folds if end + lag < LENGTH]
     gone = sum(end - start + 1 - k for start, end in folded)
@@ -150,83 +83,26 @@ def test_the_papers_toy():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_has_a_twin():
+    missing = set(METHODS) - set(twins.METHODS)
+    assert not missing, f"write what {missing} does, slowly, in a file of tests/twins: METHODS = {{...}}"
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    # Of a method's further settings, one rotary and one learned family suffice.
+    [(family, case) for family in FAMILIES for case in TINY_METHODS if family in ("llama", "gpt2") or case in METHODS],
+)
 @torch.no_grad()
-def test_local_truncation_scattered_random(family):
-    model = tiny_lm(family)
-    ids = random_ids(1, LENGTH)
-    embeddings, positions = model.get_input_embeddings()(ids), torch.arange(LENGTH)[None]
-    j, k = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
-
-    allowed = causal(LENGTH) & (k >= (j * 0.6).floor())
-    close(compress(model, Local(removed=0.6))(ids).logits, masked(model, embeddings, positions, allowed))
-
-    allowed = causal(LENGTH) & (j // 13 == k // 13)
-    close(compress(model, Truncation(piece_tokens=13))(ids).logits, masked(model, embeddings, positions, allowed))
-
-    # The kept positions are read off the cache; that they are one vector for all queries is the mask's claim.
-    scattered = compress(model, Scattered(removed=0.6, seed=3))
-    cache = scattered.new_cache(1)
-    actual = scattered(ids, past_key_values=cache).logits
-    kept = torch.zeros(LENGTH, dtype=torch.bool)
-    kept[cache.store.field("position")[0, : cache.store.longest].long()] = True
-    assert 8 < int(kept.sum()) < 32
-    allowed = causal(LENGTH) & (kept[None] | torch.eye(LENGTH, dtype=torch.bool))
-    close(actual, masked(model, embeddings, positions, allowed))
-
-    # Random eviction replayed from what the cache held after each token.
-    method = RandomEviction(max_entries=15, first_tokens=2, recent_tokens=4, seed=1)
-    compressed = compress(model, method)
-    cache, allowed = compressed.new_cache(1), torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    for column in range(LENGTH):
-        held = cache.store.field("position")[0, : cache.store.longest].long()
-        allowed[column, held] = True
-        allowed[column, column] = True
-        compressed(ids[:, [column]], past_key_values=cache)
-    assert int(allowed.sum(dim=1).max()) == 15
-    assert bool(allowed[:, :2].tril().equal(causal(LENGTH)[:, :2]))
-    assert bool((allowed[20:].long().sum(dim=1) == 15).all())
-    close(compressed(ids).logits, masked(model, embeddings, positions, allowed))
-
-
-def attention_by_hand(model, ids, attend):
-    """Logits with a layer's attention written out by `attend(layer, q, k, v)` over one row."""
-    view = backbone_of(model)
-
-    def handed(layer, query, key, value, *, scale, **_):
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return attend(layer, query[0] * scale, key[0], value[0])[None]
-
-    hidden = view.forward(view.embed(ids), torch.arange(ids.shape[1])[None], handed)
-    return view.head()(hidden)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
-@torch.no_grad()
-def test_streaming_counts_positions_in_the_cache(family):
-    """With rotations: keys as if rotated at their place in the cache. With learned positions: the window alone."""
-    model, ids, first, size = tiny_lm(family), random_ids(1, LENGTH), 3, 14
-    turn = backbone_of(model).rotation
-
-    def attend(layer, query, key, value):
-        output = torch.zeros_like(query)
-        for j in range(LENGTH):
-            held = list(range(j + 1)) if j < size else [*range(first), *range(j + 1 - (size - first), j + 1)]
-            assert len(held) == min(j + 1, size)
-            q, k = query[:, j : j + 1], key[:, held]
-            if turn is not None:
-                # Every key and the query move from their place in the text to their place in the cache.
-                moved = torch.tensor([[place - p for place, p in enumerate(held)]])
-                k = turn(k[None], moved)[0]
-                q = turn(q[None], torch.tensor([[len(held) - 1 - j]]))[0]
-            output[:, j : j + 1] = (q @ k.mT).softmax(dim=-1) @ value[:, held]
-        return output
-
-    expected = attention_by_hand(model, ids, attend)
-    # Rotations are computed in float32, as transformers does: turning twice differs in the seventh digit.
-    actual = compress(model, StreamingLLM(max_entries=size, first_tokens=first))(ids).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4 if turn is not None else 1e-9)
+def test_methods_equal_their_twins(family, case):
+    """At once, and token by token with what was dropped really gone."""
+    model, method, ids = tiny_lm(family), TINY_METHODS[case], random_ids(1, LENGTH)
+    twin = twins.METHODS[method.name]
+    compressed = tiny_compressed(model, method)
+    expected = twin.expected(model, ids[0].tolist(), method, compressed.adapter)
+    atol = twin.atol if backbone_of(model).rotation is not None else 1e-9
+    for actual in (compressed(ids, use_cache=False).logits, step_by_step(compressed, ids)):
+        torch.testing.assert_close(actual[0], expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -256,37 +132,6 @@ def test_rotating_a_key_equals_computing_it_elsewhere(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "plain"])
 @torch.no_grad()
-def test_h2o_against_a_loop(family):
-    """Algorithm 1 for each layer and key head, with lists; and the mask replayed from its decisions."""
-    model, ids, size, recent = tiny_lm(family), random_ids(1, LENGTH), 14, 7
-    kv_heads = backbone_of(model).num_kv_heads
-
-    def attend(layer, query, key, value):
-        heads = query.shape[0]
-        groups = heads // kv_heads
-        output = torch.zeros_like(query)
-        for kv_head in range(kv_heads):
-            members = range(kv_head * groups, (kv_head + 1) * groups)
-            held, gained = [], {}
-            for j in range(LENGTH):
-                if len(held) == size:
-                    older = [p for p in held if p <= j - 1 - recent]
-                    held.remove(min(older, key=lambda p: (gained[p], p)))
-                held.append(j)
-                gained[j] = 0.0
-                for head in members:
-                    weights = (query[head, j] @ key[head, held].mT).softmax(dim=-1)
-                    output[head, j] = weights @ value[head, held]
-                    for p, weight in zip(held, weights.tolist()):
-                        gained[p] += weight
-        return output
-
-    expected = attention_by_hand(model, ids, attend)
-    close(compress(model, HeavyHitters(max_entries=size, recent_fraction=0.5))(ids).logits, expected)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "plain"])
-@torch.no_grad()
 def test_combiner_against_a_loop(family):
     model, ids = tiny_lm(family), random_ids(1, LENGTH)
     spans = {11: (2, 8), 14: (9, 12), 30: (13, 24)}
@@ -298,21 +143,8 @@ def test_combiner_against_a_loop(family):
             at = row.num_tokens - 1
             return [Event(*spans[at], at, True)] if at in spans else []
 
-    def attend(layer, query, key, value):
-        output = torch.zeros_like(query)
-        for j in range(LENGTH):
-            folded = [span for at, span in spans.items() if at < j]
-            raw = [p for p in range(j + 1) if not any(start <= p <= end for start, end in folded)]
-            keys, values, bias = [key[:, p] for p in raw], [value[:, p] for p in raw], [0.0] * len(raw)
-            for start, end in folded:
-                keys.append(key[:, start : end + 1].mean(dim=1))
-                values.append(value[:, start : end + 1].mean(dim=1))
-                bias.append(float(torch.tensor(float(end - start + 1), dtype=torch.float64).log()))
-            scores = torch.einsum("hd,khd->hk", query[:, j], torch.stack(keys)) + torch.tensor(bias, dtype=query.dtype)
-            output[:, j] = torch.einsum("hk,khd->hd", scores.softmax(dim=-1), torch.stack(values))
-        return output
-
-    close(compress(model, Fixed())(ids).logits, attention_by_hand(model, ids, attend))
+    expected = folded_into_means(model, ids[0].tolist(), [Fold(*span, at) for at, span in spans.items()])
+    close(compress(model, Fixed())(ids).logits[0], expected)
 
 
 @torch.no_grad()
@@ -343,7 +175,7 @@ def test_sentinels_fed_late_are_the_same_sentinels():
         callback = Callback(choose=choose, first_tokens=settings.first_tokens, recent_tokens=0, start_tokens=0)
         compressed = compress(model, Sentinel(policy=callback), adapter=adapter)
         cache = compressed.new_cache(1)
-        compressed(ids[:, : 12 + lag], past_key_values=cache)
+        compressed(ids[:, : 12 + lag], cache=cache)
         is_summary = (cache.store.field("order")[0, : cache.store.longest] > 0).nonzero()
         assert len(is_summary) == 1
         summaries.append([layer[0, :, int(is_summary[0])] for layer in cache.store.keys])

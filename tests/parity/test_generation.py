@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from conftest import VISIBILITIES
-from prose import PAGE, prose, tiny_pair
+from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.engine.batch import Batch
@@ -31,11 +31,11 @@ def naive_greedy(model, ids: list[int], new_tokens: int) -> list[int]:
 
 
 def pair(visibility: str, **changes):
-    if visibility == "plain":
-        return tiny_pair(plain=True, **changes)
     if visibility == "hourglass":
         return tiny_pair(body_visibility="fast", num_decoder_layers=2, **changes)
-    return tiny_pair(body_visibility=visibility, **changes)
+    if visibility == "causal":
+        return tiny_pair(body_visibility="causal", **changes)
+    return tiny_pair(**KINDS[visibility] | changes)
 
 
 @pytest.mark.parametrize("visibility", [*VISIBILITIES, "plain"])
@@ -126,7 +126,7 @@ def test_repetition_penalty_spares_ends_in_both():
 
 def test_streaming_gives_the_same_text():
     model, tokenizer = tiny_pair()
-    engine, params = Engine(model, tokenizer), SamplingParams(max_new_tokens=60, temperature=1.5)
+    engine, params = Engine(model, tokenizer), SamplingParams(max_new_tokens=60, temperature=1.5, seed=0)
     streamed = dict.fromkeys(range(len(PROMPTS)), "")
     for event in engine.stream(PROMPTS, params):
         streamed[event.row] += event.text
@@ -163,7 +163,7 @@ def test_several_turns_on_one_cache():
     turn = model.generate(first, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
     more = torch.tensor([tokenizer(PAGE[120:200], add_special_tokens=False)["input_ids"]])
     whole = torch.cat([turn.sequences, more], dim=1)
-    continued = model.generate(whole, past_key_values=turn.past_key_values, max_new_tokens=9, do_sample=False)
+    continued = model.generate(whole, cache=turn.cache, max_new_tokens=9, do_sample=False)
     assert continued.tolist() == model.generate(whole, max_new_tokens=9, do_sample=False).tolist()
 
 
@@ -179,6 +179,8 @@ def test_assisted_decoding_is_refused():
     batch = tokenizer("The ferry", return_tensors="pt")
     with pytest.raises(ValueError, match="stateful"):
         model.generate(**batch, max_new_tokens=5, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(**batch, max_new_tokens=5, assistant_model=tiny_pair()[0])
 
 
 def test_texts_past_the_trained_length_are_refused_before_work_starts():
@@ -222,12 +224,16 @@ def test_cache_bytes_fall_when_rows_finish():
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": -3}, "max_new_tokens=-3"),
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": -2}, "top_k=-2"),
+        ({"top_p": -0.1}, "top_p=-0.1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": 1.0}, "min_p=1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"seed": 1 << 63}, "seed=9223372036854775808"),
+        ({"stop_token_ids": 3}, "list of token ids"),
+        ({"stop_token_ids": [-1]}, "list of token ids"),
         ({"stop": "abc"}, "list of strings"),
         ({"stop": [""]}, "none of them empty"),
     ],

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import random_text, tiny_model
 from thoughtformer import load
+from thoughtformer.convert.gguf import write_gguf
+from thoughtformer.convert.llama import as_llama, export_llama
 from thoughtformer.errors import OutputError, UnsupportedError
-from thoughtformer.models.export import as_llama, export_llama, write_gguf
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["plain_heads", "grouped_heads"])

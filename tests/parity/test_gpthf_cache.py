@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from conftest import END, START, TEXTS, entries_expected, random_text, tiny_model
-from thoughtformer.attention import RowCounters, read_structure
 from thoughtformer.bench.synthetic import filled_cache
 from thoughtformer.cache import distinct_storage_bytes
 from thoughtformer.cache.slots import allotted
 from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.rules import RowCounters, read_structure
 
 ATOL = 1e-9
 
@@ -26,7 +26,7 @@ def test_bytes_equal_the_formula_at_every_step(model):
     cache = model.new_cache(1)
     with torch.no_grad():
         for count in range(1, len(ids) + 1):
-            model(ids[None, count - 1 : count], past_key_values=cache)
+            model(ids[None, count - 1 : count], cache=cache)
             expected = entries_expected(model, ids[:count])
             assert {stage.name: int(stage.lengths[0]) for stage in cache.stages} == expected
             assert cache.num_bytes() == model.model.cache_bytes(expected, num_rows=1)
@@ -59,13 +59,13 @@ def test_rollback_and_partial_commit(model, drafted, accepted):
     following = random_text(15, seed=90)[1:]
     cache = model.new_cache(1)
     with torch.no_grad():
-        model(prompt[None], past_key_values=cache)
+        model(prompt[None], cache=cache)
         cache.autocommit = False
         sizes = [2] * (drafted // 2) + [1] * (drafted % 2)
-        drafts = torch.cat([model(part[None], past_key_values=cache).logits[0] for part in draft.split(sizes)])
+        drafts = torch.cat([model(part[None], cache=cache).logits[0] for part in draft.split(sizes)])
         cache.commit(torch.tensor([accepted])) if accepted else cache.rollback()
         cache.autocommit = True
-        continued = torch.cat([model(token[None], past_key_values=cache).logits[0] for token in following.split(1)])
+        continued = torch.cat([model(token[None], cache=cache).logits[0] for token in following.split(1)])
         close(drafts, model(torch.cat([prompt, draft])[None], use_cache=False).logits[0, 33:])
         whole = torch.cat([prompt, draft[:accepted], following])
         close(continued, model(whole[None], use_cache=False).logits[0, 33 + accepted :])
@@ -77,12 +77,12 @@ def test_partial_commit_differs_by_row(model):
     drafts = torch.tensor([[7, END, 8, 9], [END, 5, 6, END]])
     cache = model.new_cache(2)
     with torch.no_grad():
-        model(prompts, past_key_values=cache)
+        model(prompts, cache=cache)
         cache.autocommit = False
-        model(drafts, past_key_values=cache)
+        model(drafts, cache=cache)
         cache.commit(torch.tensor([1, 3]))
         cache.autocommit = True
-        following = model(torch.tensor([[4, 5], [6, END]]), past_key_values=cache).logits
+        following = model(torch.tensor([[4, 5], [6, END]]), cache=cache).logits
         for row, (accepted, new) in enumerate([(1, [4, 5]), (3, [6, END])]):
             whole = torch.cat([prompts[row], drafts[row, :accepted], torch.tensor(new)])
             close(following[row], model(whole[None], use_cache=False).logits[0, -2:])
@@ -92,7 +92,7 @@ def test_commit_of_more_than_there_is_refused(model):
     cache = model.new_cache(1)
     cache.autocommit = False
     with torch.no_grad():
-        model(torch.tensor([[START, 5]]), past_key_values=cache)
+        model(torch.tensor([[START, 5]]), cache=cache)
     with pytest.raises(InputError, match=r"num_tokens=\[3\].*\[2\] tokens are uncommitted"):
         cache.commit(torch.tensor([3]))
     cache.commit()
@@ -107,14 +107,14 @@ def test_generate_goes_on_from_a_partial_commit(model):
     ids = TEXTS["mixed"][None, :30]
     cache = model.new_cache(1)
     with torch.no_grad():
-        model(ids[:, :15], past_key_values=cache)
+        model(ids[:, :15], cache=cache)
         cache.autocommit = False
-        model(ids[:, 15:24], past_key_values=cache)
+        model(ids[:, 15:24], cache=cache)
     cache.commit(torch.tensor([4]))
     cache.autocommit = True
     assert cache.get_seq_length() == 19
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), model.generate(ids, **settings))
+    assert torch.equal(model.generate(ids, cache=cache, **settings), model.generate(ids, **settings))
     assert cache.num_tokens.tolist() == [33]
 
 
@@ -122,14 +122,14 @@ def test_commit_counts_the_row_that_keeps_most(model):
     cache = model.new_cache(2)
     cache.autocommit = False
     with torch.no_grad():
-        model(torch.tensor([[START, 5, 6], [START, 7, END]]), past_key_values=cache)
+        model(torch.tensor([[START, 5, 6], [START, 7, END]]), cache=cache)
     cache.commit(torch.tensor([1, 2]))
     assert cache.get_seq_length() == 2
 
 
 def test_foreign_cache_is_refused(model):
     with pytest.raises(InputError, match=r"DynamicCache.*model.new_cache"):
-        model(torch.tensor([[START, 5]]), past_key_values=DynamicCache())
+        model(torch.tensor([[START, 5]]), cache=DynamicCache())
 
 
 def test_fork_shares_no_storage(model):
@@ -137,12 +137,12 @@ def test_fork_shares_no_storage(model):
     left, right = random_text(20, seed=11)[1:], random_text(20, seed=12)[1:]
     prompt = TEXTS["mixed"]
     with torch.no_grad():
-        model(prompt[None], past_key_values=cache)
+        model(prompt[None], cache=cache)
         fork = cache.fork()
         own = {tensor.untyped_storage().data_ptr() for stage in cache.stages for tensor in stage.tensors()}
         assert own.isdisjoint(t.untyped_storage().data_ptr() for stage in fork.stages for t in stage.tensors())
         for ids, held in ((left, cache), (right, fork)):
-            logits = torch.cat([model(token[None], past_key_values=held).logits[0] for token in ids.split(1)])
+            logits = torch.cat([model(token[None], cache=held).logits[0] for token in ids.split(1)])
             close(logits, model(torch.cat([prompt, ids])[None], use_cache=False).logits[0, len(prompt) :])
 
 
@@ -153,9 +153,9 @@ def test_selected_rows_go_on_as_alone(model):
     following = torch.stack([random_text(12, seed=20 + number)[1:] for number in range(4)])
     chosen = [2, 0, 0, 1]
     with torch.no_grad():
-        model(torch.stack(rows), past_key_values=cache)
+        model(torch.stack(rows), cache=cache)
         cache.reorder_cache(torch.tensor(chosen))
-        stepped = torch.cat([model(c, past_key_values=cache).logits for c in following.split(1, dim=1)], dim=1)
+        stepped = torch.cat([model(c, cache=cache).logits for c in following.split(1, dim=1)], dim=1)
         for number, row in enumerate(chosen):
             whole = torch.cat([rows[row], following[number]])
             close(stepped[number], model(whole[None], use_cache=False).logits[0, 40:])
@@ -166,7 +166,7 @@ def test_selecting_uncommitted_rows_is_refused(model):
     cache = model.new_cache(1)
     cache.autocommit = False
     with torch.no_grad():
-        model(torch.tensor([[START, 5]]), past_key_values=cache)
+        model(torch.tensor([[START, 5]]), cache=cache)
     with pytest.raises(UnsupportedError, match="commit"):
         cache.select(torch.tensor([0]))
 
@@ -181,27 +181,27 @@ def test_failed_step_leaves_the_cache_as_it_was():
     model = tiny_model("hybrid", max_position_embeddings=24)
     cache, ids = model.new_cache(1), TEXTS["mixed"][:24]
     with torch.no_grad():
-        model(ids[None, :20], past_key_values=cache)
+        model(ids[None, :20], cache=cache)
         original = model.model.norm.forward
         model.model.norm.forward = lambda states: 1 / 0  # fails after every stage has written
         with pytest.raises(ZeroDivisionError):
-            model(ids[None, 20:22], past_key_values=cache)
+            model(ids[None, 20:22], cache=cache)
         model.model.norm.forward = original
         with pytest.raises(ValueError, match=r"25 tokens.*trained for 24"):
-            model(torch.full((1, 5), 9), past_key_values=cache)
-        after = model(ids[None, 20:], past_key_values=cache).logits[0]
+            model(torch.full((1, 5), 9), cache=cache)
+        after = model(ids[None, 20:], cache=cache).logits[0]
         close(after, model(ids[None], use_cache=False).logits[0, 20:])
 
 
 def test_reset_starts_over(model):
     cache = model.new_cache(1)
     with torch.no_grad():
-        model(TEXTS["mixed"][None], past_key_values=cache)
+        model(TEXTS["mixed"][None], cache=cache)
         cache.autocommit = False
-        model(TEXTS["one_token"][None], past_key_values=cache)
+        model(TEXTS["one_token"][None], cache=cache)
         cache.reset()
         cache.autocommit = True
-        logits = model(TEXTS["two_documents"][None], past_key_values=cache).logits
+        logits = model(TEXTS["two_documents"][None], cache=cache).logits
         close(logits, model(TEXTS["two_documents"][None], use_cache=False).logits)
 
 
@@ -226,7 +226,7 @@ def test_a_reserve_is_held_from_the_start_and_given_back():
     storage = cache.stages[0].keys[0].data_ptr()
     ids = torch.stack([random_text(100, seed=seed) for seed in (1, 2)])
     with torch.no_grad():
-        steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(90)], dim=1)
+        steps = torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(90)], dim=1)
         torch.testing.assert_close(steps, model(ids[:, :90]).logits, rtol=0, atol=1e-9)
     assert cache.stages[0].keys[0].data_ptr() == storage
     assert cache.num_bytes() == model.model.cache_bytes({"body": 90}, num_rows=2, reserve_tokens=100)
@@ -251,10 +251,10 @@ def test_long_caches_are_read_by_two_products(monkeypatch):
     def steps() -> Tensor:
         cache = model.new_cache(2)
         with torch.no_grad():
-            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40)], dim=1)
+            return torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(40)], dim=1)
 
     fused = steps()
-    monkeypatch.setattr("thoughtformer.attention.held.LONG_KEYS", 7)
+    monkeypatch.setattr("thoughtformer.attention.cached.LONG_KEYS", 7)
     products = steps()
     close(products, fused)
     assert torch.equal(products[:, :6], fused[:, :6])
@@ -277,7 +277,7 @@ def test_a_long_folded_cache_is_seldom_copied():
     storages = set()
     with torch.inference_mode():
         for position in range(25 * 3):
-            model(torch.tensor([[END if position % 25 == 24 else 5]]), past_key_values=cache)
+            model(torch.tensor([[END if position % 25 == 24 else 5]]), cache=cache)
             storages.add(cache.stages[1].capacity)
             longest = {stage.name: stage.longest for stage in cache.stages}
             assert cache.num_bytes() == model.model.cache_bytes(longest, num_rows=1)

@@ -52,7 +52,7 @@ def test_last_logits_alone_equal_those_of_all(model, text, kept):
     with torch.no_grad():
         output = model(text[None], logits_to_keep=kept, use_cache=True)
         without_cache = model(text[None], logits_to_keep=kept, use_cache=False)
-        following = model(text[None, -1:].clone().fill_(9), past_key_values=output.past_key_values)
+        following = model(text[None, -1:].clone().fill_(9), cache=output.cache)
     expected = full_logits(model, torch.cat([text, torch.tensor([9])]))
     close(output.logits[0], expected[len(text) - kept : -1])
     close(without_cache.logits[0], expected[len(text) - kept : -1])
@@ -95,7 +95,7 @@ def test_ragged_batch_equals_each_row_alone(model, side):
         steps = []
         for column in continuations.split(1, dim=1):
             mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
-            steps.append(model(column, attention_mask=mask, past_key_values=output.past_key_values).logits)
+            steps.append(model(column, attention_mask=mask, cache=output.cache).logits)
     stepped = torch.cat(steps, dim=1)
     for number, row in enumerate(rows):
         expected = full_logits(model, torch.cat([row, continuations[number]]))
@@ -147,7 +147,6 @@ def test_packed_documents_equal_each_alone(model, sentences):
     close(packed, torch.cat([full_logits(model, document) for document in documents]))
 
 
-@pytest.mark.parametrize("visibility", ["fast", "keep_last", "hybrid", "hourglass"])
 def test_sentence_alone_equals_sentence_in_context_at_the_encoder(visibility):
     model = tiny_model(visibility)
     sentence = torch.tensor([8, 9, 10, 11, END])
@@ -179,9 +178,9 @@ def test_empty_chunk_changes_nothing(model):
     text = TEXTS["mixed"]
     cache = model.new_cache(1)
     with torch.no_grad():
-        model(text[None, :30], past_key_values=cache)
-        assert model(text[None, :0], past_key_values=cache).logits.shape[1] == 0
-        close(model(text[None, 30:], past_key_values=cache).logits[0], full_logits(model, text)[30:])
+        model(text[None, :30], cache=cache)
+        assert model(text[None, :0], cache=cache).logits.shape[1] == 0
+        close(model(text[None, 30:], cache=cache).logits[0], full_logits(model, text)[30:])
 
 
 def test_gradients_equal_those_of_the_dense_mask(model):

@@ -24,7 +24,7 @@ def test_logits_on_cuda_equal_those_on_the_cpu(visibility, text):
         parallel = model(text[None].cuda(), use_cache=False).logits.cpu()
         cache, steps = model.new_cache(1), []
         for token in text.split(1):
-            steps.append(model(token[None].cuda(), past_key_values=cache).logits.cpu())
+            steps.append(model(token[None].cuda(), cache=cache).logits.cpu())
     torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-9)
 

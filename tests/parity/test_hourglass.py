@@ -19,10 +19,10 @@ from conftest import (
     random_text,
     tiny_model,
 )
-from thoughtformer.attention import rotary_angles, rotate
+from thoughtformer.attention import Rotary, rotate
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.stages import with_depths
+from thoughtformer.models.gpthf.stages import with_depths
 
 
 def test_gathered_equals_dense_mask(switched_model):
@@ -49,7 +49,7 @@ def test_bytes_equal_the_formula_at_every_step(switched_model):
     cache = switched_model.new_cache(1)
     with torch.no_grad():
         for count in range(1, len(ids) + 1):
-            switched_model(ids[None, count - 1 : count], past_key_values=cache)
+            switched_model(ids[None, count - 1 : count], cache=cache)
             expected = entries_expected(switched_model, ids[:count])
             assert {stage.name: int(stage.lengths[0]) for stage in cache.stages} == expected
             assert cache.num_bytes() == switched_model.model.cache_bytes(expected, num_rows=1)
@@ -62,7 +62,7 @@ def test_fewer_logits_are_the_same(switched_model, kept):
         ids = TEXTS[name]
         with torch.no_grad():
             output = switched_model(ids[None], logits_to_keep=min(kept, len(ids)), use_cache=True)
-            following = switched_model(torch.tensor([[9, END, 4]]), past_key_values=output.past_key_values)
+            following = switched_model(torch.tensor([[9, END, 4]]), cache=output.cache)
         expected = full_logits(switched_model, torch.cat([ids, torch.tensor([9, END, 4])]))
         close(output.logits[0], expected[len(ids) - min(kept, len(ids)) : -3])
         close(following.logits[0], expected[-3:])
@@ -82,11 +82,8 @@ def test_ragged_batch_equals_each_row_alone(switched_model):
     continuations = torch.stack([random_text(20, seed=50 + number)[1:] for number in range(len(rows))])
     with torch.no_grad():
         output = switched_model(ids, attention_mask=mask, use_cache=True)
-        steps = [
-            switched_model(column, past_key_values=output.past_key_values).logits
-            for column in continuations.split(1, dim=1)
-        ]
-    assert output.past_key_values.num_tokens.tolist() == [len(row) + 19 for row in rows]
+        steps = [switched_model(column, cache=output.cache).logits for column in continuations.split(1, dim=1)]
+    assert output.cache.num_tokens.tolist() == [len(row) + 19 for row in rows]
     stepped = torch.cat(steps, dim=1)
     for number, row in enumerate(rows):
         expected = full_logits(switched_model, torch.cat([row, continuations[number]]))
@@ -116,14 +113,12 @@ def test_rollback_and_partial_commit(switched_model, accepted):
     draft = torch.tensor([7, END, 8, 9, END, END, 10, START, 11, END, 12, 13])
     cache = switched_model.new_cache(1)
     with torch.no_grad():
-        switched_model(prompt[None], past_key_values=cache)
+        switched_model(prompt[None], cache=cache)
         cache.autocommit = False
-        drafts = torch.cat([switched_model(part[None], past_key_values=cache).logits[0] for part in draft.split(2)])
+        drafts = torch.cat([switched_model(part[None], cache=cache).logits[0] for part in draft.split(2)])
         cache.commit(torch.tensor([accepted])) if accepted else cache.rollback()
         cache.autocommit = True
-        continued = torch.cat(
-            [switched_model(token[None], past_key_values=cache).logits[0] for token in following.split(1)]
-        )
+        continued = torch.cat([switched_model(token[None], cache=cache).logits[0] for token in following.split(1)])
     close(drafts, full_logits(switched_model, torch.cat([prompt, draft]))[33:])
     assert cache.num_tokens.tolist() == [33 + accepted + 14]
     whole = torch.cat([prompt, draft[:accepted], following])
@@ -179,7 +174,7 @@ def _in_words(model: GPTHFForCausalLM, ids: Tensor, *, positions: str, own: bool
     heads, width = config.num_attention_heads, config.head_dim
 
     def turned(states: Tensor, position: int) -> Tensor:
-        cos, sin = rotary_angles(torch.tensor([position]), width, config.rope_theta, torch.float64)
+        cos, sin = Rotary(width, config.rope_theta).angles(torch.tensor([position]), torch.float64)
         return rotate(states[None], cos, sin)[0]
 
     def qkv(layer, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,14 +244,14 @@ def test_a_failed_step_leaves_no_trace(visibility, autocommit):
     ids, cache = TEXTS["mixed"][:40], model.new_cache(1)
     mlp = model.model.stages[-1].layers[-1].mlp
     with torch.no_grad():
-        model(ids[None, :30], past_key_values=cache)
+        model(ids[None, :30], cache=cache)
         cache.autocommit = autocommit
-        first = model(ids[None, 30:33], past_key_values=cache).logits[0]
+        first = model(ids[None, 30:33], cache=cache).logits[0]
         mlp.forward = lambda states: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            model(torch.tensor([[7, END, 8]]), past_key_values=cache)
+            model(torch.tensor([[7, END, 8]]), cache=cache)
         del mlp.forward
-        rest = model(ids[None, 33:], past_key_values=cache).logits[0]
+        rest = model(ids[None, 33:], cache=cache).logits[0]
         close(torch.cat([first, rest]), full_logits(model, ids)[30:])
         cache.commit()
     assert cache.num_bytes() == model.model.cache_bytes(entries_expected(model, ids), num_rows=1)
@@ -307,4 +302,4 @@ def test_depths_by_hand():
     """Embeddings and all encoder layers but the last, whose output is the state itself."""
     states, embedded, first = (torch.tensor([[value, 2 * value]]) for value in (1.0, 10.0, 100.0))
     gains = torch.nn.ParameterList([torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.25])])
-    assert with_depths(states, [embedded, first, states], gains).tolist() == [[1 + 5.0, 2 + 50.0]]
+    assert with_depths(states, [embedded, first, states], list(gains)).tolist() == [[1 + 5.0, 2 + 50.0]]

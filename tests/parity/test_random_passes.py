@@ -11,7 +11,8 @@ from conftest import END, START, VOCAB, close, full_logits, tiny_model
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.engine.store import SentenceStore
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.recall import SentenceSource
+from thoughtformer.models.gpthf.known_sentences import SentenceSource
+from thoughtformer.rules import BODY_RULES
 
 TOKENS = 36
 
@@ -27,8 +28,8 @@ def random_model(rng: random.Random) -> GPTHFForCausalLM:
         "body_hidden_size": rng.choice([None, 32]),
         "body_reads_depths": rng.random() < 0.5,
     }
-    visibility = rng.choice(["hourglass"] * 5 + ["fast", "keep_last", "hybrid"])
-    if visibility != "fast":
+    visibility = rng.choice(["hourglass"] * 5 + [name for name in BODY_RULES if name != "causal"])
+    if visibility == "hourglass" or BODY_RULES[visibility].reads_recent:
         changes["recent_sentences"] = rng.choice([0, 0, 1, 2])
     if visibility == "hourglass":
         changes |= {
@@ -117,7 +118,7 @@ def test_random_passes(seed, tmp_path):
     rng = random.Random(seed)
     model = random_model(rng)
     with SentenceStore(tmp_path / "store") as store:
-        storable = model.config.body_visibility != "keep_last"
+        storable = BODY_RULES[model.config.body_visibility].ends_suffice
         source = store.of(model) if storable and rng.random() < 0.5 else None
         rows = Rows(model, rng, source)
         for _ in range(60):

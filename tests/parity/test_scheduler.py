@@ -12,7 +12,7 @@ import torch
 
 from conftest import SWITCHES, close, entries_expected, random_text, tiny_model
 from lms import SERVED, TINY_METHODS, served_pair, tiny_compressed, tiny_lm
-from prose import PAGE, prose, tiny_pair
+from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.compression import EntryBudget, Sentinel
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
@@ -27,14 +27,6 @@ from thoughtformer.errors import (
     TooLargeError,
     UnsupportedError,
 )
-
-KINDS = {
-    "fast": {"body_visibility": "fast"},
-    "keep_last": {"body_visibility": "keep_last"},
-    "hybrid": {"body_visibility": "hybrid"},
-    "plain": {"plain": True},
-    "hourglass": {"body_visibility": "fast", "num_decoder_layers": 2, "summaries_per_sentence": 2},
-}
 
 
 @pytest.fixture(params=[*KINDS, *SERVED])

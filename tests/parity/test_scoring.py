@@ -20,7 +20,7 @@ DOCUMENTS = [prose(2500), PAGE[:333], "One line.", prose(900, seed=3)]
 @pytest.mark.parametrize("plain", [False, True])
 def test_chunked_loss_equals_cross_entropy(plain, monkeypatch):
     """Loss, each token's loss, and all gradients; the chunk smaller than the text."""
-    monkeypatch.setattr("thoughtformer.models.loss.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("thoughtformer.models.chunked_loss.CHUNK_TOKENS", 7)
     model, tokenizer = tiny_pair(plain=plain, max_sentence_tokens=20)
     tokenizer = type(tokenizer).from_backend(
         tokenizer.backend_tokenizer, insert_sentence_ends=not plain, max_sentence_tokens=20
@@ -85,6 +85,22 @@ def test_figures_do_not_depend_on_batches(plain):
     for report in reports[1:]:
         assert report.bits_per_byte == pytest.approx(reports[0].bits_per_byte, abs=1e-6)
         assert report.token_perplexity == pytest.approx(reports[0].token_perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("document", ["", "a", "\n", "   ", "\ufeff" + PAGE[:300], PAGE[:300].replace(". ", ".\r\n")])
+def test_documents_of_little_or_nothing_leave_the_sum_right(plain, document):
+    model, tokenizer = tiny_pair(plain=plain)
+    alone, both = (
+        BitsReport.from_scores(score_documents(model, tokenizer, texts), context_tokens=1, stride_tokens=1)
+        for texts in ([PAGE[:500]], [document, PAGE[:500]])
+    )
+    added = next(score_documents(model, tokenizer, [document]))
+    bits = alone.bits_per_byte * alone.num_bytes
+    if added.num_bytes:
+        bits += added.bits_per_byte * added.num_bytes
+    assert both.num_bytes == len((document + PAGE[:500]).encode())
+    assert both.bits_per_byte == pytest.approx(bits / both.num_bytes, rel=1e-12)
 
 
 @pytest.mark.parametrize("plain", [False, True])

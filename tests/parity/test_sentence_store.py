@@ -31,10 +31,13 @@ from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.fingerprint import encoder_fingerprint
+from thoughtformer.rules import BODY_RULES
 
-STORABLE: dict[str, dict[str, object]] = {name: {"visibility": name} for name in ("fast", "hybrid", "hourglass")} | {
-    name: changes for name, changes in SWITCHES.items() if changes["visibility"] != "keep_last"
-}
+STORABLE: dict[str, dict[str, object]] = {
+    name: {"visibility": name}
+    for name in (*BODY_RULES, "hourglass")
+    if name == "hourglass" or BODY_RULES[name].ends_suffice
+} | {name: changes for name, changes in SWITCHES.items() if changes["visibility"] != "keep_last"}
 
 
 @pytest.fixture(params=list(STORABLE))
@@ -386,7 +389,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     other.commit()
     other.close()
     (tmp_path / "other.sqlite").rename(tmp_path / FILE)
-    with pytest.raises(StoreError, match="no sentence store of format 1"):
+    with pytest.raises(StoreError, match=r"^[^(]*is no sentence store of format 2"):
         SentenceStore(tmp_path)
     with pytest.raises(ConfigError, match="max_bytes=5 is less"):
         SentenceStore(tmp_path / "new", max_bytes=5)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.report.claims import CLAIMS, judge, latest
+from benchmarks.report.page import write_report
+from benchmarks.report.tables import claims_table, renew, renewed
 from conftest import tiny_model
-from thoughtformer.bench.claims import CLAIMS, judge, latest
 from thoughtformer.bench.flops import generation_flops, regular_ids
 from thoughtformer.bench.paper import exact_incremental_flops, recomputing_flops
 from thoughtformer.bench.peers.process import PeerError, PeerProcess
@@ -22,9 +24,7 @@ from thoughtformer.bench.records import (
     environment,
     read_records,
 )
-from thoughtformer.bench.report import write_report
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
-from thoughtformer.bench.tables import claims_table, renew, renewed
 from thoughtformer.bench.timing import interleaved, memory_read_rate
 from thoughtformer.errors import InputError
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
@@ -39,7 +39,7 @@ def test_a_filled_cache_is_that_of_a_text_read(visibility, context):
     read.reserve(context)
     ids = torch.tensor([regular_ids(context, sentence_tokens=25, sentence_end_token_id=1)] * 2)
     with torch.no_grad():
-        model(ids, past_key_values=read)
+        model(ids, cache=read)
     assert filled.num_bytes() == read.num_bytes()
     assert filled.get_seq_length() == read.get_seq_length() == context
     for name in ("document", "sentence", "offset", "position"):
@@ -55,7 +55,7 @@ def test_a_filled_cache_of_an_hourglass(changes):
     filled, read = filled_cache(model, num_rows=1, context=60), model.new_cache(1)
     ids = torch.tensor([regular_ids(60, sentence_tokens=25, sentence_end_token_id=1)])
     with torch.no_grad():
-        model(ids, past_key_values=read)
+        model(ids, cache=read)
     for ours, theirs in zip(filled.stages, read.stages, strict=True):
         assert torch.equal(ours.entries[:, :, : ours.longest], theirs.entries[:, :, : theirs.longest])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,19 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lms import TINY_METHODS, random_ids, tiny_compressed, tiny_lm
+from lms import TINY_METHODS, random_ids, tiny_adapter, tiny_compressed, tiny_lm
 from prose import prose, tiny_pair
-from thoughtformer.attention.schedule import RowProgress
-from thoughtformer.compression import METHODS, EveryTokens, RemovedFraction, Sentinel, compress, entries_held
+from thoughtformer.compression import (
+    METHODS,
+    Combiner,
+    EveryTokens,
+    Full,
+    Method,
+    RemovedFraction,
+    Sentinel,
+    compress,
+    entries_held,
+)
 from thoughtformer.compression.adapter import AdapterConfig
 from thoughtformer.compression.method import read_ids
 from thoughtformer.compression.policies import Callback, SentenceEnds
-from thoughtformer.compression.settings import method_from, settings_of
+from thoughtformer.compression.registry import method_from, settings_of
+from thoughtformer.convert.llama2c import convert_llama2c, load_llama2c, load_llama2c_tokenizer
 from thoughtformer.errors import CheckpointError, ConfigError, CorpusError, InputError, OutputError, TokenizerError
 from thoughtformer.evaluate.compression import Blocks, equal_methods, mean_entries, sample_blocks, score_method
-from thoughtformer.evaluate.recall import plant_facts, score_recall
+from thoughtformer.evaluate.planted_facts import plant_facts, score_recall
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.llama2c import convert_llama2c, load_llama2c, load_llama2c_tokenizer
+from thoughtformer.rules.schedule import Event, RowProgress
 from thoughtformer.train.spans import FoldingSettings, fold_row, random_spans
 
 
@@ -128,6 +138,132 @@ def test_fingerprints():
 
 def blocks(num: int = 2, length: int = 192) -> Blocks:
     return Blocks(ids=random_ids(num, length).tolist(), first_scored=length // 2, num_bytes=1000)
+
+
+def test_removed_means_the_same_for_every_method_that_can_be_set_by_it():
+    model = tiny_lm("llama")
+    assert compress(model, "local", removed=0.7).method == METHODS["local"](removed=0.7)
+    combiner = compress(model, "combiner", removed=0.7, span_tokens=9).method
+    assert combiner == METHODS["combiner"](policy=RemovedFraction(removed=0.7, span_tokens=9))
+    adapter = tiny_adapter(model, num_sentinels=2, see_earlier=True)
+    with compress(model, "sentinel", adapter=adapter, removed=0.7) as compressed:
+        expected = Sentinel(policy=RemovedFraction(removed=0.7), num_sentinels=2, see_earlier=True)
+        assert compressed.method == expected
+    for name in ("streaming", "h2o", "random"):
+        with pytest.raises(ConfigError, match=f"{name} holds a number of entries.*give max_entries"):
+            compress(model, name, removed=0.7)
+
+
+def test_settings_that_a_method_does_not_take():
+    model = tiny_lm("llama")
+    with pytest.raises(ConfigError, match=r"what kvpress calls so, the fraction that is removed, is removed=0\.5 here"):
+        compress(model, "local", compression_ratio=0.5)
+    with pytest.raises(ConfigError, match="Did you mean 'max_entries'"):
+        compress(model, "streaming", max_entrys=5)
+    with pytest.raises(ConfigError, match="Did you mean 'span_tokens'"):
+        compress(model, "combiner", removed=0.5, span_token=5)
+
+
+def test_a_setting_that_is_missing_is_told():
+    """And what is defined anew in the same place replaces what it was, while another can't take its name."""
+
+    def define():
+        @dataclass(frozen=True, kw_only=True)
+        class Needy(Method):
+            """Asks for a number."""
+
+            name = "needy"
+            number: int
+
+        return Needy
+
+    try:
+        define()
+        newer = define()
+        assert METHODS["needy"].__qualname__ == newer.__qualname__
+        with pytest.raises(ConfigError, match=r"needy can't be made of \[\]: .*'number'"):
+            compress(tiny_lm("llama"), "needy")
+        with pytest.raises(ConfigError, match="needy can't be set to hold a number of entries"):
+            equal_methods(["needy"], 0.5, blocks(), seed=0)
+        with pytest.raises(TypeError, match="two methods are called 'needy'"):
+
+            class Other(Method):
+                name = "needy"
+    finally:
+        del METHODS["needy"]
+
+
+def test_policies_that_need_a_tokenizer():
+    model, tokenizer = tiny_pair(plain=True)
+    with pytest.raises(ConfigError, match="combiner goes by token ids that only a tokenizer tells"):
+        compress(model, "combiner", policy=SentenceEnds(min_tokens=3))
+    made = compress(model, "combiner", policy=SentenceEnds(min_tokens=3), tokenizer=tokenizer).method
+    assert made.policy == SentenceEnds.for_tokenizer(tokenizer, min_tokens=3)
+    assert compress(model, made, tokenizer=tokenizer).method == made, "ids that are given stay"
+    none = METHODS["combiner"](policy=SentenceEnds(end_ids=frozenset()))
+    assert compress(model, none, tokenizer=tokenizer).method == none, "none are some, too"
+    assert method_from("combiner", settings_of(none)) == none
+
+
+def test_events_take_effect_as_they_are_told():
+    seen = []
+
+    class Twice(Full):
+        def after(self, row, token_id):
+            if row.num_tokens == 6:
+                yield Event(0, 1, 5)
+                seen.append(row.num_held)
+                yield Event(2, 2, 5)
+
+    row = RowProgress()
+    read_ids(Twice(), row, [5] * 6)
+    assert seen == [4]
+    assert row.num_held == 3
+
+
+def test_what_has_no_setting_is_taken_as_it_is():
+    assert equal_methods(["full"], 0.5, blocks(), seed=0) == {"full": Full()}
+    with pytest.raises(ConfigError, match="full removes nothing"):
+        compress(tiny_lm("llama"), "full", removed=0.5)
+
+
+def test_policies_of_one_name_are_refused():
+    with pytest.raises(TypeError, match="two policies are called 'removed'"):
+
+        class Other(RemovedFraction):
+            name = "removed"
+
+    with pytest.raises(ConfigError, match="a policy of kind 'removed' can't be made of"):
+        method_from("combiner", {"policy": {"kind": "removed", "spam": 1}})
+    with pytest.raises(ConfigError, match="can't be read back"):
+        method_from("combiner", {"policy": {"kind": ["removed"]}})
+
+
+_ENDS = SentenceEnds(end_ids=frozenset([7]), min_tokens=2, max_tokens=500)
+
+
+def test_methods_that_read_ids_are_set_by_all_blocks(monkeypatch):
+    """By the first alone, which here never ends a sentence, the others would hold something else."""
+    quiet, busy = [3] * 192, ([3] * 5 + [7]) * 32
+    both = Blocks(ids=[quiet, busy], first_scored=96, num_bytes=1000)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Ends(Combiner):
+        """Holds what a policy by ends leaves, whatever the search asks for."""
+
+        @classmethod
+        def at_entries(cls, search):
+            method = cls(policy=_ENDS)
+            found.append(search.mean_entries(method))
+            yield method
+
+    found: list[float] = []
+    monkeypatch.setitem(METHODS, "combiner", Ends)
+    with pytest.raises(ConfigError, match="combiner can't hold"):
+        equal_methods(["combiner"], 0.9, both, seed=0)
+    by_block = [np.mean(entries_held(Ends(policy=_ENDS), ids)[96:]) for ids in both.ids]
+    assert by_block[1] < by_block[0] / 2
+    assert found == [np.mean(by_block)]
 
 
 @pytest.mark.parametrize("removed", [0.3, 0.5, 0.7])
@@ -327,7 +463,7 @@ def test_damaged_llama2c_files_are_refused(tmp_path):
         (lambda: SentenceEnds(end_ids=["."]), r"give frozenset\[int\]"),
         (lambda: Callback(choose=3), "choose=3 is a int; give a function"),
         (lambda: AdapterConfig(lora_dropout="no"), "lora_dropout='no' is a str; give float"),
-        (lambda: compress(tiny_lm("llama"), 3), "method=3 is a int; give a Method or one of full, "),
+        (lambda: compress(tiny_lm("llama"), 3), "method=3 is a int; give a Method or one of combiner, "),
         (lambda: compress(tiny_lm("llama"), "local", removed="0.5"), "removed='0.5' is a str"),
         (lambda: compress(tiny_lm("llama"), "local", prefill_tokens="3"), "prefill_tokens='3' must be a whole number"),
     ],

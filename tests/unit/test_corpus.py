@@ -12,8 +12,9 @@ import pytest
 
 from prose import prose, tiny_tokenizer
 from thoughtformer.errors import CorpusError
+from thoughtformer.files import SEAL, seal, sealed_json
 from thoughtformer.text.corpus import Corpus
-from thoughtformer.text.packing import PackedRows, TokenisedCorpus
+from thoughtformer.text.packing import MANIFEST, STARTS, PackedRows, TokenisedCorpus
 
 DOCUMENTS = ["First document.\r\nTwo lines. ", "Second: ünï\n\n", "Third."]
 AS_TEXT = "\n<|endoftext|>\n".join(DOCUMENTS)
@@ -91,6 +92,8 @@ def test_each_source_gives_its_share(tmp_path):
         ("broken.txt.gz", b"not gzip", "can't read"),
         ("broken.txt.xz", b"not xz", "can't read"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2: not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
         ("list.jsonl", b"[1]", "a list, not an object"),
         ("column.jsonl", b'{"txet": "a"}', "no column 'text'.*Did you mean 'txet'"),
         ("number.jsonl", b'{"text": 3}', "holds int, not text"),
@@ -171,6 +174,35 @@ def test_tokenised_once_until_something_changes(tmp_path):
     write(path, prose(2000, seed=1))
     assert build().folder != first.folder
     assert not np.array_equal(build().tokens, first.tokens)
+
+
+def test_token_files_of_another_text_are_not_believed(tmp_path, caplog):
+    """Folders that are whole, under each other's names, and one that was sealed around something else."""
+    corpora = []
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.txt", prose(2000, seed=len(corpora)))
+        corpora.append(Corpus(sources=[tmp_path / f"{name}.txt"]))
+
+    def build(corpus: Corpus) -> TokenisedCorpus:
+        return TokenisedCorpus.build(corpus, tiny_tokenizer(), folder=tmp_path / "cache", num_processes=1)
+
+    first, second = map(build, corpora)
+    digests = first.digest, second.digest
+    first.folder.rename(tmp_path / "draft")
+    second.folder.rename(first.folder)
+    (tmp_path / "draft").rename(second.folder)
+    assert tuple(build(corpus).digest for corpus in corpora) == digests
+    assert caplog.text.count("another text") == 2
+
+    for content in ('{"digest": "x"}', '{"digest": "x", "identity": "y", "dtype": "no type"}', "{}"):
+        (first.folder / MANIFEST).write_text(content)
+        seal(first.folder)
+        assert build(corpora[0]).digest == digests[0]
+    (first.folder / STARTS).unlink()
+    seal(first.folder)
+    assert build(corpora[0]).digest == digests[0]
+    (first.folder / SEAL).write_text(sealed_json({"version": 1, "files": ["tokens.bin"]}))
+    assert build(corpora[0]).digest == digests[0]
 
 
 def test_failed_tokenising_leaves_nothing(tmp_path):

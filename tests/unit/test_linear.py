@@ -12,7 +12,14 @@ import torch
 from conftest import tiny_model
 from thoughtformer import Engine, load
 from thoughtformer.bench import count_flops
-from thoughtformer.models.linear import PackableLinear, can_pack, pack_weights, unpack_weights
+from thoughtformer.decode import SamplingParams
+from thoughtformer.models.packed_linear import (
+    PackableLinear,
+    can_pack,
+    pack_weights,
+    unpack_weights,
+    using_packed_weights,
+)
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch can't pack weights")
 
@@ -20,7 +27,14 @@ needs_packing = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch
 @pytest.fixture(autouse=True)
 def pack_all(monkeypatch):
     """Layers of any size, so that those of the tests are packed."""
-    monkeypatch.setattr("thoughtformer.models.linear.LEAST_PACKED", 0)
+    monkeypatch.setattr("thoughtformer.models.packed_linear.LEAST_PACKED", 0)
+
+
+@pytest.fixture
+def in_use():
+    """Packed copies are used, as within the engine."""
+    with using_packed_weights():
+        yield
 
 
 @pytest.fixture
@@ -33,7 +47,7 @@ def linear() -> PackableLinear:
 @needs_packing
 @pytest.mark.parametrize("shape", [(1, 37), (2, 37), (64, 37), (3, 5, 37), (0, 37)])
 @torch.inference_mode()
-def test_packed_product_is_the_product(linear, shape):
+def test_packed_product_is_the_product(linear, in_use, shape):
     states = torch.randn(shape)
     plain = linear(states)
     linear.pack()
@@ -42,7 +56,7 @@ def test_packed_product_is_the_product(linear, shape):
 
 
 @needs_packing
-def test_the_copy_is_really_used(linear):
+def test_the_copy_is_really_used(linear, in_use):
     linear.pack()
     linear._packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(91, 37), 8)
     with torch.no_grad():
@@ -52,7 +66,7 @@ def test_the_copy_is_really_used(linear):
 
 @needs_packing
 @pytest.mark.parametrize("change", ["in place", "data", "load"])
-def test_a_changed_weight_is_never_served_from_the_copy(linear, change):
+def test_a_changed_weight_is_never_served_from_the_copy(linear, in_use, change):
     linear.pack()
     new = torch.randn(91, 37)
     with torch.no_grad():
@@ -67,7 +81,7 @@ def test_a_changed_weight_is_never_served_from_the_copy(linear, change):
 
 
 @needs_packing
-def test_writing_through_data_is_seen_by_the_next_pack(linear):
+def test_writing_through_data_is_seen_by_the_next_pack(linear, in_use):
     """As merging LoRA does; the engine packs before every prefill."""
     linear.pack()
     before = linear._packed
@@ -90,18 +104,39 @@ def test_a_round_trip_through_another_type_drops_the_copy(linear):
 @needs_packing
 def test_an_engine_notices_that_its_model_changed():
     model, tokenizer = load("tiny-gpthf")
-    engine = Engine(model, tokenizer)
-    before = engine.generate(["The sea was calm."])[0].ids
+    engine, params = Engine(model, tokenizer), SamplingParams(max_new_tokens=8)
+    before = engine.generate(["The sea was calm."], params)[0].ids
     for parameter in model.parameters():
         parameter.data.mul_(-1)
-    after = engine.generate(["The sea was calm."])[0].ids
+    after = engine.generate(["The sea was calm."], params)[0].ids
     assert after != before
-    assert after == Engine(model, tokenizer, pack=False).generate(["The sea was calm."])[0].ids
+    assert after == Engine(model, tokenizer, pack=False).generate(["The sea was calm."], params)[0].ids
     assert model.lm_head._packed is None
 
 
 @needs_packing
-def test_other_types_autocast_and_gradients_take_the_plain_route(linear):
+@torch.inference_mode()
+def test_a_copy_that_an_engine_made_is_its_own(linear):
+    """Whoever else asks the layer has the weight as it is, edits through `data` included."""
+    linear.pack()
+    linear.weight.data.mul_(2)
+    states = torch.randn(3, 37)
+    expected = torch.nn.functional.linear(states, linear.weight, linear.bias)
+    assert torch.equal(linear(states), expected)
+    with using_packed_weights():
+        assert not torch.allclose(linear(states), expected)
+    model, tokenizer = load("tiny-gpthf")
+    ids = torch.tensor([tokenizer.encode("The sea was calm.")])
+    Engine(model, tokenizer).generate(["The sea was calm."], SamplingParams(max_new_tokens=2))
+    assert model.lm_head._packed is not None
+    model.lm_head.weight.data.mul_(3)
+    logits = model(ids).logits
+    unpack_weights(model)
+    assert torch.equal(logits, model(ids).logits)
+
+
+@needs_packing
+def test_other_types_autocast_and_gradients_take_the_plain_route(linear, in_use):
     linear.pack()
     states = torch.randn(2, 37)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -124,7 +159,7 @@ def test_copies_and_state_hold_no_packed_weight(linear):
 
 @needs_packing
 def test_small_weights_stay_plain(monkeypatch):
-    monkeypatch.setattr("thoughtformer.models.linear.LEAST_PACKED", 37 * 91)
+    monkeypatch.setattr("thoughtformer.models.packed_linear.LEAST_PACKED", 37 * 91)
     small, large = PackableLinear(37, 90), PackableLinear(37, 91)
     pack_weights(torch.nn.Sequential(small, large))
     assert small._packed is None
@@ -140,10 +175,10 @@ def test_double_stays_plain():
 @needs_packing
 def test_an_engine_writes_the_same_packed_or_not():
     model, tokenizer = load("tiny-gpthf")
-    prompts = ["The sea was calm.", "It was late. Her uncle had"]
-    plain = [done.ids for done in Engine(model, tokenizer, pack=False).generate(prompts)]
+    prompts, params = ["The sea was calm.", "It was late. Her uncle had"], SamplingParams(max_new_tokens=24)
+    plain = [done.ids for done in Engine(model, tokenizer, pack=False).generate(prompts, params)]
     assert model.lm_head._packed is None
-    packed = [done.ids for done in Engine(model, tokenizer).generate(prompts)]
+    packed = [done.ids for done in Engine(model, tokenizer).generate(prompts, params)]
     assert model.lm_head._packed is not None
     assert packed == plain
     unpack_weights(model)
@@ -152,7 +187,7 @@ def test_an_engine_writes_the_same_packed_or_not():
 
 @needs_packing
 @torch.inference_mode()
-def test_packed_products_are_counted(linear):
+def test_packed_products_are_counted(linear, in_use):
     linear.pack()
     with count_flops() as counted:
         linear(torch.randn(3, 5, 37))
@@ -163,7 +198,7 @@ def test_packed_products_are_counted(linear):
 COMPILED = """
 import torch
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
-from thoughtformer.models.modeling_gpthf import compile_steps
+from thoughtformer.models.gpthf.modeling import compile_steps
 
 torch.manual_seed(0)
 config = GPTHFConfig(
@@ -178,10 +213,10 @@ ids[30:60] = 5
 @torch.inference_mode()
 def steps():
     cache = model.new_cache(1)
-    first = [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[:WARMUP]]
+    first = [model(token.view(1, 1), cache=cache).logits[0] for token in ids[:WARMUP]]
     # All stages are compiled by now; from here on each must do.
     with torch._dynamo.config.patch(error_on_recompile=True):
-        return torch.cat(first + [model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[WARMUP:]])
+        return torch.cat(first + [model(token.view(1, 1), cache=cache).logits[0] for token in ids[WARMUP:]])
 
 plain = steps()
 compile_steps(model)

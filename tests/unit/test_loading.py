@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import thoughtformer
 from prose import tiny_pair
-from thoughtformer.errors import CheckpointError, ConfigError, TokenizerError
+from thoughtformer.errors import ArgumentError, CheckpointError, ConfigError, TokenizerError, UnsupportedError
 from thoughtformer.models import GPTHFConfig
-from thoughtformer.models.loading import load
+from thoughtformer.models.loading import load, load_tokenizer
 from thoughtformer.registration import AutoModel
+from thoughtformer.text import SentenceTokenizer
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_folders_that_are_no_models(folder, tmp_path):
     with pytest.raises(CheckpointError, match="is a file"):
         load(folder / "config.json")
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="can't read"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         load(folder)
 
 
@@ -146,3 +147,67 @@ def test_configurations_that_contradict_themselves(changes, message):
 
 def test_defaults_fit_any_vocabulary():
     assert GPTHFConfig(vocab_size=3).vocab_size == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 4}, "unknown key 'sliding_window'"),
+        ({"rope_scaling": {"factor": 2.0}}, "unknown key 'rope_scaling'"),
+        ({"num_encoder_layer": 3}, "Did you mean 'num_encoder_layers'"),
+    ],
+)
+def test_keys_that_would_have_no_effect_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTHFConfig(**changes)
+
+
+def test_keys_that_transformers_gives_every_configuration_are_taken(tmp_path):
+    shared = {
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "architectures": ["GPTHFForCausalLM"],
+        "max_length": 9,
+    }
+    GPTHFConfig(**shared, name_or_path="somewhere", output_hidden_states=True).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert GPTHFConfig.from_dict(dict(values)).hidden_size == values["hidden_size"]
+    with pytest.warns(UserWarning, match="no next_months_key"):
+        assert not hasattr(GPTHFConfig.from_dict(values | {"next_months_key": 1}), "next_months_key")
+
+
+def test_files_beside_the_weights_are_not_passed_over(folder):
+    """transformers takes some of them for missing where they are damaged, and raises what it likes for others."""
+    for name, error in (("generation_config.json", CheckpointError), ("tokenizer_config.json", TokenizerError)):
+        content = (folder / name).read_bytes()
+        for damaged in (b"null", b"[1]", b"", content[:-9], b"\xff" + content):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(error, match=name):
+                load(folder)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(error, match=name):
+            load(folder)
+        (folder / name).rmdir()
+        (folder / name).write_bytes(content)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
+def test_settings_of_tokenizers_are_checked():
+    with pytest.raises(ArgumentError, match="Did you mean 'insert_sentence_ends'"):
+        load_tokenizer("tiny-gpthf", insert_sentense_ends=False)
+    tokenizer = load_tokenizer("tiny-gpthf", max_sentence_tokens=None)
+    with pytest.raises(ConfigError, match="Did you mean 'max_sentence_tokens'"):
+        SentenceTokenizer.from_backend(tokenizer.backend_tokenizer, max_sentense_tokens=5)
+    with pytest.raises(ArgumentError, match="'retrun_tensors'"):
+        tokenizer("It was late.", retrun_tensors="pt")
+    with pytest.raises(UnsupportedError, match="split_special_tokens=False"):
+        tokenizer("It was late.", split_special_tokens=False)
+    ids = tokenizer("It was late.")["input_ids"]
+    for call in (tokenizer.decode, lambda ids, **more: tokenizer.batch_decode([ids], **more)):
+        with pytest.raises(ArgumentError, match="'skip_specials'"):
+            call(ids, skip_specials=True)
+    with pytest.raises(ArgumentError, match="'add_specials'"):
+        tokenizer.tokenize("It was late.", add_specials=True)

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers import DataCollatorForLanguageModeling, pipeline
 
 import thoughtformer  # noqa: F401  registers the tokenizer
-from prose import PAGE, prose, tiny_tokenizer
+from prose import PAGE, prose, tiny_pair, tiny_tokenizer
 from thoughtformer.decode import TextStream
 from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
 from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
 from thoughtformer.text.sentences import insert_ends
+from thoughtformer.text.splitting import SentenceEnd
 
 END, START = 1, 0
 AWKWARD = [
@@ -94,8 +96,11 @@ def test_ends_follow_the_last_character_of_each_sentence():
 
 def test_last_sentence_stays_open_unless_text_follows():
     tokenizer = tiny_tokenizer()
-    for text in ("She ran.", "She ran. \n\n", "She ran"):
+    for text in ("She ran.", "She ran", 'She ran."'):
         assert END not in tokenizer(text)["input_ids"]
+    for text in ("She ran. \n", "She ran.\n\n", "She ran\n\n"):  # white space behind it shows the end
+        assert tokenizer(text)["input_ids"].count(END) == 1
+        assert tokenizer(text)["input_ids"][-1] != END
     assert tokenizer("She ran. He")["input_ids"].count(END) == 1
 
 
@@ -130,16 +135,23 @@ def test_long_sentences_are_closed_by_force(limit):
     assert (open_prompt == END).sum() > 0
 
 
+def decided(num_tokens: int, places: list[int], complete: bool) -> list[SentenceEnd]:
+    """Ends behind so many characters, each shown by the next one; that of the text's last only if it is complete."""
+    ends = [SentenceEnd(place, place) for place in places if place < num_tokens]
+    return [*ends, SentenceEnd(num_tokens, num_tokens - 1)] if complete and num_tokens in places else ends
+
+
 def test_forced_ends_by_hand():
     def ends(num_tokens: int, natural: list[int], limit: int | None, close_last: bool = False) -> list[int]:
         offsets = [(i, i + 1) for i in range(num_tokens)]
         with_ends, _ = insert_ends(
             list(range(10, 10 + num_tokens)),
             offsets,
-            natural,
+            decided(num_tokens, natural, close_last),
             sentence_end_token_id=END,
             max_sentence_tokens=limit,
             close_last=close_last,
+            last_ink=num_tokens - 1,
         )
         return [1 if token == END else 0 for token in with_ends]
 
@@ -156,11 +168,12 @@ def _lengths(num_tokens: int, natural: list[int], shortest: int | None, longest:
     with_ends, _ = insert_ends(
         list(range(100, 100 + num_tokens)),
         [(i, i + 1) for i in range(num_tokens)],
-        natural,
+        decided(num_tokens, natural, close),
         sentence_end_token_id=END,
         max_sentence_tokens=longest,
         min_sentence_tokens=shortest,
         close_last=close,
+        last_ink=num_tokens - 1,
     )
     places = np.flatnonzero(with_ends == END)
     return np.diff(np.concatenate([[-1], places])).tolist()
@@ -184,19 +197,19 @@ def test_short_sentences_are_joined_by_hand():
     assert _lengths(1, [1], 20, 30, True) == [2]
 
 
-def test_two_sentences_that_end_in_the_last_token_of_an_open_text():
-    """The first of them closes, joined or not."""
+def test_a_sentence_that_ends_in_the_last_token_of_an_open_text():
+    """It stays open until a token follows, joined or not: no end comes last in a prompt."""
     for shortest in (None, 2):
         with_ends, _ = insert_ends(
             [5, 6, 7],
             [(0, 2), (2, 4), (4, 9)],
-            [2, 6, 9],
+            [SentenceEnd(2, 2), SentenceEnd(6, 6)],
             sentence_end_token_id=END,
             max_sentence_tokens=None,
             min_sentence_tokens=shortest,
             close_last=False,
         )
-        assert with_ends.tolist() == [5, END, 6, 7, END]
+        assert with_ends.tolist() == [5, END, 6, 7]
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(12, 20), (24, 40), (32, 32), (5, None)])
@@ -338,3 +351,24 @@ def test_streams_of_bytes_and_words(seed):
     shown = "".join(stream.add(token) for token in broken) + stream.finish()
     assert len(shown) > 10
     assert stream.text == shown
+
+
+def test_what_transformers_asks_of_a_tokenizer():
+    """Its own parts hand arguments along that differ from release to release; none of them may be a stranger."""
+    model, tokenizer = tiny_pair()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}] {{ message.content }} {% endfor %}"
+    chats = [[{"role": "user", "content": text}] for text in ("It was late.", "He went")]
+    ids = tokenizer.apply_chat_template(chats[0])["input_ids"]
+    assert ids == tokenizer.encode("[user] It was late. ", add_special_tokens=False)
+    batch = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert tokenizer("a", text_target="b")["labels"] == tokenizer.encode("b")
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    (alone,) = write("It was late.", **few)
+    assert alone["generated_text"].startswith("It was late.")
+    together = write(["It was late.", "He went"], batch_size=2, **few)
+    assert together[0] == [alone]
+    assert write(chats[0], **few)[0]["generated_text"][-1]["role"] == "assistant"
+    collated = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer("a b"), tokenizer("c")])
+    assert collated["labels"].shape == collated["input_ids"].shape

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["rotary_angles", "rotate"]
+__all__ = ["Rotary", "rotate"]
 
 
-def rotary_angles(
-    position: Int[Tensor, " tokens"], head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]:
-    """Cosine and sine of each position's rotation, for `head_dim // 2` pairs, computed in at least float32."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = _frequencies(head_dim, theta, exact, position.device)
-    angle = (position.to(exact)[:, None] * frequency)[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+@dataclass(frozen=True)
+class Rotary:
+    """Rotations of heads `head_dim` wide: pair i turns by theta ** (-2 i / head_dim) a position."""
+
+    head_dim: int
+    theta: float
+
+    def angles(
+        self, position: Int[Tensor, " tokens"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]:
+        """Cosine and sine of each position's rotation, computed in at least float32."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        frequency = _frequencies(self.head_dim, self.theta, exact, position.device)
+        angle = (position.to(exact)[:, None] * frequency)[:, None, :]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 @cache

@@ -18,8 +18,8 @@ from thoughtformer.bench.synthetic import filled_cache
 from thoughtformer.bench.timing import Run, memory_read_rate, seconds_of
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.linear import pack_weights
-from thoughtformer.models.modeling_gpthf import compile_steps
+from thoughtformer.models.gpthf.modeling import compile_steps
+from thoughtformer.models.packed_linear import pack_weights
 
 __all__ = ["Work", "architectures", "compared", "decode_flops"]
 

@@ -13,9 +13,10 @@ from thoughtformer.bench.running import Options, measured
 from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.cache import distinct_storage_bytes
 from thoughtformer.compression import AdapterConfig, RemovedFraction, Sentinel, SentinelAdapter, compress
-from thoughtformer.evaluate.compression import span_for
+from thoughtformer.compression.solving import span_for
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.loading import load_causal_lm
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 __all__ = ["compressed"]
 
@@ -96,12 +97,12 @@ def _request(model: Any, new_cache: Callable[[], Any], ids: torch.Tensor, new_to
     logits: list[torch.Tensor] = []
 
     def prefill() -> None:
-        logits.append(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+        logits.append(model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits)
 
     def decode() -> None:
         for _ in range(new_tokens):
             token = logits.pop()[:, -1:].argmax(dim=-1)
-            logits.append(model(token, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(token, use_cache=True, **{CACHE_NAME: cache}).logits)
 
     prefill_seconds = seconds_of(prefill)
     kv_bytes = _bytes(cache)

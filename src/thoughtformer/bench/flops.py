@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.linear import can_pack
+from thoughtformer.models.packed_linear import can_pack
 
 __all__ = ["CountedFlops", "count_flops", "generation_flops", "regular_ids"]
 
@@ -70,9 +70,9 @@ def generation_flops(model: GPTHFForCausalLM, prompt_ids: Sequence[int], new_ids
     cache = model.new_cache(1)
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     with count_flops() as counted:
-        model(prompt, past_key_values=cache, logits_to_keep=1)
+        model(prompt, cache=cache, logits_to_keep=1)
         for token in new_ids[:-1]:
-            model(torch.tensor([[token]], device=model.device), past_key_values=cache)
+            model(torch.tensor([[token]], device=model.device), cache=cache)
     return counted.total
 
 

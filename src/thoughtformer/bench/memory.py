@@ -19,10 +19,11 @@ from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.running import Options
 from thoughtformer.bench.shapes import SENTENCE_TOKENS, SIZES, Size
 from thoughtformer.bench.synthetic import filled_cache
+from thoughtformer.convert.llama import as_llama
 from thoughtformer.errors import InputError, ThoughtformerError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.export import as_llama
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.packed_linear import pack_weights, using_packed_weights
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 __all__ = ["CASES"]
 
@@ -123,15 +124,16 @@ def _peak_of(size: Size, peer: str, context: int) -> int | None:
         if peer != "transformers Llama":
             pack_weights(model)
         cache = DynamicCache() if peer == "transformers Llama" else model.new_cache(1)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         for _ in range(8):
-            model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[5]]), use_cache=True, **{CACHE_NAME: cache})
 
     try:
         before = _status_bytes("VmRSS")
-        work(ids[:, :8])
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far, that of packing
-        work(ids)
+        with using_packed_weights():
+            work(ids[:, :8])
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far, that of packing
+            work(ids)
         return _status_bytes("VmHWM") - before
     except OSError:
         return None

@@ -11,7 +11,7 @@ from thoughtformer.bench.records import Record, Spread
 from thoughtformer.bench.running import Options
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.packed_linear import pack_weights, using_packed_weights
 
 __all__ = ["CASES", "PAIRS", "exact_incremental_flops"]
 
@@ -76,7 +76,8 @@ def pairs(options: Options) -> Iterator[Record]:
         expected = exact_incremental_flops(config, prompt, new)
         for peer, model in ((name, gpthf), ("gpt", gpt)):
             options.on_progress(f"FLOPs of {prompt} + {new} tokens: {peer}")
-            counted = generation_flops(model, ids[:prompt], ids[prompt:])
+            with using_packed_weights():
+                counted = generation_flops(model, ids[:prompt], ids[prompt:])
             metrics = {"flops": Spread.of([float(counted)])}
             if model is gpthf:
                 metrics["exact_incremental_flops"] = Spread.of([float(expected)])

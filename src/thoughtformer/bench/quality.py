@@ -15,13 +15,13 @@ from thoughtformer.bench.peers import PEERS, PeerProcess, find_peer
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.compression import METHODS, compress
 from thoughtformer.compression.adapter import read_adapter_manifest
-from thoughtformer.errors import InputError, nearest
+from thoughtformer.convert.llama import export_llama
+from thoughtformer.errors import ConfigError, InputError, nearest
 from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
-from thoughtformer.evaluate.compression import Blocks, MethodScore, equal_methods, sample_blocks, score_method
-from thoughtformer.evaluate.recall import plant_facts, score_recall
+from thoughtformer.evaluate.compression import Blocks, MethodScore, sample_blocks, score_method, solve
+from thoughtformer.evaluate.planted_facts import plant_facts, score_recall
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.export import export_llama
 from thoughtformer.models.loading import BUNDLED_ADAPTERS, load, load_causal_lm, resolve
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.plain import document_tokenizer
@@ -61,6 +61,7 @@ class QualityOptions:
     context_tokens: int | None = None
     max_bytes: int | None = None
     column: str = "text"
+    encoding: str = "utf-8"
     on_progress: Callable[[str], None] = field(default=lambda text: None)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class QualityOptions:
                 raise InputError(f"method {name!r} is unknown.{nearest(name, METHODS)}")
 
     def corpus(self) -> Corpus:
-        return Corpus(sources=self.data, column=self.column, max_bytes=self.max_bytes)
+        return Corpus(sources=self.data, column=self.column, max_bytes=self.max_bytes, encoding=self.encoding)
 
     def sampled(self, context: int) -> dict[str, Any]:
         """The workload of the cases that draw blocks."""
@@ -120,11 +121,11 @@ def _sentinels(options: QualityOptions) -> dict[str, Any]:
     if options.adapter is None:
         return {}
     manifest = read_adapter_manifest(resolve(options.adapter, BUNDLED_ADAPTERS))
-    return {name: manifest[name] for name in ("num_sentinels", "see_earlier")}
+    return {name: manifest[name] for kind in METHODS.values() for name in kind.trained_settings if name in manifest}
 
 
 def _names(options: QualityOptions) -> list[str]:
-    return [name for name in options.methods if name != "sentinel" or options.adapter is not None]
+    return [name for name in options.methods if options.adapter is not None or not METHODS[name].needs_adapter]
 
 
 def compression(options: QualityOptions) -> Iterator[Record]:
@@ -139,21 +140,30 @@ def compression(options: QualityOptions) -> Iterator[Record]:
         options.corpus(), tokenizer, context_tokens=context, num_blocks=options.num_blocks, seeds=list(options.seeds)
     )
     workload = options.sampled(context)
-    full = [_score(options, model, "full", 0.0, blocks, seed) for seed, blocks in samples.items()]
+    full = [_score(options, model, tokenizer, "full", 0.0, blocks, seed) for seed, blocks in samples.items()]
     yield _compression_record("full", {**workload, "removed": 0.0}, full, full)
     for removed in options.removed:
         for name in _names(options):
             if name == "full":
                 continue
             options.on_progress(f"{name} at {removed:.0%} removed")
-            scores = [_score(options, model, name, removed, blocks, seed) for seed, blocks in samples.items()]
-            yield _compression_record(name, {**workload, "removed": removed}, scores, full)
+            place = {**workload, "removed": removed}
+            try:
+                scores = [
+                    _score(options, model, tokenizer, name, removed, blocks, seed) for seed, blocks in samples.items()
+                ]
+            except ConfigError as error:
+                yield Record(theme="quality", case="compression", peer=name, workload=place, skipped=str(error))
+                continue
+            yield _compression_record(name, place, scores, full)
     yield from _kvpress(options, model, samples, workload)
 
 
-def _score(options: QualityOptions, model: Any, name: str, removed: float, blocks: Blocks, seed: int) -> MethodScore:
-    method = equal_methods([name], removed, blocks, seed=seed, **_sentinels(options))[name]
-    with compress(model, method, adapter=options.adapter if name == "sentinel" else None) as compressed:
+def _score(
+    options: QualityOptions, model: Any, tokenizer: Any, name: str, removed: float, blocks: Blocks, seed: int
+) -> MethodScore:
+    method = solve(name, removed, blocks, seed=seed, trained=_sentinels(options), tokenizer=tokenizer)
+    with compress(model, method, adapter=options.adapter if method.needs_adapter else None) as compressed:
         return score_method(compressed, blocks, removed=removed, seed=seed)
 
 
@@ -255,8 +265,15 @@ def recall(options: QualityOptions) -> Iterator[Record]:
             if (name == "full") != (removed == 0):
                 continue
             options.on_progress(f"recall: {name} at {removed:.0%} removed")
-            method = equal_methods([name], removed, blocks, seed=options.seeds[0], **_sentinels(options))[name]
-            with compress(model, method, adapter=options.adapter if name == "sentinel" else None) as compressed:
+            try:
+                method = solve(
+                    name, removed, blocks, seed=options.seeds[0], trained=_sentinels(options), tokenizer=tokenizer
+                )
+            except ConfigError as error:
+                place = {**workload, "removed": removed}
+                yield Record(theme="quality", case="recall", peer=name, workload=place, skipped=str(error))
+                continue
+            with compress(model, method, adapter=options.adapter if method.needs_adapter else None) as compressed:
                 scores = score_recall(compressed, texts, removed=removed)
             for score in scores:
                 error = score.standard_error

@@ -79,7 +79,7 @@ class Record:
             if not all(math.isfinite(spread.median) for spread in metrics.values()):
                 raise ValueError("a figure is not finite")
             return cls(metrics=metrics, **values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"not a line of `thoughtformer bench`: {line[:80]!r} ({error}).") from None
 
 
@@ -134,7 +134,9 @@ def command_line() -> str:
             parts.pop()
         elif not part.startswith(("--out=", "--work=")):
             parts.append(part)
-    return " ".join(["thoughtformer", *parts])
+    module = getattr(sys.modules["__main__"].__spec__, "parent", None)
+    program = f"python -m {module}" if (module or "").startswith("benchmarks.") else "thoughtformer"
+    return " ".join([program, *parts])
 
 
 def _processor() -> str:
@@ -158,7 +160,9 @@ def _commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment inside another checkout is not one
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
+        # Of the package, and of what measures it in a checkout; results change all the time.
+        places = (str(folder.parent), ":(top)benchmarks/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *places)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

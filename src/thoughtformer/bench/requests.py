@@ -21,9 +21,9 @@ from thoughtformer.bench.running import (
     without_llama_cpp,
 )
 from thoughtformer.bench.timing import Run, memory_read_rate
+from thoughtformer.convert.llama import as_llama
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
-from thoughtformer.models.export import as_llama
 
 __all__ = ["batch1", "batch8"]
 

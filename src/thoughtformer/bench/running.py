@@ -16,8 +16,9 @@ from thoughtformer.bench.peers import PEERS, PeerProcess, find_peer
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.shapes import SENTENCE_TOKENS, Size
 from thoughtformer.bench.timing import Run, interleaved
+from thoughtformer.convert.gguf import write_gguf
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.export import write_gguf
+from thoughtformer.models.packed_linear import using_packed_weights
 
 __all__ = ["Options", "measured", "next_ids", "regular_text", "split_name", "start_llama_cpp", "without_llama_cpp"]
 
@@ -63,7 +64,8 @@ def measured(
     case: str, workload: dict[str, Any], runs: dict[str, Run], settings: dict[str, dict[str, Any]], **how: Any
 ) -> list[Record]:
     """One record a peer."""
-    figures = interleaved(runs, **how)
+    with using_packed_weights():
+        figures = interleaved(runs, **how)
     return [
         Record(
             theme="speed",

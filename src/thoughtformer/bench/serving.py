@@ -14,12 +14,12 @@ from thoughtformer.bench.records import Record
 from thoughtformer.bench.running import Options, measured, split_name
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.timing import Run, seconds_of
+from thoughtformer.convert.llama import as_llama
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, SentenceStore
 from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.export import as_llama
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.packed_linear import pack_weights
 
 __all__ = ["known", "requests"]
 

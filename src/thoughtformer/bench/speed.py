@@ -26,10 +26,11 @@ from thoughtformer.bench.serving import known, requests
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache
 from thoughtformer.bench.timing import Run, seconds_of
+from thoughtformer.convert.llama import as_llama
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.export import as_llama
-from thoughtformer.models.linear import pack_weights
+from thoughtformer.models.packed_linear import pack_weights
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 __all__ = ["CASES"]
 
@@ -99,7 +100,7 @@ def _own_prefill(model: GPTHFForCausalLM, rows: list[list[int]]) -> Run:
 
 @torch.inference_mode()
 def _llama_prefill(llama: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-    llama(ids, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    llama(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE_NAME: DynamicCache()})
 
 
 def decode(options: Options) -> Iterator[Record]:
@@ -175,7 +176,7 @@ def _llama_steps(
     ids = next_ids(gpt, batch, 0)[:, None]
 
     def step() -> None:
-        llama(ids, past_key_values=cache, use_cache=True)
+        llama(ids, use_cache=True, **{CACHE_NAME: cache})
 
     step()
     seconds = seconds_of(lambda: [step() for _ in range(new_tokens)])

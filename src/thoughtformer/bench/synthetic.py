@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from thoughtformer.attention import read_structure, summaries_of, with_summaries
 from thoughtformer.bench.flops import regular_ids
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.cache import GPTHFCache
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.rules import read_structure, summaries_of, with_summaries
 
 __all__ = ["filled_cache", "filled_dynamic_cache"]
 

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from thoughtformer.attention import RowCounters, TokenStructure
 from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
 from thoughtformer.cache.stage import StageCache
 from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.rules import RowCounters, TokenStructure
 
 __all__ = ["GPTHFCache"]
 
@@ -89,7 +89,7 @@ class GPTHFCache(RowsCache):
         """
         if num_tokens is not None:
             self._keep_first(num_tokens)
-        # While no sentence closes and no document starts, what was held stays, and only the new entries are judged.
+        # While no sentence closes and no document starts, most rules drop nothing of what was held.
         is_step = len(self._pending) == 1 and self._pending[0].is_one_a_row(self.num_rows)
         step = self._pending[0] if is_step and num_tokens is None else None
         if step is not None and (step.has_ends or not bool(step.position.all())):
@@ -190,13 +190,6 @@ class GPTHFCache(RowsCache):
             stage.lengths = torch.zeros_like(stage.lengths)
         self._pending = []
         self.commit()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what was folded can't be unfolded."""
-        raise UnsupportedError(
-            f"crop({tokens_to_remove}) on a GPTHFCache: tokens of closed sentences are gone. "
-            "Turn autocommit off and use rollback() or commit(num_tokens) instead."
-        )
 
     def _keep_first(self, num_tokens: Int[Tensor, " rows"]) -> None:
         counters, before, columns = self._committed

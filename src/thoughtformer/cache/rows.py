@@ -12,6 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
 
+from thoughtformer.errors import UnsupportedError
+
 __all__ = ["RowsCache", "distinct_storage_bytes"]
 
 
@@ -28,6 +30,10 @@ class RowsCache(Cache):
     """The generation state of some rows, of which entries are dropped for good.
 
     `get_seq_length` is the logical length, columns given to the model with padding, as transformers expects.
+
+    transformers derives what a cache is from its list of layers. Here that list is empty, since entries aren't kept by
+    layer as transformers does, so that everything it asks a cache is answered here or refused: tests/contract compares
+    with `Cache` as it is today.
     """
 
     def __init__(self) -> None:
@@ -84,9 +90,68 @@ class RowsCache(Cache):
         """False: what was dropped is gone, so no number of tokens can be taken back."""
         return False
 
+    @property
+    def is_initialized(self) -> bool:
+        """True: there is nothing to allot before the first pass."""
+        return True
+
+    def __len__(self) -> int:
+        """1, as if it were of one layer: a cache that holds something must not be false."""
+        return 1
+
+    # By layer: none has a window, a recurrent state, or nothing.
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer is."""
+        return [False]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is; `generate` would read a whole text again if all seemed so."""
+        return [False]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layer is."""
+        return [False]
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        """False: what was dropped is gone."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included, whatever is still held."""
         return self.num_columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The column of the next query."""
+        return self.num_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns of a mask for new queries, and the first of them."""
+        return self.num_columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was dropped can't come back."""
+        raise UnsupportedError(
+            f"crop({tokens_to_remove}) on a {type(self).__name__}: what was dropped or folded is gone. fork() it "
+            "before instead, or, where it has autocommit, turn that off and use rollback() or commit(num_tokens)."
+        )
+
+    def _refused(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a `RowsCache` is read and written by its own kind of model alone."""
+        raise UnsupportedError(
+            f"this {type(self).__name__} belongs to a compressed model or a GPTHF: give it to that model's generate or "
+            "forward, not to the model underneath or another, which would read dropped tokens."
+        )
+
+    update = update_indexer = early_initialization = prefetch = offload = activate_past_recording = _refused
+    update_conv_state = update_recurrent_state = get_conv_state = get_recurrent_state = has_previous_state = _refused
 
     def fork(self: RowsCacheKind) -> RowsCacheKind:
         """A copy that shares no storage with this one."""

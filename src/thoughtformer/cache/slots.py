@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +44,8 @@ def slots_bytes(
 class RowSlots:
     """Entries of each row, in slots 0 to `lengths[row]` in any order, with named integer fields each.
 
-    Rows share one tensor a layer, allotted in whole blocks for the longest row, and for `reserve_entries` at least.
+    Rows share one tensor a layer, allotted in whole blocks for the longest row, and for `reserve_entries` at least; on
+    one device, or each on its own.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class RowSlots:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | Sequence[torch.device],
         block_entries: int,
         block_growth: int = 1,
     ) -> None:
@@ -66,8 +67,9 @@ class RowSlots:
         self.reserve_entries = 0
         shape = (num_rows, num_kv_heads, allotted(0, block_entries), head_dim)
         # Zeroed, not empty: slots past a row's length are masked, but 0 times not-a-number is not 0.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        devices = [device] * num_layers if isinstance(device, torch.device) else device
+        self.keys = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
         self.entries = torch.zeros(len(fields), num_rows, shape[2], dtype=torch.int32)
         self.lengths = torch.zeros(num_rows, dtype=torch.long)
 
@@ -151,9 +153,8 @@ class RowSlots:
 
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order, in storage of their own; a row may be named more than once."""
-        on_device = rows.to(self.keys[0].device) if self.keys else rows
-        self.keys = [key.index_select(0, on_device) for key in self.keys]
-        self.values = [value.index_select(0, on_device) for value in self.values]
+        self.keys = [key.index_select(0, rows.to(key.device)) for key in self.keys]
+        self.values = [value.index_select(0, rows.to(value.device)) for value in self.values]
         self.entries = self.entries.index_select(1, rows)
         self.lengths = self.lengths[rows]
         self.fit()
@@ -226,7 +227,6 @@ class RowSlots:
 
     def _move(self, row: Int[Tensor, " moved"], source: Int[Tensor, " moved"], target: Int[Tensor, " moved"]) -> None:
         self.entries[:, row, target] = self.entries[:, row, source]
-        device = self.keys[0].device
-        row, source, target = row.to(device), source.to(device), target.to(device)
         for tensor in (*self.keys, *self.values):
+            row, source, target = row.to(tensor.device), source.to(tensor.device), target.to(tensor.device)
             tensor[row, :, target] = tensor[row, :, source]

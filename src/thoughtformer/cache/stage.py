@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from thoughtformer.attention import HeldAttention, RowCounters, TokenStructure, VisibilityRule
+from thoughtformer.attention import CachedAttention
 from thoughtformer.cache.slots import RowSlots, slots_bytes
+from thoughtformer.rules import RowCounters, TokenStructure, VisibilityRule
 
 __all__ = ["StageCache", "stage_bytes"]
 
@@ -96,7 +97,7 @@ class StageCache(RowSlots):
         """Makes room for `tokens` behind each row's entries; returns the (row, slot) of each, for `write`."""
         return tokens.row, self.extend_rows(tokens.row, {name: getattr(tokens, name) for name in FIELDS})
 
-    def held_attention(self, tokens: TokenStructure, *, is_step: bool, written: int = 1) -> HeldAttention:
+    def cached_attention(self, tokens: TokenStructure, *, is_step: bool, written: int = 1) -> CachedAttention:
         """How `tokens` attend to their rows' slots, of which `written` a token were just written by `extend`.
 
         `is_step` says that the rows read one token each: a token that skips this stage may have closed the sentence or
@@ -108,8 +109,8 @@ class StageCache(RowSlots):
             # Between passes nothing is held that the very next token can't read, unless it starts a document.
             same_length = is_step and bool((self.lengths == num_keys).all())
             is_committed = bool((self.lengths == self._committed + written).all())
-            if same_length and is_committed and self.rule.all_held_visible(tokens):
-                return HeldAttention(query_index, None, None, num_keys)
+            if same_length and is_committed and self.rule.all_cached_visible(tokens):
+                return CachedAttention(query_index, None, None, num_keys)
             valid = torch.ones(num_rows, 1, dtype=torch.bool)
         else:
             count = torch.bincount(tokens.row, minlength=num_rows)
@@ -125,15 +126,15 @@ class StageCache(RowSlots):
             tokens[query_index].map(lambda field: field.unsqueeze(2)), held.map(lambda field: field.unsqueeze(1))
         )
         mask &= (torch.arange(num_keys) < self.lengths[:, None]).unsqueeze(1)
-        return HeldAttention(query_index, output_index, mask | ~valid.unsqueeze(2), num_keys)
+        return CachedAttention(query_index, output_index, mask | ~valid.unsqueeze(2), num_keys)
 
     def commit(self, counters: RowCounters, step: TokenStructure | None = None) -> None:
         """Drops every entry that no query after `counters` may read, and gives back blocks no longer needed.
 
-        `step` is given where one token a row is new, none of which closes a sentence or starts a document: then the
-        entries held before it stay, and only its own are judged.
+        `step` is given where one token a row is new, none of which closes a sentence or starts a document: by most
+        rules the entries held before it then stay, and only its own are judged.
         """
-        if step is not None:
+        if step is not None and self.rule.drops_at_ends_only:
             if self.lengths is self._committed:
                 return  # nothing was written
             self.lengths = self._committed + self.rule.keeps(step, counters)

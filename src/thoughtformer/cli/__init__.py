@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 from typing import Annotated, NoReturn
 
 import typer
 
+from thoughtformer import __version__
 from thoughtformer.cli.bench import bench_app
 from thoughtformer.cli.compress import compress_app
 from thoughtformer.cli.convert import convert_app
@@ -18,7 +18,6 @@ from thoughtformer.cli.generate import generate
 from thoughtformer.cli.info import info
 from thoughtformer.cli.serve import serve
 from thoughtformer.cli.store import index, store_app
-from thoughtformer.cli.study import study_app
 from thoughtformer.cli.tokenizer import tokenizer_app
 from thoughtformer.cli.train import train
 from thoughtformer.errors import ThoughtformerError
@@ -33,14 +32,13 @@ app = typer.Typer(
     help="Language models that fold their context: GPTHF, and sentinel tokens for any causal LM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(metadata.version("thoughtformer"))
+        print(__version__)
         raise typer.Exit
 
 
@@ -66,7 +64,6 @@ app.command("info")(info)
 app.add_typer(compress_app, name="compress")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
-app.add_typer(study_app, name="study")
 
 
 def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
@@ -82,7 +79,7 @@ def _one_flag_a_value(arguments: list[str], flags: tuple[str, ...]) -> list[str]
     return expanded
 
 
-def main() -> NoReturn:
+def main(command: typer.Typer = app) -> NoReturn:
     """Runs a command; a user's mistake prints one line on standard error and exits with 2."""
     # Only a data set of a hub needs a network, and progress bars of libraries don't belong into the output.
     if not any("datasets:" in argument for argument in sys.argv):
@@ -90,7 +87,7 @@ def main() -> NoReturn:
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         sys.argv[1:] = _one_flag_a_value(sys.argv[1:], ("--data", "-d"))
-        app()
+        command()
     except ThoughtformerError as error:
         print(f"thoughtformer: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -1,4 +1,4 @@
-"""`thoughtformer bench`: measure, beside peers, and report."""
+"""`thoughtformer bench`: measure, beside peers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Column, Data, Threads, set_threads
+from thoughtformer.cli.options import (
+    AsJson,
+    Column,
+    Data,
+    Encoding,
+    Threads,
+    Working,
+    check_cases,
+    check_methods,
+    set_threads,
+)
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,9 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_app", "run_cases"]
 
-bench_app = typer.Typer(help="Measure speed, memory, FLOPs and quality beside peers with KV caches, and report.")
+bench_app = typer.Typer(help="Measure speed, memory, FLOPs and quality beside peers with KV caches.")
 
-Cases = Annotated[list[str] | None, typer.Option("--case", help="Only this case; repeatable.")]
+SpeedCases = Annotated[
+    list[str] | None, typer.Option("--case", help="Only this case; repeatable.", callback=check_cases("speed"))
+]
+MemoryCases = Annotated[
+    list[str] | None, typer.Option("--case", help="Only this case; repeatable.", callback=check_cases("memory"))
+]
+QualityCases = Annotated[
+    list[str] | None, typer.Option("--case", help="Only this case; repeatable.", callback=check_cases("quality"))
+]
 SizeName = Annotated[str, typer.Option("--size", help="full: 12 layers, d 768; toy: to see that all runs.")]
 Repeats = Annotated[int, typer.Option(help="Timed, interleaved rounds.", min=1)]
 Contexts = Annotated[str | None, typer.Option(help="Context lengths with commas between, instead of the case's own.")]
@@ -29,7 +47,7 @@ Out = Annotated[Path | None, typer.Option(help="Append JSON lines to this file."
 
 @bench_app.command("speed")
 def speed(
-    case: Cases = None,
+    case: SpeedCases = None,
     size: SizeName = "full",
     repeats: Repeats = 5,
     contexts: Contexts = None,
@@ -49,7 +67,7 @@ def speed(
 
 @bench_app.command("memory")
 def memory(
-    case: Cases = None,
+    case: MemoryCases = None,
     size: SizeName = "full",
     repeats: Repeats = 3,
     contexts: Contexts = None,
@@ -85,17 +103,18 @@ def flops(
 @bench_app.command("quality")
 def quality(
     data: Data,
-    case: Cases = None,
+    case: QualityCases = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Checkpoint to score; repeatable.")] = None,
     base: Annotated[str, typer.Option(help="Plain model whose context is compressed.")] = "tiny-gpt",
     adapter: Annotated[str, typer.Option(help="Its sentinels; an empty string for none.")] = "tiny-gpt-sentinel",
-    methods: Annotated[str, typer.Option(help="all, or names with commas between.")] = "all",
+    methods: Annotated[str, typer.Option(help="all, or names with commas between.", callback=check_methods)] = "all",
     removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
     num_blocks: Annotated[int, typer.Option(help="Blocks a sample.", min=1)] = 12,
     seeds: Annotated[str, typer.Option(help="Samples of the text.")] = "0,1,2",
     context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     out: Out = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -120,6 +139,7 @@ def quality(
         context_tokens=context_tokens,
         max_bytes=max_bytes,
         column=column,
+        encoding=encoding,
     )
     run_cases(CASES, case, options, out, as_json)
 
@@ -139,37 +159,6 @@ def peers(
     if not install:
         for name, peer in PEERS.items():
             print(f"{name}: {find_peer(name) or 'not installed: ' + peer.note}")
-
-
-@bench_app.command("report")
-def report(
-    results: Annotated[list[Path], typer.Argument(help="Files of JSON lines, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html and the pictures.")],
-    renew: Annotated[
-        list[Path] | None, typer.Option(help="Also renew the tables between this file's bench marks; repeatable.")
-    ] = None,
-) -> None:
-    """One self-contained HTML page and PNGs from the JSON lines.
-
-    Example: thoughtformer bench report benchmarks/results --out report --renew README.md
-    """
-    from thoughtformer.bench.records import read_records
-    from thoughtformer.bench.report import write_report
-    from thoughtformer.bench.tables import renew as renew_tables
-
-    records = read_records(results)
-    if not records:
-        raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
-    machines = sorted({str(record.environment.get("processor")) for record in records})
-    if len(machines) > 1:
-        raise InputError(
-            f"the files hold results of {len(machines)} machines ({', '.join(machines)}): report one at a time."
-        )
-    for path in write_report(records, out):
-        print(path)
-    for path in renew or ():
-        renew_tables(path, records)
-        print(path)
 
 
 def _numbers(text: str, name: str, kind: type) -> tuple[Any, ...]:
@@ -207,10 +196,8 @@ def run_cases(
     as_json: bool,
 ) -> None:
     """Measures case by case; a line is written as soon as it is known."""
-    from rich.console import Console
-
+    from thoughtformer.bench.console import console_table
     from thoughtformer.bench.records import append_records, command_line, environment
-    from thoughtformer.bench.report import console_table
     from thoughtformer.errors import nearest
 
     for name in chosen or ():
@@ -219,10 +206,9 @@ def run_cases(
     if out is not None:
         append_records(out, [])  # a place that can't be written to is told before hours of measuring
     where, command = environment(dtype="float32", run=datetime.now(UTC).isoformat(timespec="seconds")), command_line()
-    console = Console(stderr=True, highlight=False)
     for name in chosen or cases:
         records = []
-        with console.status(name) as status:
+        with Working(name) as status:
             for record in cases[name](replace(options, on_progress=status.update)):
                 record = replace(record, environment=where, command=command)
                 records.append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,23 +15,37 @@ from thoughtformer.cli.options import (
     AsJson,
     Column,
     Data,
+    Encoding,
     Extrapolate,
     Threads,
-    TokenisingStatus,
+    TrainingStatus,
+    Working,
+    check_adapter,
+    check_methods,
+    check_model,
+    check_source,
+    counted,
     read_text,
     set_threads,
 )
-from thoughtformer.errors import InputError
+from thoughtformer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel
+    from thoughtformer.evaluate.compression import MethodScore
 
 __all__ = ["compress_app", "open_compressed"]
 
 compress_app = typer.Typer(help="Fold the context of a causal LM: train sentinels, compare methods, keep contexts.")
 
-Base = Annotated[str, typer.Option("--model", "-m", help="tiny-gpt, or a folder with a causal LM of transformers.")]
-Adapter = Annotated[str | None, typer.Option(help="tiny-gpt-sentinel, or a folder that `compress train` wrote.")]
+Base = Annotated[
+    str,
+    typer.Option("--model", "-m", help="tiny-gpt, or a folder with a causal LM of transformers.", callback=check_model),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="tiny-gpt-sentinel, or a folder that `compress train` wrote.", callback=check_adapter),
+]
 Removed = Annotated[
     float | None,
     typer.Option(help="Fraction of the tokens seen that is not held; default: 0.9.", min=0.0, max=0.99),
@@ -53,6 +68,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Write the adapter in float16.")] = False,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
 ) -> None:
     """Train sentinels, and LoRA, for a model; the same command runs under torchrun.
@@ -68,7 +84,7 @@ def train(
     recipe = (AdapterRecipe.from_file(config) if config is not None else recipe).with_settings(settings or [])
     set_threads(threads)
     was_finished = resume and (out / RESULT_FILE).exists()
-    with TokenisingStatus(out, recipe.save_every_steps) as status:
+    with TrainingStatus(out, recipe.save_every_steps) as status:
         result = train_adapter(
             recipe,
             model,
@@ -77,13 +93,15 @@ def train(
             resume=resume,
             overwrite=overwrite,
             column=column,
+            encoding=encoding,
             half=half,
             on_tokenised=status.told,
-            on_start=status.stop,
+            on_start=status.begins,
         )
     status.console.print(
-        f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.rows:,} rows, loss "
-        f"{result.last_loss or result.mean_loss:.4f}, {result.trained_parameters:,} parameters trained; removed: asked "
+        f"{out}{', finished before' if was_finished else ''}: {counted(result.steps, 'step')}, "
+        f"{counted(result.rows, 'row')}, loss {result.last_loss or result.mean_loss:.4f}, "
+        f"{counted(result.trained_parameters, 'parameter')} trained; removed: asked "
         f"for {result.nominal_removed:.3f}, reached {result.achieved_removed:.3f} at the rows' ends and "
         f"{result.average_removed:.3f} on average"
     )
@@ -101,7 +119,7 @@ def evaluate(
     data: Data,
     model: Base = "tiny-gpt",
     adapter: Adapter = None,
-    methods: Annotated[str, typer.Option(help="all, or names with commas between.")] = "all",
+    methods: Annotated[str, typer.Option(help="all, or names with commas between.", callback=check_methods)] = "all",
     removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
     context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
     num_blocks: Annotated[int, typer.Option(help="Blocks a seed.", min=1)] = 16,
@@ -113,6 +131,7 @@ def evaluate(
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks computed together; changes no figure.", min=1)] = 8,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -120,21 +139,22 @@ def evaluate(
 
     Example: thoughtformer compress eval --model tiny-gpt --adapter tiny-gpt-sentinel --data valid.txt --json
     """
+    for source in data:
+        check_source(source)
+
     from rich.console import Console
     from rich.table import Table
 
     from thoughtformer.compression import METHODS
-    from thoughtformer.errors import nearest
     from thoughtformer.evaluate.compression import sample_blocks, summarise
     from thoughtformer.models.loading import load_causal_lm
     from thoughtformer.text.corpus import Corpus
     from thoughtformer.text.plain import document_tokenizer
 
-    names = [name for name in METHODS if name != "sentinel" or adapter] if methods == "all" else methods.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise InputError(f"--methods: unknown method {name!r}.{nearest(name, METHODS)}")
-    if adapter is None and ("sentinel" in names or with_adapter):
+    names = methods.split(",")
+    if methods == "all":
+        names = [name for name, method in METHODS.items() if adapter or not method.needs_adapter]
+    if adapter is None and (with_adapter or any(METHODS[name].needs_adapter for name in names)):
         raise InputError("give the sentinels' --adapter.")
     fractions, seed_numbers = _numbers(removed, "removed", float), _numbers(seeds, "seeds", int)
     if not fractions or not seed_numbers:
@@ -143,7 +163,7 @@ def evaluate(
         if not 0 < fraction < 1:
             raise InputError(f"--removed {fraction}: fractions lie between 0 and 1.")
     set_threads(threads)
-    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes)
+    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes, encoding=encoding)
     loaded, tokenizer = load_causal_lm(model)
     samples = sample_blocks(
         corpus,
@@ -152,24 +172,34 @@ def evaluate(
         num_blocks=num_blocks,
         seeds=seed_numbers,
     )
-    console, scores = Console(stderr=True, highlight=False), []
-    with console.status("evaluating") as status:
+    scores: list[MethodScore] = []
+    skipped: list[dict[str, Any]] = []
+    with Working("evaluating") as status:
         for score in _scores(
             loaded,
             adapter,
             names,
             fractions,
             samples,
+            tokenizer=tokenizer,
             span_tokens=span_tokens,
             lora=with_adapter,
             batch_size=batch_size,
         ):
+            if isinstance(score, dict):
+                skipped.append(score)
+                continue
             scores.append(score)
             status.update(f"evaluating: {score.method} at {score.removed:.0%}, seed {score.seed}")
+    if not scores:
+        raise ConfigError(" ".join(dict.fromkeys(skip["why"] for skip in skipped)))
+    for skip in skipped:
+        print(f"thoughtformer: {skip['method']} at {skip['removed']:.0%} is left out: {skip['why']}", file=sys.stderr)
     summary = list(summarise(scores))
     if as_json:
         values = {"model": model, "adapter": adapter, "data": data, "with_adapter": with_adapter}
-        print(json.dumps({**values, "summary": summary, "scores": [asdict(score) for score in scores]}))
+        results = {"summary": summary, "scores": [asdict(score) for score in scores], "skipped": skipped}
+        print(json.dumps(values | results))
         return
     table = Table(title=f"bits per byte, {len(seed_numbers)} samples of {num_blocks} blocks")
     for heading in ("method", "removed", "bits per byte", "spread", "entries", "peak"):
@@ -193,13 +223,15 @@ def _scores(
     fractions: list[float],
     samples: dict[int, Any],
     *,
+    tokenizer: Any,
     span_tokens: int | None,
     lora: bool,
     batch_size: int,
-) -> Iterator[Any]:
-    from thoughtformer.compression import compress
+) -> Iterator[MethodScore | dict[str, Any]]:
+    """Scores; and for what can't hold as many entries, the method, the fraction, and why."""
+    from thoughtformer.compression import METHODS, compress
     from thoughtformer.compression.adapter import SentinelAdapter, read_adapter_manifest
-    from thoughtformer.evaluate.compression import equal_methods, score_method
+    from thoughtformer.evaluate.compression import score_method, solve
     from thoughtformer.models.backbone import backbone_of
     from thoughtformer.models.fingerprint import fingerprint
     from thoughtformer.models.loading import BUNDLED_ADAPTERS, resolve
@@ -207,7 +239,9 @@ def _scores(
     sentinels: dict[str, Any] = {}
     if adapter is not None:
         manifest = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
-        sentinels = {name: manifest[name] for name in ("num_sentinels", "see_earlier")}
+        sentinels = {
+            name: manifest[name] for kind in METHODS.values() for name in kind.trained_settings if name in manifest
+        }
     injected = None
     if lora and adapter is not None:
         injected = SentinelAdapter.load(
@@ -216,10 +250,23 @@ def _scores(
     try:
         for seed, blocks in samples.items():
             for fraction in [0.0, *fractions] if "full" in names else fractions:
-                chosen = ["full"] if fraction == 0 else [name for name in names if name != "full"]
-                solved = equal_methods(chosen, fraction, blocks, seed=seed, span_tokens=span_tokens, **sentinels)
-                for name, method in solved.items():
-                    own = None if name != "sentinel" else injected if injected is not None else adapter
+                for name in names:
+                    if (name == "full") != (fraction == 0):
+                        continue
+                    try:
+                        method = solve(
+                            name,
+                            fraction,
+                            blocks,
+                            seed=seed,
+                            span_tokens=span_tokens,
+                            trained=sentinels,
+                            tokenizer=tokenizer,
+                        )
+                    except ConfigError as error:
+                        yield {"method": name, "removed": fraction, "seed": seed, "why": str(error)}
+                        continue
+                    own = None if not method.needs_adapter else injected if injected is not None else adapter
                     compressed = compress(loaded, method, adapter=own)
                     yield score_method(compressed, blocks, removed=fraction, seed=seed, batch_size=batch_size)
                     if compressed.adapter is not injected:
@@ -245,8 +292,8 @@ def open_compressed(
     from thoughtformer.compression.adapter import read_adapter_manifest
     from thoughtformer.compression.context import read_manifest
     from thoughtformer.compression.method import Method
-    from thoughtformer.compression.settings import method_from
-    from thoughtformer.evaluate.compression import span_for
+    from thoughtformer.compression.registry import method_from
+    from thoughtformer.compression.solving import span_for
     from thoughtformer.models.loading import BUNDLED_ADAPTERS, load_causal_lm, resolve
 
     options = {"--removed": removed, "--span-tokens": span_tokens, "--max-bytes": max_bytes}
@@ -307,6 +354,7 @@ def context(
     max_bytes: MaxBytes = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     allow_extrapolation: Extrapolate = False,
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -318,7 +366,7 @@ def context(
 
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
-    text = read_text(file)
+    text = read_text(file, encoding)
     from thoughtformer.compression.context import Context
     from thoughtformer.text.plain import document_tokenizer
 
@@ -333,7 +381,7 @@ def context(
         allow_extrapolation=allow_extrapolation,
         context=append,
     )
-    with compressed:
+    with compressed, Working(f"reading {file}"):
         ids = document_tokenizer(tokenizer).encode_document(text, complete=False, start=append is None).tolist()
         if append is None:
             held = Context.read(compressed, ids)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import Model
+from thoughtformer.cli.options import Model, Working
 
 __all__ = ["convert_app"]
 
@@ -29,9 +29,10 @@ def llama2c(
 
     Example: thoughtformer convert llama2c --weights stories260K.bin --tokenizer tok512.bin --out stories260K
     """
-    from thoughtformer.models.llama2c import convert_llama2c
+    from thoughtformer.convert.llama2c import convert_llama2c
 
-    convert_llama2c(weights, tokenizer, out)
+    with Working(f"converting {weights}"):
+        convert_llama2c(weights, tokenizer, out)
     print(f"{out}: a Llama of transformers")
 
 
@@ -44,10 +45,11 @@ def llama(
 
     Example: thoughtformer convert llama --model tiny-gpt --out tiny-llama
     """
-    from thoughtformer.models.export import export_llama
+    from thoughtformer.convert.llama import export_llama
     from thoughtformer.models.loading import load
 
-    export_llama(*load(model), out)
+    with Working(f"exporting {model}"):
+        export_llama(*load(model), out)
     print(f"{out}: a Llama of transformers")
 
 
@@ -60,8 +62,9 @@ def gguf(
 
     Example: thoughtformer convert gguf --model tiny-gpt --out tiny-gpt.gguf
     """
-    from thoughtformer.models.export import write_gguf
+    from thoughtformer.convert.gguf import write_gguf
     from thoughtformer.models.loading import load
 
-    write_gguf(*load(model), out)
+    with Working(f"exporting {model}"):
+        write_gguf(*load(model), out)
     print(f"{out}: a model of llama.cpp")

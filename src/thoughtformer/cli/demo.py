@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Threads, read_text, set_threads
+from thoughtformer.cli.options import AsJson, Encoding, Threads, read_text, set_threads
 
 if TYPE_CHECKING:
     from thoughtformer.bench import Comparison
@@ -20,9 +20,11 @@ __all__ = ["demo"]
 
 def demo(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Continue and score this text instead.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.", min=2)] = 128,
+    encoding: Encoding = "utf-8",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write; default: 128.", min=2)] = None,
     temperature: Annotated[float, typer.Option(help="Of the text shown; the timed runs are greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the text shown.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="32 tokens, timed once: to see that all runs.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,8 +37,10 @@ def demo(
     from thoughtformer.models.loading import ASSETS, BUNDLED, load
 
     set_threads(threads)
+    if max_new_tokens is None:
+        max_new_tokens = 32 if quick else 128
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
-    page = read_text(file or ASSETS / "page.txt")
+    page = read_text(ASSETS / "page.txt") if file is None else read_text(file, encoding)
     models = [(name, *load(name)) for name in BUNDLED]
     limit = min(model.config.max_position_embeddings for _, model, _ in models)
     prompt = split_prompt(page, [tokenizer for _, _, tokenizer in models], max_tokens=limit - max_new_tokens)
@@ -51,7 +55,7 @@ def demo(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    results = compare(models, prompt, page, params, on_text=None if as_json else show)
+    results = compare(models, prompt, page, params, repeats=1 if quick else 5, on_text=None if as_json else show)
     if as_json:
         print(json.dumps([asdict(result) for result in results], ensure_ascii=False))
         return

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Column, Data, Extrapolate, Model, Threads, set_threads
+from thoughtformer.cli.options import (
+    AsJson,
+    Column,
+    Data,
+    Encoding,
+    Extrapolate,
+    Model,
+    Threads,
+    Working,
+    check_source,
+    counted,
+    set_threads,
+)
 
 __all__ = ["evaluate"]
 
@@ -21,6 +33,7 @@ def evaluate(
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows computed together; changes no figure.", min=1)] = 8,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     profiles: Annotated[
         bool, typer.Option("--profiles", help="Also bits by place in the sentence, and by what was read before.")
     ] = False,
@@ -32,7 +45,8 @@ def evaluate(
 
     Example: thoughtformer eval --model tiny-gpthf --data valid.txt --json
     """
-    from rich.console import Console
+    for source in data:
+        check_source(source)
 
     from thoughtformer.evaluate import BitsReport, document_bits, window_sizes
     from thoughtformer.evaluate.profile import LossProfile, sentence_places
@@ -40,14 +54,14 @@ def evaluate(
     from thoughtformer.text.corpus import Corpus
 
     set_threads(threads)
-    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes)
+    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes, encoding=encoding)
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
     context, stride = window_sizes(loaded, context_tokens, stride_tokens)
     # Sentences are told by one that writes their ends, also for a model that reads none.
     with_ends = load_tokenizer(model, insert_sentence_ends=True)
-    console, scores, profile, done = Console(stderr=True, highlight=False), [], LossProfile(), 0
-    with console.status("evaluating") as status:
+    scores, profile, done = [], LossProfile(), 0
+    with Working("evaluating") as status:
         for document in corpus:
             bits = document_bits(
                 loaded, tokenizer, document, context_tokens=context, stride_tokens=stride, batch_size=batch_size
@@ -57,7 +71,7 @@ def evaluate(
                 profile.add(bits, places)
             scores.append(bits.score())
             done += bits.num_bytes
-            status.update(f"evaluating: {len(scores):,} documents, {done / 1e6:,.2f} MB")
+            status.update(f"evaluating: {counted(len(scores), 'document')}, {done / 1e6:,.2f} MB")
     report = BitsReport.from_scores(scores, context_tokens=context, stride_tokens=stride)
     means = profile.bits_per_token() if profiles else {}
     if as_json:
@@ -65,7 +79,7 @@ def evaluate(
         return
     print(f"bits per byte              {report.bits_per_byte:.4f}")
     print(
-        f"  over {report.num_documents} documents       mean {report.document_mean:.4f}, standard deviation "
+        f"  over {counted(report.num_documents, 'document')}       mean {report.document_mean:.4f}, standard deviation "
         f"{report.document_std:.4f}, median {report.document_median:.4f}"
     )
     print(f"perplexity of real tokens  {report.token_perplexity:.2f}")
@@ -75,7 +89,8 @@ def evaluate(
             f"({report.bits_of_sentence_ends_fraction:.1%} of all bits)"
         )
     print(
-        f"{report.num_bytes:,} bytes, {report.num_tokens:,} tokens, {report.num_sentence_ends:,} sentence ends; "
+        f"{counted(report.num_bytes, 'byte')}, {counted(report.num_tokens, 'token')}, "
+        f"{counted(report.num_sentence_ends, 'sentence end')}; "
         f"windows of {report.context_tokens} tokens, stride {report.stride_tokens}"
     )
     for name, values in means.items():

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Extrapolate, Model, Threads, read_text, set_threads
+from thoughtformer.cli.options import (
+    AsJson,
+    Encoding,
+    Extrapolate,
+    Model,
+    Threads,
+    check_adapter,
+    read_text,
+    set_threads,
+)
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,11 +28,18 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+NO_PROMPT = "give the text to continue as either --prompt TEXT or --file FILE, or on standard input."
+
 
 def generate(
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; may be empty.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; may be empty; - for standard input.")
+    ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file, but its last line break.")
+        Path | None,
+        typer.Option(
+            "--file", "-f", help="Read the prompt from a file, but its last line break; - for standard input."
+        ),
     ] = None,
     model: Model = "tiny-gpthf",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most, sentence ends included.")] = 128,
@@ -32,9 +48,26 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest that reach this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this part of the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen become less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random stream; the same seed gives the same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; repeatable.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Fold the context of a plain model with these sentinels.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the random stream; the same seed gives the same text. Default: another at every run."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string, or at this special token; repeatable.")
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id", "--stop-token-ids", help="End at this token too, which isn't shown; repeatable.", min=0
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Never choose an end of the model's own: write on to the limit.")
+    ] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Fold the context of a plain model with these sentinels.", callback=check_adapter),
+    ] = None,
     context: Annotated[Path | None, typer.Option(help="Continue after a context of `compress context`.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Sentence store: sentences in it needn't be read again, others are added.")
@@ -47,10 +80,13 @@ def generate(
         ),
     ] = None,
     allow_extrapolation: Extrapolate = False,
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text.
+
+    Example: thoughtformer generate < prompt.txt
 
     Example: thoughtformer generate --prompt "The sea was calm that morning." --temperature 0.8 --top-p 0.95
 
@@ -58,15 +94,20 @@ def generate(
 
     Example: thoughtformer generate --model tiny-gpt --adapter tiny-gpt-sentinel --context book.ctx --prompt "He said"
     """
+    was_asked = prompt is not None or file is not None
+    if prompt == "-" or (not was_asked and not sys.stdin.isatty()):
+        prompt, file = None, Path("-")
     if (prompt is None) == (file is None):
-        raise InputError("give the text to continue as either --prompt TEXT or --file FILE.")
+        raise InputError(NO_PROMPT)
     if removed is not None and adapter is None and context is None:
         raise InputError("--removed says how an --adapter folds what it reads: name one.")
     # Editors end a file with a line break that is not meant as text.
-    text = prompt if file is None else read_text(file).removesuffix("\n").removesuffix("\r")
+    text = prompt if file is None else read_text(file, encoding).removesuffix("\n").removesuffix("\r")
     assert text is not None
+    if not text and not was_asked:
+        raise InputError(NO_PROMPT)
     if context_file is not None:
-        text = read_text(context_file) + text
+        text = read_text(context_file, encoding) + text
 
     from thoughtformer.decode import SamplingParams
 
@@ -79,6 +120,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),
+        stop_token_ids=stop_token_ids or (),
+        ignore_end_of_text=ignore_eos,
     )
 
     set_threads(threads)
@@ -139,12 +182,15 @@ def _generate_compressed(
     as_json: bool,
 ) -> None:
     """The same for a causal LM whose context is folded; transformers' own generate writes."""
+    import secrets
     import time
 
     import torch
 
     from thoughtformer.cli.compress import open_compressed
     from thoughtformer.compression.context import Context
+    from thoughtformer.engine import reader_of
+    from thoughtformer.engine.rows import stop_tokens_of
     from thoughtformer.text.plain import document_tokenizer
 
     compressed, tokenizer = open_compressed(
@@ -158,15 +204,22 @@ def _generate_compressed(
     ids = encoder.encode_document(text, complete=False, start=context is None).tolist()
     settings: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
-        "do_sample": params.temperature > 0,
+        "do_sample": not params.is_greedy,
         "repetition_penalty": params.repetition_penalty,
     }
-    if params.temperature > 0:
-        settings |= {"temperature": params.temperature, "top_k": params.top_k or 0, "top_p": params.top_p}
+    if not params.is_greedy:
+        settings |= {"temperature": params.temperature, "top_k": max(params.top_k or 0, 0), "top_p": params.top_p}
         settings |= {"min_p": params.min_p or None}
+    reader = reader_of(compressed, tokenizer)
+    stop_tokens = stop_tokens_of(reader, params)
+    ends = {*reader.end_ids, *stop_tokens}
+    if params.ignore_end_of_text:
+        ends = {*stop_tokens}
+        settings["suppress_tokens"] = sorted({*reader.end_ids} - ends) or None
+    settings["eos_token_id"] = sorted(ends) or None
     if params.stop:
         settings |= {"stop_strings": list(params.stop), "tokenizer": tokenizer}
-    torch.manual_seed(params.seed)
+    torch.manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
     started = time.monotonic()
     with compressed, torch.inference_mode():
         held = (
@@ -178,11 +231,11 @@ def _generate_compressed(
         if len(ids) == 0:
             raise InputError("give at least one token of --prompt after the context.")
         output = compressed.generate(  # type: ignore[attr-defined]
-            whole.to(compressed.device), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings
+            whole.to(compressed.device), attention_mask=torch.ones_like(whole), cache=cache, **settings
         )
         new = output[0, whole.shape[1] :].tolist()
         entries, num_bytes = int(cache.num_entries[0]), cache.num_bytes()
-    written = encoder.decode(new)
+    written = encoder.decode(new[:-1] if new and new[-1] in ends else new)
     for stop in params.stop:
         written = written.split(stop)[0]
     if not as_json:

@@ -7,11 +7,12 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from thoughtformer.cli.compress import Adapter, Every, MaxBytes, Span, open_compressed
-from thoughtformer.cli.options import Extrapolate, Threads, set_threads
+from thoughtformer.cli.options import Extrapolate, Threads, check_model, set_threads
 from thoughtformer.cli.store import parse_size
 from thoughtformer.errors import InputError
 
@@ -26,7 +27,10 @@ TOKEN_VARIABLE = "THOUGHTFORMER_TOKEN"
 
 def serve(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="tiny-gpthf, tiny-gpt, or a folder with one or a causal LM.")
+        str,
+        typer.Option(
+            "--model", "-m", help="tiny-gpthf, tiny-gpt, or a folder with one or a causal LM.", callback=check_model
+        ),
     ] = "tiny-gpthf",
     adapter: Adapter = None,
     removed: Annotated[
@@ -51,14 +55,29 @@ def serve(
         int, typer.Option(help="Prompt tokens read between two steps of the others.", min=16)
     ] = 4096,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Of a prompt; longer ones get 413. Default: as many as the model takes.", min=1)
+        int | None,
+        typer.Option(
+            help="Of a prompt; longer ones get 413. Default: as many as the model takes; 131,072 if it has no limit.",
+            min=1,
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens that one completion may ask for.", min=1)] = 4096,
+    default_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a chat that doesn't say; default: as many as there is room for.", min=1),
+    ] = None,
     request_seconds: Annotated[float, typer.Option(help="A request that takes longer gets 504.", min=0.1)] = 600.0,
     max_body_size: Annotated[str, typer.Option(help="Of a request; more gets 413.")] = "8MiB",
     store_size: Annotated[str | None, typer.Option(help="Bytes that the store may use, e.g. 8GiB.")] = None,
     session_size: Annotated[str, typer.Option(help="Bytes that idle sessions may hold in memory.")] = "1GiB",
     idle_seconds: Annotated[float, typer.Option(help="Sessions idle for longer leave memory.", min=0)] = 300.0,
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            help="Pages of this origin may call the server, e.g. https://chat.example.org; * for any; repeatable.",
+        ),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile steps of a single request.")] = False,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
@@ -105,8 +124,10 @@ def serve(
         max_body_bytes=body_bytes,
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
+        default_new_tokens=default_new_tokens,
         request_seconds=request_seconds,
         allowed_hosts=("127.0.0.1", "localhost") if token is None and host != "::1" else (),
+        cors_origins=tuple(_origin(origin) for origin in cors_origins or ()),
     )
     set_threads(threads)
     _check_free(host, port)  # before the model is read
@@ -134,6 +155,22 @@ def serve(
         kept = Sessions(scheduler.reader, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers write it.
+
+    Raises:
+        InputError: something else, which no browser would ever send.
+    """
+    if given in ("*", "null"):
+        return given
+    parts = urlsplit(given)
+    if not parts.scheme or not parts.netloc or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise InputError(
+            f"--cors-origin {given!r} is no origin: give scheme and host, as in https://chat.example.org, or *."
+        )
+    return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 def _check_free(host: str, port: int) -> None:

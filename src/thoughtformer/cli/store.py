@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thoughtformer.cli.options import AsJson, Column, Model, Threads, set_threads, shown_size
+from thoughtformer.cli.options import (
+    AsJson,
+    Column,
+    Encoding,
+    Model,
+    Threads,
+    Working,
+    check_source,
+    counted,
+    set_threads,
+    shown_size,
+)
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +66,7 @@ def index(
     model: Model = "tiny-gpthf",
     max_size: MaxSize = None,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +78,8 @@ def index(
     """
     import time
 
-    from rich.console import Console
+    for source in data:
+        check_source(source)
 
     from thoughtformer.engine import SentenceStore, index_documents
     from thoughtformer.engine.store import storable
@@ -75,15 +88,14 @@ def index(
 
     max_bytes = parse_size(max_size)
     set_threads(threads)
-    corpus = Corpus(sources=list(data), column=column)
+    corpus = Corpus(sources=list(data), column=column, encoding=encoding)
     loaded, tokenizer = load(model)
     storable(loaded)
-    console = Console(stderr=True, highlight=False)
     started = time.monotonic()
-    with SentenceStore(store, max_bytes=max_bytes) as opened, console.status("reading") as status:
+    with SentenceStore(store, max_bytes=max_bytes) as opened, Working("reading") as status:
 
         def told(result: IndexResult) -> None:
-            status.update(f"{result.documents:,} documents, {result.sentences:,} sentences")
+            status.update(f"{counted(result.documents, 'document')}, {counted(result.sentences, 'sentence')}")
 
         result = index_documents(loaded, tokenizer, opened, corpus, on_progress=told)
         used = opened.stats().used_bytes
@@ -91,9 +103,10 @@ def index(
     if as_json:
         print(json.dumps(asdict(result) | {"used_bytes": used, "seconds": seconds}))
         return
-    console.print(
-        f"{result.documents:,} documents, {result.tokens:,} tokens, {result.sentences:,} sentences: "
-        f"{result.new_vectors:,} vectors new, in {seconds:.1f} s. {store} uses {shown_size(used)}."
+    status.console.print(
+        f"{counted(result.documents, 'document')}, {counted(result.tokens, 'token')}, "
+        f"{counted(result.sentences, 'sentence')}: {counted(result.new_vectors, 'vector')} new, "
+        f"in {seconds:.1f} s. {store} uses {shown_size(used)}."
     )
 
 
@@ -109,9 +122,10 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
         print(json.dumps(asdict(held)))
         return
     used, size = shown_size(held.used_bytes), shown_size(held.file_bytes)
-    print(f"{held.sentences:,} sentences, {used} used of a file of {size}")
+    print(f"{counted(held.sentences, 'sentence')}, {used} used of a file of {size}")
     for model in held.models:
-        print(f"{model.fingerprint}  {model.dtype}  {model.sentences:,} sentences, {shown_size(model.vector_bytes)}")
+        count, size = counted(model.sentences, "sentence"), shown_size(model.vector_bytes)
+        print(f"{model.fingerprint}  {model.dtype}  {count}, {size}")
 
 
 @store_app.command("verify")
@@ -122,9 +136,9 @@ def verify(folder: Folder) -> None:
 
     Example: thoughtformer store verify sentences
     """
-    with _existing(folder) as store:
+    with _existing(folder) as store, Working("checking every vector"):
         damaged, count = store.verify(), store.stats().sentences
-    print(f"{count:,} sentences, {damaged:,} damaged")
+    print(f"{counted(count, 'sentence')}, {damaged:,} damaged")
     if damaged:
         raise typer.Exit(1)
 
@@ -150,7 +164,7 @@ def prune(
                 raise InputError(f"--keep {fingerprint}: the store has {', '.join(known) or 'no model'}.")
         removed = store.prune(max_bytes=parse_size(max_size), keep=keep)
         held = store.stats()
-    print(f"{removed:,} sentences removed, {held.sentences:,} left, {shown_size(held.file_bytes)}")
+    print(f"{counted(removed, 'sentence')} removed, {held.sentences:,} left, {shown_size(held.file_bytes)}")
 
 
 def _existing(folder: Path) -> SentenceStore:

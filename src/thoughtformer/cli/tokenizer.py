@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import Column, Data
+from thoughtformer.cli.options import Column, Data, Encoding, Working, check_source
 from thoughtformer.errors import OutputError
 
 __all__ = ["tokenizer_app"]
@@ -30,6 +30,7 @@ def train(
     max_sentence_tokens: Annotated[int, typer.Option(help="Close longer sentences by force.", min=2)] = 256,
     language: Annotated[str, typer.Option(help="ISO 639 code, for splitting sentences.")] = "en",
     column: Column = "text",
+    encoding: Encoding = "utf-8",
 ) -> None:
     """Train a byte-level BPE tokenizer.
 
@@ -38,12 +39,17 @@ def train(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not an empty folder: name another.")
 
+    for source in data:
+        check_source(source)
+
     from thoughtformer.text import SentenceTokenizer, train_bpe
     from thoughtformer.text.corpus import Corpus
 
-    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes)
+    corpus = Corpus(sources=data, column=column, max_bytes=max_bytes, encoding=encoding)
+    with Working("training a tokenizer"):
+        backend = train_bpe(corpus, vocab_size)
     tokenizer = SentenceTokenizer.from_backend(
-        train_bpe(corpus, vocab_size),
+        backend,
         insert_sentence_ends=sentence_ends,
         max_sentence_tokens=max_sentence_tokens,
         language=language,

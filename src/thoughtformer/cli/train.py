@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from thoughtformer.cli.options import Column, Data, Threads, TokenisingStatus, set_threads
-from thoughtformer.errors import ConfigError
+from thoughtformer.cli.options import (
+    Column,
+    Data,
+    Encoding,
+    Threads,
+    TrainingStatus,
+    check_source,
+    counted,
+    set_threads,
+)
+from thoughtformer.errors import ConfigError, nearest
+from thoughtformer.names import RECIPE_NAMES
 
 __all__ = ["train"]
 
@@ -24,6 +34,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     column: Column = "text",
+    encoding: Encoding = "utf-8",
     threads: Threads = None,
 ) -> None:
     """Train a model from a recipe; the same command runs under torchrun.
@@ -32,6 +43,10 @@ def train(
     """
     if (recipe is None) == (config is None):
         raise ConfigError("give the recipe as either --recipe NAME or --config FILE.")
+    if recipe is not None and recipe not in RECIPE_NAMES:
+        raise ConfigError(f"no recipe {recipe!r}.{nearest(recipe, RECIPE_NAMES)}")
+    for source in data:
+        check_source(source)
 
     from thoughtformer.recipes import recipe as named_recipe
     from thoughtformer.train.recipe import Recipe
@@ -44,7 +59,7 @@ def train(
 
     set_threads(threads)
     was_finished = resume and (out / RESULT_FILE).exists()
-    with TokenisingStatus(out, chosen.save_every_steps) as status:
+    with TrainingStatus(out, chosen.save_every_steps) as status:
         result = run(
             chosen,
             data,
@@ -52,10 +67,12 @@ def train(
             resume=resume,
             overwrite=overwrite,
             column=column,
+            encoding=encoding,
             on_tokenised=status.told,
-            on_start=status.stop,
+            on_start=status.begins,
         )
     status.console.print(
-        f"{out}{', finished before' if was_finished else ''}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
-        f"{result.last_loss or result.mean_loss:.4f}, {result.seconds / 60:.1f} minutes"
+        f"{out}{', finished before' if was_finished else ''}: {counted(result.steps, 'step')}, "
+        f"{counted(result.tokens, 'token')}, loss {result.last_loss or result.mean_loss:.4f}, "
+        f"{result.seconds / 60:.1f} minutes"
     )

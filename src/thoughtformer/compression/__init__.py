@@ -1,12 +1,19 @@
 """Compression of causal LMs that were trained without it: one file a method, one line to switch one on."""
 
 from thoughtformer.compression.adapter import AdapterConfig, SentinelAdapter
-from thoughtformer.compression.combiner import Combiner
-from thoughtformer.compression.compressed import CompressedModel
+from thoughtformer.compression.compress import compress
 from thoughtformer.compression.context import Context
-from thoughtformer.compression.evicting import Full, Local, RandomEviction, Scattered, Truncation
-from thoughtformer.compression.heavy_hitters import HeavyHitters
 from thoughtformer.compression.method import Method, entries_held
+from thoughtformer.compression.methods.combiner import Combiner
+from thoughtformer.compression.methods.full import Full
+from thoughtformer.compression.methods.h2o import HeavyHitters
+from thoughtformer.compression.methods.local import Local
+from thoughtformer.compression.methods.random import RandomEviction
+from thoughtformer.compression.methods.scattered import Scattered
+from thoughtformer.compression.methods.sentinel import Sentinel
+from thoughtformer.compression.methods.streaming import StreamingLLM
+from thoughtformer.compression.methods.truncation import Truncation
+from thoughtformer.compression.model import CompressedModel
 from thoughtformer.compression.policies import (
     ByteBudget,
     Callback,
@@ -16,10 +23,7 @@ from thoughtformer.compression.policies import (
     RemovedFraction,
     SentenceEnds,
 )
-from thoughtformer.compression.sentinel import Sentinel
-from thoughtformer.compression.settings import METHODS
-from thoughtformer.compression.streaming import StreamingLLM
-from thoughtformer.compression.switch import compress
+from thoughtformer.compression.registry import METHODS
 
 __all__ = [
     "METHODS",
@@ -39,8 +43,8 @@ __all__ = [
     "RandomEviction",
     "RemovedFraction",
     "Scattered",
-    "Sentinel",
     "SentenceEnds",
+    "Sentinel",
     "SentinelAdapter",
     "StreamingLLM",
     "Truncation",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +19,17 @@ from torch import Tensor, nn
 
 from thoughtformer.checks import check_count, check_fields
 from thoughtformer.errors import CheckpointError, ConfigError, OutputError, UnsupportedError
+from thoughtformer.files import check_seal, read_json, seal
 from thoughtformer.models.backbone import Backbone
+from thoughtformer.models.handed_in import ACTING, Acting, acting
 
 __all__ = ["AdapterConfig", "SentinelAdapter"]
 
 CONFIG_FILE = "sentinel.json"
 ROWS_FILE = "sentinel.safetensors"
 LORA_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
+LORA_CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 2
 ADAPTER = "sentinel"
 
 
@@ -75,13 +77,16 @@ class SentinelAdapter(nn.Module):
         self.config = config
         self.vocab_size = backbone.vocab_size
         embeddings = cast(nn.Embedding, backbone.model.get_input_embeddings()).weight.detach()
+        if any(parameter.is_meta for parameter in backbone.model.parameters()):
+            raise UnsupportedError(
+                "some of the model's weights are offloaded (to the CPU or to disk), where an adapter can't be put "
+                "beside them. Load it whole, on one device, or use a method without an adapter."
+            )
         # Close to the mean embedding, and not all alike: where the model's layers are used to work.
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1 + config.num_sentinels, backbone.embedding_dim, generator=generator)
         rows = embeddings.mean(dim=0).cpu() + 0.1 * embeddings.std(dim=0).cpu() * noise
         self.rows = nn.Parameter(rows.to(embeddings.device, torch.promote_types(embeddings.dtype, torch.float32)))
-        self._sentinels: Tensor | None = None
-        self._leading = torch.Size()
         self.peft: PeftModel | None = None
         self._lora: list[nn.Parameter] = []
         if config.lora_rank:
@@ -102,6 +107,8 @@ class SentinelAdapter(nn.Module):
         was_training = backbone.model.training
         # peft freezes what it doesn't train, and leaves it frozen.
         self._frozen = [p for p in backbone.model.parameters() if p.requires_grad]
+        # It also leaves its configuration on the model, and would warn the next who adds an adapter.
+        self._had_peft_config = hasattr(backbone.model, "peft_config")
         with warnings.catch_warnings():
             # peft asks transformers by a name that transformers has renamed; users can't change it.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -112,42 +119,16 @@ class SentinelAdapter(nn.Module):
             parameter.data = parameter.data.to(self.rows.dtype)
         # Not registered as a part: the adapter's own parameters are the rows and LoRA's, not the whole model's.
         object.__setattr__(self, "peft", peft)
-        self._layers = [module for module in backbone.model.modules() if isinstance(module, LoraLayer)]
-        self._hooks = []
-        if config.sentinels_only:
-            for layer in self._layers:
-                self._hooks.append(layer.lora_A[ADAPTER].register_forward_pre_hook(self._take))
-                self._hooks.append(layer.lora_B[ADAPTER].register_forward_hook(self._put))
+        self._lora_layers = [module for module in backbone.model.modules() if isinstance(module, LoraLayer)]
+        for layer in self._lora_layers:
+            layer.__class__ = _gated(type(layer))  # type: ignore[assignment]
+        self._layers = [(layer, type(layer)) for layer in backbone.layer_modules]
+        for layer, kind in self._layers:
+            layer.__class__ = _saying_so(kind)
 
-    def _take(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """LoRA's input: the sentinels' states alone."""
-        (states,) = inputs
-        self._leading = states.shape[:-1]
-        index = torch.zeros(0, dtype=torch.long, device=states.device) if self._sentinels is None else self._sentinels
-        return (states.reshape(-1, states.shape[-1]).index_select(0, index),)
-
-    def _put(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """LoRA's output: nothing for tokens."""
-        index = torch.zeros(0, dtype=torch.long, device=output.device) if self._sentinels is None else self._sentinels
-        whole = output.new_zeros(self._leading.numel(), output.shape[-1]).index_copy(0, index, output)
-        return whole.view(*self._leading, output.shape[-1])
-
-    @contextmanager
-    def acting_on(self, sentinel: Bool[Tensor, "rows entries"]) -> Iterator[None]:
-        """For the length of one forward pass: where LoRA acts on sentinels only, says which entries are sentinels."""
-        if not self.config.sentinels_only or self.peft is None:
-            yield
-            return
-        self._sentinels = sentinel.reshape(-1).nonzero().squeeze(1)
-        is_idle = len(self._sentinels) == 0
-        for layer in self._layers:
-            layer._disable_adapters = is_idle  # its public setter also changes what requires gradients
-        try:
-            yield
-        finally:
-            self._sentinels = None
-            for layer in self._layers:
-                layer._disable_adapters = False
+    def acting_on(self, is_sentinel: Bool[Tensor, "rows entries"]) -> Acting:
+        """What LoRA acts on in a call: sentinels alone, or everything."""
+        return Acting(is_sentinel.reshape(-1).nonzero().squeeze(1) if self.config.sentinels_only else None)
 
     def embed(
         self, backbone: Backbone, input_ids: Int[Tensor, "rows entries"]
@@ -165,11 +146,13 @@ class SentinelAdapter(nn.Module):
     def remove(self) -> None:
         """Takes LoRA out of the model, which is then just what it was."""
         if self.peft is not None:
-            for hook in self._hooks:
-                hook.remove()
-            self.peft.unload()
+            for layer, kind in self._layers:
+                layer.__class__ = kind
+            model: Any = self.peft.unload()
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
+            if not self._had_peft_config and hasattr(model, "peft_config"):
+                del model.peft_config
             object.__setattr__(self, "peft", None)
 
     def lora_state(self) -> dict[str, Tensor]:
@@ -201,6 +184,7 @@ class SentinelAdapter(nn.Module):
             values = {"version": FORMAT_VERSION, "base": fingerprint, "vocab_size": self.vocab_size}
             text = json.dumps({**values, **asdict(self.config)}, indent=2) + "\n"
             (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+            seal(folder, [CONFIG_FILE, ROWS_FILE, *([LORA_FILE, LORA_CONFIG_FILE] if self.peft is not None else [])])
         except (OSError, SafetensorError) as error:
             raise OutputError(f"couldn't write the adapter to {folder}: {error}") from error
 
@@ -220,6 +204,7 @@ class SentinelAdapter(nn.Module):
         settings = {name: values[name] for name in AdapterConfig.__dataclass_fields__}
         config = AdapterConfig(**settings)
         # Everything is read before the model is touched.
+        check_seal(folder, "the adapter")
         files = [folder / ROWS_FILE] + ([folder / LORA_FILE] if config.lora_rank else [])
         states = []
         for file in files:
@@ -251,18 +236,60 @@ class SentinelAdapter(nn.Module):
 
 def read_adapter_manifest(folder: Path) -> dict[str, Any]:
     """What an adapter's folder says of itself; raises `CheckpointError`."""
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG_FILE}: not a sentinel adapter's folder.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"can't read {folder / CONFIG_FILE}: {error}") from None
-    needed = {"version", "base", "vocab_size", *AdapterConfig.__dataclass_fields__}
-    if not isinstance(values, dict) or needed - values.keys():
+    values = read_json(folder / CONFIG_FILE, "the description of a sentinel adapter")
+    if values.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has version {values.get('version')}; this is {FORMAT_VERSION}, which names the "
+            "base model by all of its weights: train the adapter anew, or use the release that wrote it."
+        )
+    needed = {"base", "vocab_size", *AdapterConfig.__dataclass_fields__}
+    if needed - values.keys():
         raise CheckpointError(f"{folder / CONFIG_FILE} doesn't describe a sentinel adapter.")
-    if values["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has version {values['version']}; this is {FORMAT_VERSION}.")
+    try:
+        AdapterConfig(**{name: values[name] for name in AdapterConfig.__dataclass_fields__})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} doesn't describe a sentinel adapter: {error}") from None
     return values
+
+
+@cache
+def _gated(kind: type[LoraLayer]) -> type[LoraLayer]:
+    """LoRA that acts where the call under way says so, and is the layer beneath it everywhere else.
+
+    So the model can be used as it is, also in other threads, while a view with an adapter exists.
+    """
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        now = ACTING.get()
+        if now is None or now.is_idle:
+            return self.base_layer(x, *args, **kwargs)
+        if now.entries is None:
+            return kind.forward(self, x, *args, **kwargs)  # type: ignore[operator]
+        whole = self.base_layer(x, *args, **kwargs)
+        entries = now.entries.to(x.device)
+        states = x.reshape(-1, x.shape[-1]).index_select(0, entries).to(self.lora_A[ADAPTER].weight.dtype)
+        change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](states))) * self.scaling[ADAPTER]
+        return whole.reshape(-1, whole.shape[-1]).index_add(0, entries, change.to(whole.dtype)).view(whole.shape)
+
+    return type(f"Gated{kind.__name__}", (kind,), {"forward": forward})
+
+
+@cache
+def _saying_so(kind: type[nn.Module]) -> type[nn.Module]:
+    """A layer that has adapters act while it is called with what a view hands in.
+
+    The backbone has them act for the length of a call; this is for gradient checkpointing, which calls a layer's
+    `forward` once more when the call is long over.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handed_in = kwargs.get("handed_in")
+        if handed_in is None:
+            return kind.forward(self, *args, **kwargs)
+        with acting(handed_in.acting):
+            return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _target_names(backbone: Backbone, layers: str) -> list[str]:

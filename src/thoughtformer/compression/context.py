@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from thoughtformer.attention.schedule import RowProgress
-from thoughtformer.cache.compressed import CompressedCache
-from thoughtformer.compression.compressed import CompressedModel
-from thoughtformer.compression.policies import Callback
-from thoughtformer.errors import CheckpointError, InputError, OutputError, UnsupportedError
-from thoughtformer.models.writing import new_file
+from thoughtformer.cache.entries import CompressedCache
+from thoughtformer.cache.saving import read_saved_manifest, restore_cache, saved_cache, write_saved
+from thoughtformer.compression.model import CompressedModel
+from thoughtformer.errors import CheckpointError, InputError, UnsupportedError
 
 __all__ = ["Context", "read_manifest"]
 
-FORMAT_VERSION = 1
+KIND = "context"
 
 
 class Context:
     """One text, as a compressed model holds it.
 
     Questions don't change it: `generate` works on a fork. The ids read are kept beside, four bytes each, because
-    transformers' `generate` and its repetition penalty count them.
+    transformers' `generate` and its repetition penalty count them. What weights computed, other weights can't go on
+    with: after an edit of the model's a context is refused.
     """
 
-    def __init__(self, compressed: CompressedModel, cache: CompressedCache, ids: Sequence[int]) -> None:
+    def __init__(
+        self, compressed: CompressedModel, cache: CompressedCache, ids: Sequence[int], *, weights: bytes | None = None
+    ) -> None:
         self.compressed = compressed
         self.cache = cache
         self.ids = list(ids)
+        self._weights = compressed.weights_state() if weights is None else weights
 
     @classmethod
     def read(cls, compressed: CompressedModel, ids: Sequence[int] | Int[Tensor, " tokens"]) -> Context:
@@ -57,7 +55,7 @@ class Context:
 
     def fork(self) -> Context:
         """A copy that shares no storage with this one."""
-        return Context(self.compressed, self.cache.fork(), self.ids)
+        return Context(self.compressed, self.cache.fork(), self.ids, weights=self._weights)
 
     def num_bytes(self) -> int:
         """Bytes of all distinct storages held."""
@@ -71,7 +69,11 @@ class Context:
         Args:
             input_ids: the question; at least one token.
             settings: as transformers' `generate` takes them.
+
+        Raises:
+            InputError: nothing to go on with, or the model's weights have changed since the text was read.
         """
+        self._check_weights()
         if input_ids is None or input_ids.shape[-1] == 0:
             raise InputError("give at least one token after the context: the model continues from it.")
         question = _one_row(input_ids.cpu())
@@ -81,7 +83,7 @@ class Context:
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         output = self.compressed.generate(  # type: ignore[attr-defined]
-            whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **settings
+            whole, attention_mask=torch.ones_like(whole), cache=cache, **settings
         )
         sequences = output if isinstance(output, Tensor) else output.sequences
         return sequences[:, whole.shape[1] :]
@@ -90,55 +92,45 @@ class Context:
         """Writes the context to one file, whole or not at all.
 
         Raises:
+            InputError: the model's weights have changed since the text was read.
             UnsupportedError: a policy that is a callback, which no file can hold.
             OutputError: the file can't be written.
         """
-        path, method = Path(path), self.compressed.method
-        if isinstance(getattr(method, "policy", None), Callback):
-            raise UnsupportedError("a context folded by a callback can't be saved: no file can say how it goes on.")
-        manifest = {
-            "version": FORMAT_VERSION,
-            **self.compressed.identity,
-            "dtype": str(self.compressed.dtype).removeprefix("torch."),
-            "progress": [asdict(row) for row in self.cache.rows],
-            "num_columns": self.cache.num_columns,
-        }
-        tensors = self.cache.store.saved() | {"ids": torch.tensor(self.ids, dtype=torch.int32)}
-        with new_file(path, replace=True) as draft:
-            try:
-                save_file(tensors, draft, metadata={"thoughtformer_context": json.dumps(manifest)})
-            except SafetensorError as error:
-                raise OutputError(f"couldn't write {path}: {error}") from error
+        if not self.compressed.method.can_save:
+            raise UnsupportedError(
+                f"a context of {self.compressed.method!r} can't be saved: no file can say how it goes on."
+            )
+        self._check_weights()
+        manifest = _made_by(self.compressed) | {"num_read": len(self.ids)}
+        write_saved(Path(path), KIND, manifest, saved_cache(self.cache, self.ids))
 
     @classmethod
     def load(cls, compressed: CompressedModel, path: str | Path) -> Context:
         """A saved context, for the model, adapter, method and precision that wrote it.
 
         Raises:
-            CheckpointError: a file that is missing, truncated, foreign, or written by another; says what differs.
+            CheckpointError: a file that is missing, damaged, foreign, or written by another; says what differs.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        mine = {
-            **compressed.identity,
-            "dtype": str(compressed.dtype).removeprefix("torch."),
-        }
-        differing = [
-            f"{name} was {manifest.get(name)!r}, is {mine[name]!r}" for name in mine if manifest.get(name) != mine[name]
-        ]
-        if differing:
-            raise CheckpointError(f"{path} was written by something else: {'; '.join(differing)}.")
-        try:
-            with safe_open(path, framework="pt", device=str(compressed.device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cache = compressed.new_cache(1)
-            cache.rows = [RowProgress(**row) for row in manifest["progress"]]
-            cache.num_columns = int(manifest["num_columns"])
-            ids = tensors.pop("ids").tolist()
-            cache.store.restore_saved(tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is truncated or not what its manifest says: {error}") from error
+        cache = compressed.new_cache(1)
+        ids, num_read = restore_cache(
+            Path(path),
+            KIND,
+            cache,
+            _made_by(compressed),
+            vocab_size=compressed.backbone.vocab_size,
+            check_history=compressed.check_history,  # type: ignore[arg-type]
+        )
+        if num_read != len(ids):
+            raise CheckpointError(f"{path} contradicts itself: it has read {num_read} of {len(ids)} ids. Make it anew.")
         return cls(compressed, cache, ids)
+
+    def _check_weights(self) -> None:
+        if self._weights != self.compressed.weights_state():
+            raise InputError("the model's weights have changed since this context was read: read the text again.")
+
+
+def _made_by(compressed: CompressedModel) -> dict[str, Any]:
+    return {**compressed.identity, "dtype": str(compressed.backbone.dtype).removeprefix("torch.")}
 
 
 def _one_row(ids: Tensor) -> Int[Tensor, "1 tokens"]:
@@ -150,16 +142,4 @@ def _one_row(ids: Tensor) -> Int[Tensor, "1 tokens"]:
 
 def read_manifest(path: str | Path) -> Mapping[str, Any]:
     """What a context's file says of itself; raises `CheckpointError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("thoughtformer_context")
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no context {path}.") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from None
-    if text is None:
-        raise CheckpointError(f"{path} is a safetensors file, but no context.")
-    manifest = json.loads(text)
-    if manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has version {manifest.get('version')}; this is {FORMAT_VERSION}.")
-    return manifest
+    return read_saved_manifest(Path(path), KIND)

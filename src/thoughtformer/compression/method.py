@@ -1,36 +1,88 @@
-"""What a compression method is: a frozen dataclass that says, token by token, what is dropped or folded."""
+"""What a compression method is: a frozen dataclass that says, token by token, what is dropped or folded.
+
+A method is one file in `compression/methods/`, called by its name; being there registers it. All that differs between
+methods is asked of them here; nothing else knows one by its class.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from abc import ABC
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from thoughtformer.attention.schedule import Event, RowProgress, RowReading
+import torch
+from torch import Tensor
+
+from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, EntrySlots, Store
+from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.checks import check_fields
+from thoughtformer.compression.at_once import AttendAtOnce
+from thoughtformer.compression.on_cache import AttendOnCache
+from thoughtformer.compression.solving import Search
+from thoughtformer.errors import ConfigError
+from thoughtformer.models.backbone import Backbone, Original
+from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
-__all__ = ["Method", "entries_held", "read_ids"]
+__all__ = ["METHODS", "Attending", "Method", "entries_held", "read_ids"]
+
+#: Every method by name.
+METHODS: dict[str, type[Method]] = {}
+
+MethodKind = TypeVar("MethodKind", bound="Method")
+
+
+class Attending(Protocol):
+    """The attention of one forward pass, called layer by layer; `models.backbone.Attend` with an end."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        original: Original,
+    ) -> Tensor: ...
+
+    def finish(self) -> None:
+        """All layers are done: what no later token may read is dropped from the store."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A rule of what later tokens may still read.
-
-    `after` is asked once for each token, in order, whether the text is read at once or token by token: its answer may
-    depend on the row's own past alone.
-    """
+    """A rule of what later tokens may still read."""
 
     name: ClassVar[str]
-    #: The method's sentinels, which need an adapter.
+    #: It folds by sentinels, which need an adapter.
     needs_adapter: ClassVar[bool] = False
-    #: Summaries are means of the span's keys and values instead of sentinels that the model reads.
-    is_pooled: ClassVar[bool] = False
-    #: Each layer and head keeps entries of its own, by what its attention was.
-    is_by_attention: ClassVar[bool] = False
+    #: Settings that must be as the adapter was trained, called as in `AdapterConfig`.
+    trained_settings: ClassVar[tuple[str, ...]] = ()
+    #: Rows of its caches can be joined, as the engine does.
+    can_join: ClassVar[bool] = True
+    #: Gradients pass through it.
+    can_train: ClassVar[bool] = True
+    #: A text goes through a store also when no cache is kept.
+    needs_store: ClassVar[bool] = False
+    #: What is known of an entry beside its key and value; who adds some brings an attention that writes them.
+    entry_fields: ClassVar[tuple[str, ...]] = ENTRY_FIELDS
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = METHODS.setdefault(cls.name, cls)
+            # A class that is defined anew, as notebooks do, replaces its own.
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two methods are called {cls.name!r}: {known.__qualname__} and {cls.__qualname__}.")
+            METHODS[cls.name] = cls
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    # What happens to tokens.
 
     @property
     def num_summaries(self) -> int:
@@ -38,25 +90,150 @@ class Method(ABC):
         return 0
 
     @property
+    def num_sentinels_read(self) -> int:
+        """Of those, how many are tokens that the model reads."""
+        return self.num_summaries
+
+    @property
+    def summaries_read_earlier(self) -> bool:
+        """Summaries also read those of spans folded before."""
+        return False
+
+    @property
     def reads_ids(self) -> bool:
         """What happens depends on which tokens are read, not on their number alone."""
         return False
 
-    @abstractmethod
+    @property
+    def window_tokens(self) -> int:
+        """The last so many tokens are remembered, and `leaving` is asked as each leaves them."""
+        return 0
+
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
-        """What happens now that token number `row.num_tokens - 1` was read. May change `next_start` and `notes`."""
+        """What happens now that token number `row.num_tokens - 1` was read. May change `next_start` and `notes`.
+
+        Asked once for each token, in order, whether the text is read at once or token by token: the answer may depend
+        on the row's own past alone.
+        """
+        return ()
+
+    def leaving(self, row: RowProgress, position: int, token_id: int) -> Iterable[Event]:
+        """What happens now that the token at `position` is no longer one of the last `window_tokens`."""
+        return ()
+
+    def num_stored(self, row: RowProgress) -> int:
+        """Entries that a store holds of a row."""
+        return row.num_held
+
+    # What it takes.
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """It goes by token ids that `for_tokenizer` has yet to find."""
+        return False
+
+    def for_tokenizer(self: MethodKind, tokenizer: Any) -> MethodKind:
+        """The method for a model's tokenizer."""
+        return self
+
+    def bound(self: MethodKind, *, bytes_per_entry: int) -> MethodKind:
+        """The method for a model whose entries take so many bytes."""
+        return self
+
+    @property
+    def can_save(self) -> bool:
+        """A file can say how it goes on."""
+        return True
+
+    @classmethod
+    def from_removed(cls: type[MethodKind], removed: float, **settings: Any) -> MethodKind:
+        """The method that removes a fraction of all that it has read; asked where `removed` isn't a setting of its own.
+
+        Raises:
+            ConfigError: it holds what it holds, whatever a text's length.
+        """
+        names = " or ".join(field.name for field in fields(cls))
+        raise ConfigError(
+            f"{cls.name} holds a number of entries, whatever a text's length, so removed={removed} can't be asked of "
+            f"it: give {names}."
+            if names
+            else f"{cls.name} removes nothing, so removed={removed} can't be asked of it."
+        )
+
+    @classmethod
+    def at_entries(cls: type[MethodKind], search: Search) -> Iterator[MethodKind]:
+        """Settings that hold about as many entries as `search.target`, best first; those too far off are passed over.
+
+        Raises:
+            ConfigError: it can't be set so.
+        """
+        raise ConfigError(f"{cls.name} can't be set to hold a number of entries: it has no at_entries.")
+
+    # How it is kept and attended to.
+
+    @property
+    def kind(self) -> str:
+        """What the entries of its caches are; caches of one kind alone fit one another."""
+        return "entries"
+
+    def new_store(self, **shape: Any) -> Store:
+        """Where keys and values go: num_layers, num_rows, num_kv_heads, head_dim, dtype and device of them."""
+        return EntrySlots(self.entry_fields, block_entries=BLOCK_ENTRIES, **shape)
+
+    def store_bytes(
+        self,
+        *,
+        longest_row_entries: int,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> int:
+        """What a store's tensors must measure, block rounding included."""
+        return slots_bytes(
+            len(self.entry_fields),
+            num_layers=num_layers,
+            num_rows=num_rows,
+            longest_row_entries=longest_row_entries,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            block_entries=BLOCK_ENTRIES,
+        )
+
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
+        """The attention of a pass over new entries, which extends the store if there is one."""
+        assert store is None or isinstance(store, EntrySlots)
+        if store is None or store.longest == 0:
+            return AttendAtOnce(
+                chunk.entries,
+                store,
+                has_events=chunk.has_events,
+                execution=execution,
+                see_earlier=self.summaries_read_earlier,
+            )
+        return AttendOnCache(chunk, store, see_earlier=self.summaries_read_earlier)
 
 
 def read_ids(method: Method, row: RowProgress, ids: list[int]) -> RowReading:
     """Reads new tokens: their events, with `row` moved past them."""
-    first, events = row.num_tokens, []
+    first, events, window = row.num_tokens, [], method.window_tokens
     for token_id in ids:
         row.num_tokens += 1
         row.num_held += 1
-        for event in method.after(row, token_id):
+        for event in _events(method, row, token_id, window):
             row.num_held -= event.end - event.start + 1 - (method.num_summaries if event.is_fold else 0)
             events.append(event)
     return RowReading(ids, first, events)
+
+
+def _events(method: Method, row: RowProgress, token_id: int, window: int) -> Iterator[Event]:
+    yield from method.after(row, token_id)
+    if window:
+        row.window.append(token_id)
+        if len(row.window) > window:
+            yield from method.leaving(row, row.num_tokens - 1 - window, row.window.pop(0))
 
 
 def entries_held(method: Method, ids: Sequence[int]) -> list[int]:

@@ -12,11 +12,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from thoughtformer.attention.schedule import Event, RowProgress
 from thoughtformer.checks import check_count, check_fields, check_fraction
 from thoughtformer.errors import ConfigError, ContextOverflowError
+from thoughtformer.rules.schedule import Event, RowProgress
 
-__all__ = ["ByteBudget", "Callback", "EntryBudget", "EveryTokens", "Policy", "RemovedFraction", "SentenceEnds"]
+#: Every policy by name.
+POLICIES: dict[str, type[Policy]] = {}
+
+__all__ = [
+    "POLICIES",
+    "ByteBudget",
+    "Callback",
+    "EntryBudget",
+    "EveryTokens",
+    "Policy",
+    "RemovedFraction",
+    "SentenceEnds",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +44,34 @@ class Policy(ABC):
     name: ClassVar[str]
     #: When to fold depends on which tokens are read.
     reads_ids: ClassVar[bool] = False
+    #: A file can say how it goes on.
+    can_save: ClassVar[bool] = True
     first_tokens: int = 4
     recent_tokens: int = 16
     start_tokens: int = 64
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = POLICIES.setdefault(cls.name, cls)
+            # A class that is defined anew, as notebooks do, replaces its own.
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two policies are called {cls.name!r}: {known.__qualname__} and {cls.__qualname__}.")
+            POLICIES[cls.name] = cls
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("first_tokens", "recent_tokens", "start_tokens"):
             check_count(name, getattr(self, name), 0)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """It goes by token ids that `with_tokenizer` has yet to find."""
+        return False
+
+    def with_tokenizer(self, tokenizer: Any) -> Policy:
+        """This policy for a model's tokenizer."""
+        return self
 
     def bound(self, *, bytes_per_entry: int, num_summaries: int) -> Policy:
         """This policy for a model whose entries take so many bytes."""
@@ -160,12 +192,13 @@ class SentenceEnds(Policy):
     """Folds each sentence once `recent_tokens` have followed it.
 
     A sentence ends with one of `end_ids`, after at least `min_tokens`, and at `max_tokens` in any case. Ends are told
-    from ids alone, so that no later character can change them: "Dr." ends one.
+    from ids alone, so that no later character can change them: "Dr." ends one. Without `end_ids`, a tokenizer finds
+    them: `compress(..., tokenizer=tokenizer)`, or `for_tokenizer`.
     """
 
     name = "sentences"
     reads_ids = True
-    end_ids: frozenset[int] = frozenset()
+    end_ids: frozenset[int] | None = None
     min_tokens: int = 4
     max_tokens: int = 64
 
@@ -185,12 +218,19 @@ class SentenceEnds(Policy):
             end_ids=frozenset(i for i, text in zip(ids, texts, strict=True) if text.endswith(tuple(ends))), **settings
         )
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.end_ids is None
+
+    def with_tokenizer(self, tokenizer: Any) -> SentenceEnds:
+        return replace(self, end_ids=self.for_tokenizer(tokenizer).end_ids) if self.needs_tokenizer else self
+
     def events(self, row: RowProgress, token_id: int, num_summaries: int) -> Iterator[Event]:
         # Notes: the ends found and not yet folded, as numbers of tokens; last, where the open sentence starts.
         if not row.notes:
             row.notes = [self.first_tokens]
         length = row.num_tokens - row.notes[-1]
-        if length >= self.max_tokens or (length >= self.min_tokens and token_id in self.end_ids):
+        if length >= self.max_tokens or (length >= self.min_tokens and token_id in (self.end_ids or ())):
             row.notes.append(row.num_tokens)
         yield from super().events(row, token_id, num_summaries)
 
@@ -210,6 +250,7 @@ class Callback(Policy):
     """
 
     name = "callback"
+    can_save = False
     choose: Callable[[RowProgress, int], int | None]
 
     def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thoughtformer.decode.sampling import RowSampler, SamplingParams
+from thoughtformer.decode.sampling import RowSampler, SamplingParams, row_seed
 from thoughtformer.decode.streaming import TextStream
 
-__all__ = ["RowSampler", "SamplingParams", "TextStream"]
+__all__ = ["RowSampler", "SamplingParams", "TextStream", "row_seed"]

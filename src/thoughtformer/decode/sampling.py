@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +22,10 @@ from transformers.generation import (
 from thoughtformer.errors import InputError
 from thoughtformer.models.penalty import ExemptingRepetitionPenalty
 
-__all__ = ["RowSampler", "SamplingParams"]
+__all__ = ["RowSampler", "SamplingParams", "row_seed"]
+
+#: Below, the quotients of logits leave float32's range before anything but the likeliest token has a chance.
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +34,19 @@ class SamplingParams:
 
     Args:
         max_new_tokens: tokens to write at most, sentence ends included.
-        temperature: 0 takes the likeliest token; higher values flatten the distribution.
-        top_k: choose among the k likeliest; None or 0 for all.
-        top_p: choose among the likeliest that together reach this probability (arXiv 1904.09751).
+        temperature: 0, as anything below 0.00001, takes the likeliest token; higher values flatten the distribution.
+        top_k: choose among the k likeliest; None, 0 or -1 for all.
+        top_p: choose among the likeliest that together reach this probability (arXiv 1904.09751); 0: the likeliest.
         min_p: drop tokens less likely than this fraction of the likeliest (arXiv 2407.01082).
         repetition_penalty: above 1, tokens already seen become less likely; sentence ends and end of text are spared.
-        seed: of this row's random stream; the same seed gives the same text whoever shares the batch.
-        stop: the text ends before the first of these strings.
-        ignore_end_of_text: never choose the end of text, so that exactly `max_new_tokens` are written: for timing.
+        seed: of the row's random stream, any integer of 64 bits: the same seed gives the same text whoever shares the
+            batch. None: another stream at every run.
+        stop: the text ends before the first of these strings. Text holds no special tokens: a string with one in it
+            ends the text at that token.
+        stop_token_ids: the text ends at any of these tokens, which aren't shown, as it does at the model's own ends.
+        ignore_end_of_text: never choose an end of the model's, so that `max_new_tokens` are written unless `stop` or
+            `stop_token_ids` say otherwise.
+        fits_room: write fewer than `max_new_tokens` where the model's trained length leaves less room.
 
     Raises:
         InputError: a value out of range.
@@ -47,46 +58,73 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_end_of_text: bool = False
+    fits_room: bool = False
 
     def __post_init__(self) -> None:
         for name, is_valid, needed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature == 0 or self.temperature >= 1e-4, "0 (greedy), or 0.0001 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= -1, "1 or more, or None, 0 or -1 for all"),
+            ("top_p", 0 <= self.top_p <= 1, "at least 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-            ("seed", 0 <= self.seed < 1 << 63, "at least 0 and below 2**63"),
+            ("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 63, "an integer of 64 bits, or None"),
         ):
             if not is_valid:
                 raise InputError(f"{name}={getattr(self, name)!r} must be {needed}.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InputError(f"stop={self.stop!r} must be a list of strings, none of them empty.")
+        if isinstance(self.stop_token_ids, str | int) or not all(
+            isinstance(token, int) and token >= 0 for token in self.stop_token_ids
+        ):
+            raise InputError(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature < LEAST_TEMPERATURE or self.top_p == 0
 
     @property
     def is_plain_greedy(self) -> bool:
         """The likeliest token, whatever came before."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.is_greedy and self.repetition_penalty == 1
+
+
+def row_seed(seed: int, *place: int) -> int:
+    """The seed of the row at `place` among those of one request that was given `seed`.
+
+    The first row's is `seed` itself. The others' are digests, because sums would give a row of this request the stream
+    of another row of the next seed's.
+    """
+    return _digest(f"{seed} at {place}") if any(place) else seed
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 class RowSampler:
-    """Chooses one row's tokens; leaving out the end of text, where asked for, is the caller's part."""
+    """Chooses one row's tokens; leaving out ends, where asked for, is the caller's part."""
 
     def __init__(self, params: SamplingParams, exempt: Sequence[int], device: torch.device) -> None:
         self.params = params
-        self.generator = torch.Generator(device=device).manual_seed(params.seed)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        # PyTorch's generator on CPUs looks at 32 bits alone: what they don't hold is folded into them.
+        seed = seed if 0 <= seed < 1 << 32 else _digest(str(seed))
+        self.generator = torch.Generator(device=device).manual_seed(seed)
         self.processors = LogitsProcessorList()
         if params.repetition_penalty != 1:
             self.processors.append(ExemptingRepetitionPenalty(params.repetition_penalty, exempt))
-        if params.temperature == 0:
+        if params.is_greedy:
             return
         # transformers' order, so that the same settings give the same distribution as model.generate.
         if params.temperature != 1:
             self.processors.append(TemperatureLogitsWarper(float(params.temperature)))
-        if params.top_k:
+        if params.top_k is not None and params.top_k > 0:
             self.processors.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:
             self.processors.append(TopPLogitsWarper(params.top_p))
@@ -101,6 +139,6 @@ class RowSampler:
     def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
         """The next token, given the row's ids so far and the logits (float32, as transformers samples)."""
         scores = self.scores(ids, logits)
-        if self.params.temperature == 0:
+        if self.params.is_greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))

@@ -109,7 +109,7 @@ class Batch:
         for index, row in enumerate(self.rows):
             if row.finish_reason is not None:
                 row.cache_bytes = num_bytes
-                if row.keeps_cache and row.finish_reason in ("end_of_text", "stop_string", "length"):
+                if row.keeps_cache and row.has_ended_itself:
                     row.held = self.cache.fork_rows(torch.tensor([index]))
                     row.held.reserve(0)
         self.rows = [self.rows[index] for index in writing]
@@ -128,7 +128,8 @@ class Batch:
     def _choices(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[Row]) -> Float[Tensor, "rows vocab"]:
         """What each row may choose from."""
         logits = logits.float()
-        ignoring = [index for index, row in enumerate(rows) if row.params.ignore_end_of_text]
-        for end in self.reader.end_ids if ignoring else ():
-            logits[ignoring, end] = float("-inf")
+        for index, row in enumerate(rows):
+            for end in self.reader.end_ids if row.params.ignore_end_of_text else ():
+                if end not in row.stop_tokens:
+                    logits[index, end] = float("-inf")
         return logits

@@ -10,15 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from thoughtformer.attention.entries import OPEN
-from thoughtformer.attention.schedule import RowProgress
-from thoughtformer.cache.compressed import CompressedCache, EntrySlots
+from thoughtformer.cache.entries import CompressedCache
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.compression import CompressedModel, HeavyHitters
+from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
-from thoughtformer.engine.readers import Reader, identity_of
+from thoughtformer.engine.readers import Reader, end_ids_of, identity_of
 from thoughtformer.engine.rows import Row, RowContext
 from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.rules.schedule import RowProgress
 from thoughtformer.text.plain import document_tokenizer
 
 __all__ = ["CompressedReader"]
@@ -35,19 +34,21 @@ class CompressedReader(Reader):
         tokenizer: the model's own, a fast one.
 
     Raises:
-        UnsupportedError: H2O, whose rows can't be joined: each head holds entries of its own.
+        UnsupportedError: a method whose rows can't be joined, as H2O's: each head holds entries of its own.
     """
 
     def __init__(self, model: CompressedModel, tokenizer: Any) -> None:
-        if isinstance(model.method, HeavyHitters):
+        if not model.method.can_join:
             raise UnsupportedError(f"the method {model.method.name!r} can't be batched continuously: choose another.")
         self.model = model
         self.tokenizer = document_tokenizer(tokenizer)
         model.eval()
         self.vocab_size = model.backbone.vocab_size
-        self.end_ids = _end_ids(model)
         self.is_gpthf = model.config.model_type == "gpthf"
-        self.exempt_ids = self.end_ids if self.is_gpthf else ()
+        if self.is_gpthf and model.config.bos_token_id is not None:
+            self.start_ids = (model.config.bos_token_id,)
+        self.end_ids = end_ids_of(model, tokenizer, vocab_size=self.vocab_size, also=self.start_ids)
+        self.exempt_ids = self.start_ids
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         ids, first = super().encode(text, start=start), self.model.generation_config.bos_token_id
@@ -63,9 +64,9 @@ class CompressedReader(Reader):
         return None if self.model.allow_extrapolation else self.model.backbone.max_tokens
 
     def check(self, ids: Sequence[int], number: int) -> None:
-        if self.is_gpthf and any(token in self.end_ids for token in ids[1:]):
+        if self.is_gpthf and any(token in self.start_ids for token in ids[1:]):
             raise InputError(
-                f"prompt {number} starts a document (id {self.end_ids[0]}) inside: a compressed model reads one."
+                f"prompt {number} starts a document (id {self.start_ids[0]}) inside: a compressed model reads one."
             )
 
     def read(
@@ -115,12 +116,16 @@ class CompressedReader(Reader):
     def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
         return self.model.cache_bytes(max(row["entries"] for row in most_entries), len(most_entries))
 
+    def weights_state(self) -> bytes | None:
+        return self.model.weights_state()
+
+    def check_history(self, cache: RowsCache, ids: Sequence[int]) -> None:
+        assert isinstance(cache, CompressedCache)
+        self.model.check_history(cache, ids)
+
     def context_of(self, row: Row, cache: RowsCache, index: int) -> RowContext:
         assert isinstance(cache, CompressedCache)
-        store = cache.store
-        assert isinstance(store, EntrySlots)
-        entries = int(store.lengths[index])
-        order = store.field("order")[index, :entries]
+        closed, still_open = cache.store.counts(index)
         start, folded = cache.rows[index].next_start, None
         if len(row.ids) == row.num_prompt_tokens + 1:
             row.num_folded = start  # what the prompt folds is in `parts`
@@ -128,9 +133,9 @@ class CompressedReader(Reader):
             folded = self.decode(row.ids[row.num_folded : start])
             row.num_folded = start
         return RowContext(
-            closed_sentences=int((order == OPEN + 1).sum()),
-            open_tokens=int((order < OPEN).sum()),
-            held_bytes=self.model.cache_bytes(entries, 1),
+            closed_sentences=closed,
+            open_tokens=still_open,
+            held_bytes=self.model.cache_bytes(int(cache.num_entries[index]), 1),
             plain_bytes=len(row.ids) * self.model.backbone.kv_bytes_per_entry(),
             folded=folded,
             rest=None if folded is None else self.decode(row.ids[start:]),
@@ -153,10 +158,4 @@ class CompressedReader(Reader):
         made_by: list[Any] = [model.identity]
         made_by.append({name: value for name, value in model.config.to_dict().items() if name not in UNNAMED})
         made_by.append(None if model.adapter is None else asdict(model.adapter.config))
-        return identity_of(model.base_fingerprint, made_by, model.dtype)
-
-
-def _end_ids(model: CompressedModel) -> tuple[int, ...]:
-    is_gpthf = model.config.model_type == "gpthf"
-    end = model.config.bos_token_id if is_gpthf else model.generation_config.eos_token_id
-    return () if end is None else tuple(end) if isinstance(end, list | tuple) else (int(end),)
+        return identity_of(model.identity["model"], made_by, model.dtype)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from thoughtformer.compression import CompressedModel
-from thoughtformer.decode import SamplingParams
+from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine.readers import reader_of
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
 from thoughtformer.engine.scheduler import Limits, Scheduler
@@ -68,7 +69,8 @@ class Engine:
 
         Args:
             prompts: texts, or token ids that start with the end-of-text token.
-            params: for all prompts, or one for each; default: greedy.
+            params: for all prompts, each of which then has a random stream of its own, or one for each; default:
+                greedy.
 
         Raises:
             InputError: an empty list of ids, or as many params as there are not prompts.
@@ -91,7 +93,7 @@ class Engine:
         if isinstance(prompts, str):
             raise InputError("prompts is one string: give a list of prompts.")
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+            params = _of_each(params or SamplingParams(), len(prompts))
         if len(params) != len(prompts):
             raise InputError(
                 f"{len(params)} sampling params for {len(prompts)} prompts: give one for all, or one each."
@@ -100,3 +102,10 @@ class Engine:
             make_row(self.reader, prompt, param, number=number)
             for number, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]
+
+
+def _of_each(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """The params of each of `count` rows; no two share their draws."""
+    if params.seed is None:
+        return [params] * count
+    return [replace(params, seed=row_seed(params.seed, index)) for index in range(count)]

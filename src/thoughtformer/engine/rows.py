@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from thoughtformer.cache.rows import RowsCache
@@ -14,9 +14,9 @@ from thoughtformer.errors import ContextOverflowError, InputError
 if TYPE_CHECKING:
     from thoughtformer.engine.readers import Reader
 
-__all__ = ["Completion", "FinishReason", "Row", "RowContext", "StreamEvent", "Usage", "make_row"]
+__all__ = ["Completion", "FinishReason", "Row", "RowContext", "StreamEvent", "Usage", "make_row", "stop_tokens_of"]
 
-FinishReason = Literal["end_of_text", "stop_string", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["end_of_text", "stop_string", "stop_token", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Completion:
 
     Attributes:
         text: the new text, without the stop string.
-        ids: the new tokens, sentence ends and a final end of text included.
+        ids: the new tokens, sentence ends and a final end or stop token included.
         finish_reason: why it ended.
         usage: token counts.
         first_token_seconds: from the call to this row's first token.
@@ -103,6 +103,7 @@ class Row:
         held: what the row alone holds: before it joined the batch, or, with `keeps_cache`, after it left.
         origin: where to go on from, copied once the row is admitted; `num_read` counts it already.
         keeps_cache: take the row's cache out of the batch when it ends.
+        stop_tokens: tokens that end the text by the request's wish, and why it has ended then.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
@@ -119,6 +120,7 @@ class Row:
     sampler: RowSampler
     stream: TextStream
     most_entries: dict[str, int]
+    stop_tokens: Mapping[int, FinishReason] = field(default_factory=dict)
     client: str = ""
     deadline: float | None = None
     wants_context: bool = False
@@ -139,11 +141,27 @@ class Row:
     cache_bytes: int = 0
     text: list[str] = field(default_factory=list)
     _ends: tuple[int, int, int, int] = (0, 0, 0, -1)
+    _is_end_unshown: bool = False
 
     @property
     def most_tokens(self) -> int:
         """Tokens that it may grow to."""
         return self.num_prompt_tokens + self.params.max_new_tokens
+
+    @property
+    def has_ended_itself(self) -> bool:
+        """Whether it came to an end of its own: not cancelled, late or failed."""
+        return self.finish_reason in ("end_of_text", "stop_string", "stop_token", "length")
+
+    @property
+    def shown_ids(self) -> list[int]:
+        """The ids without the token that ended the text, if one did."""
+        return self.ids[:-1] if self._is_end_unshown else self.ids
+
+    def limit_new_tokens(self, reader: Reader, max_new_tokens: int) -> None:
+        """Another limit, before anything is written."""
+        self.params = replace(self.params, max_new_tokens=max_new_tokens)
+        self.most_entries = reader.most_entries(self.ids, max_new_tokens)
 
     def count_ends(self, sentence_end: int | None, others: Sequence[int]) -> tuple[int, int, int]:
         """Sentence ends and `others` among the ids, and the place of the last of all (-1: none); counts on."""
@@ -158,8 +176,11 @@ class Row:
     def accept(self, token: int, end_ids: Sequence[int]) -> StreamEvent:
         """Adds a chosen token; the row may have ended then."""
         self.ids.append(token)
-        text = self.stream.add(token)
-        if token in end_ids:
+        self._is_end_unshown = token in end_ids or token in self.stop_tokens
+        text = "" if self._is_end_unshown else self.stream.add(token)
+        if token in self.stop_tokens:
+            self.finish_reason = self.stop_tokens[token]
+        elif token in end_ids:
             self.finish_reason = "end_of_text"
         elif self.stream.is_stopped:
             self.finish_reason = "stop_string"
@@ -213,6 +234,9 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
         ContextOverflowError: prompt and new tokens exceed the model's trained length.
     """
     ids = reader.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if params.fits_room and reader.max_tokens is not None:
+        room = max(reader.max_tokens - len(ids), 1)
+        params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
     check_prompt(reader, ids, params, number)
     return Row(
         number=number,
@@ -222,7 +246,21 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
         sampler=RowSampler(params, reader.exempt_ids, reader.device),
         stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop, ids),
         most_entries=reader.most_entries(ids, params.max_new_tokens),
+        stop_tokens=stop_tokens_of(reader, params),
     )
+
+
+def stop_tokens_of(reader: Reader, params: SamplingParams) -> dict[int, FinishReason]:
+    """Tokens that end the text; special ones may be named by a stop string, in which text could never show them."""
+    found: dict[int, FinishReason] = dict.fromkeys(params.stop_token_ids, "stop_token")
+    outside = [token for token in found if token >= reader.vocab_size]
+    if outside:
+        raise InputError(f"stop_token_ids has {outside[0]}, but the model's ids are 0 to {reader.vocab_size - 1}.")
+    for stop in params.stop:
+        for content, token in reader.special_tokens.items():
+            if content in stop:
+                found[token] = "stop_string"
+    return found
 
 
 def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, number: int) -> None:

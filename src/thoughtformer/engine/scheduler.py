@@ -129,6 +129,8 @@ class Scheduler:
         """Takes on all rows of a request, or none; raises as `submit` does."""
         limits = self.limits
         for row in rows:
+            if row.params.fits_room and limits.max_bytes is not None:
+                self._shorten(row, limits.max_bytes)
             if limits.max_bytes is not None and (needed := self.batch.most_bytes([row])) > limits.max_bytes:
                 raise TooLargeError(
                     f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
@@ -150,6 +152,20 @@ class Scheduler:
             for row in rows:
                 self._waiting.setdefault(row.client, deque()).append(row)
             self._work.notify()
+
+    def _shorten(self, row: Row, max_bytes: int) -> None:
+        """Has a row write as many tokens as its params say, or as there is memory for; at least one."""
+        if self.batch.most_bytes([row]) <= max_bytes:
+            return
+        fitting, most = 1, row.params.max_new_tokens
+        while fitting < most:
+            middle = (fitting + most + 1) // 2
+            row.limit_new_tokens(self.reader, middle)
+            if self.batch.most_bytes([row]) <= max_bytes:
+                fitting = middle
+            else:
+                most = middle - 1
+        row.limit_new_tokens(self.reader, fitting)
 
     def cancel(self, row: Row) -> None:
         """Ends a request at the next round with `finish_reason="cancelled"`, unless it has ended."""

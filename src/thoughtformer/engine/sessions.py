@@ -8,32 +8,25 @@ it.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
 from thoughtformer.cache.rows import RowsCache
+from thoughtformer.cache.saving import restore_cache, saved_cache, write_saved
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.readers import Reader
 from thoughtformer.engine.rows import Row, make_row
 from thoughtformer.errors import BusyError, CheckpointError, OutputError
-from thoughtformer.models.writing import new_file
 
 __all__ = ["Session", "Sessions"]
 
-FORMAT_VERSION = 1
 SUFFIX = ".session"
-MANIFEST = "thoughtformer_session"
+KIND = "session"
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +43,7 @@ class Session:
         is_busy: a request is under way.
         used: when a request last ended, on the monotonic clock.
         is_saved: the file has it as it is.
+        weights: the state of those that computed what `cache` holds.
     """
 
     key: str
@@ -59,6 +53,7 @@ class Session:
     is_busy: bool = False
     used: float = field(default_factory=time.monotonic)
     is_saved: bool = False
+    weights: bytes | None = None
 
     def num_bytes(self) -> int:
         """Held in memory."""
@@ -124,14 +119,20 @@ class Sessions:
 
         Raises:
             BusyError: another request on the session is under way.
-            CheckpointError: its file is damaged, or another model's.
+            CheckpointError: its file is damaged, or another model's; or the model's weights have changed since.
             InputError, ContextOverflowError: as `make_row`, counting the session's tokens.
         """
         key = _key(name)
+        weights = self.reader.weights_state()  # all of them are read: not while others wait for the lock
         with self._lock:
-            session = self._held.get(key) or self._load(key)
+            session = self._held.get(key) or self._load(key, weights)
             if session.is_busy:
                 raise BusyError(f"a request on session {name!r} is under way: wait for it, or use another session.")
+            if session.cache is not None and session.weights != weights:
+                raise CheckpointError(
+                    f"the model's weights have changed since session {name!r} was read: delete the session, or put "
+                    "them back."
+                )
             new = self.reader.encode(prompt, start=not session.ids) if isinstance(prompt, str) else list(prompt)
             end = self.reader.sentence_end
             if closes_sentence and session.ids and end is not None:
@@ -141,7 +142,7 @@ class Sessions:
                 row.origin = session.cache
                 row.num_read = row.num_known = session.num_read
             row.keeps_cache = True
-            session.is_busy = True
+            session.is_busy, session.weights = True, weights
             self._held[key] = session
             self._held.move_to_end(key)
         return session, row
@@ -154,10 +155,8 @@ class Sessions:
         with self._lock:
             session.is_busy = False
             session.used = time.monotonic()
-            if row.finish_reason in ("end_of_text", "stop_string", "length") and row.held is not None:
-                ids = row.ids
-                if row.finish_reason == "end_of_text":
-                    ids = ids[:-1]  # what follows would be another document, which doesn't see this one
+            if row.has_ended_itself and row.held is not None:
+                ids = row.shown_ids  # what follows an end would be another document, which doesn't see this one
                 session.ids, session.cache, session.num_read = ids, row.held, min(row.num_read, len(ids))
                 session.is_saved = False
             if session.cache is None:
@@ -226,6 +225,8 @@ class Sessions:
                 ids, num_read, cache, is_saved = session.ids, session.num_read, session.cache, session.is_saved
             if not is_saved and cache is not None:
                 try:
+                    if session.weights != self.reader.weights_state():
+                        raise OutputError("the model's weights have changed since it was read.")
                     self._save(session.key, ids, num_read, cache)
                 except Exception as error:  # a full disk, or no memory for the copy: others are still to be saved
                     self.failures += 1
@@ -244,54 +245,28 @@ class Sessions:
         file = self._file(key)
         if file is None:
             return
-        tensors = cache.saved() | {"ids": torch.tensor(ids, dtype=torch.int32)}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        manifest = {
-            "version": FORMAT_VERSION,
-            "model": self.reader.identity(),
-            "num_read": num_read,
-            "digest": _digest(tensors),
-        }
-        with new_file(file, replace=True) as draft:
-            # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
-            draft.write_bytes(save(tensors, metadata={MANIFEST: json.dumps(manifest)}))
+        manifest = {"session": key, "model": self.reader.identity(), "num_read": num_read}
+        write_saved(file, KIND, manifest, saved_cache(cache, ids))
 
-    def _load(self, key: str) -> Session:
+    def _load(self, key: str, weights: bytes | None) -> Session:
         """The session of that key: from its file, or a new one."""
         session, file = Session(key=key), self._file(key)
         if file is None or not _exists(file):
             return session
+        cache = self.reader.new_cache(1)
         try:
-            with safe_open(file, framework="pt") as opened:
-                manifest = json.loads((opened.metadata() or {})[MANIFEST])
-                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if manifest["version"] != FORMAT_VERSION:
-                raise CheckpointError(f"session {file} has version {manifest['version']}; this is {FORMAT_VERSION}.")
-            if manifest["model"] != self.reader.identity():
-                raise CheckpointError(
-                    f"session {file} is of model {manifest['model']}, not {self.reader.identity()}: delete it, or "
-                    "serve that model."
-                )
-            if manifest["digest"] != _digest(held):
-                raise ValueError("its checksum is wrong")
-            cache = self.reader.new_cache(1)
-            cache.restore_saved(held)
-            session.ids, session.num_read, session.cache = held["ids"].tolist(), int(manifest["num_read"]), cache
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"session {file} is damaged ({error}): delete it.") from error
-        session.is_saved = True
+            session.ids, session.num_read = restore_cache(
+                file,
+                KIND,
+                cache,
+                {"session": key, "model": self.reader.identity()},
+                vocab_size=self.reader.vocab_size,
+                check_history=self.reader.check_history,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Delete the session, or serve the model that it is of.") from None
+        session.cache, session.is_saved, session.weights = cache, True, weights
         return session
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and every value."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _exists(file: Path) -> bool:

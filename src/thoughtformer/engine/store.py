@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from thoughtformer.models import GPTHFForCausalLM
 __all__ = ["ModelStats", "SentenceStore", "StoreStats", "storable"]
 
 #: Raise when what is stored changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "sentences.sqlite"
 MIB = 1 << 20
 #: Sentences of one query; SQLite takes 32,766 parameters at most.
@@ -160,8 +160,10 @@ class SentenceStore:
             told = [line for (line,) in connection.execute("PRAGMA integrity_check(3)")]
             if told != ["ok"]:
                 raise StoreError(f"{self.file} is damaged ({'; '.join(told)}): remove it, and index the text again.")
-            rows = connection.execute("SELECT digest, vector, checksum FROM sentences")
-            return sum(_checksum(digest, vector) != checksum for digest, vector, checksum in rows)
+            rows = connection.execute(
+                "SELECT fingerprint, digest, vector, checksum FROM sentences LEFT JOIN models ON model = number"
+            )
+            return sum(not _is_whole(*row) for row in rows)
 
     def prune(self, *, max_bytes: int | None = None, keep: Sequence[str] | None = None) -> int:
         """Removes sentences and gives their room back to the file system; returns how many were removed.
@@ -232,12 +234,15 @@ class SentenceStore:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """SQLite's errors as ours."""
+        """SQLite's errors as ours, with its own reason."""
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except StoreError:
+            raise
+        except (sqlite3.OperationalError, OSError) as error:
             raise OutputError(f"can't use the sentence store {self.file}: {error}.") from None
-        except sqlite3.DatabaseError as error:
+        # Where pages are damaged, values may be of any type.
+        except (sqlite3.Error, TypeError, ValueError, UnicodeDecodeError) as error:
             raise StoreError(
                 f"{self.file} is damaged, or no sentence store ({error}): remove it, and index the text again."
             ) from None
@@ -267,7 +272,9 @@ class SentenceStore:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite may have rolled back by itself, as where the disk is full
+                    with suppress(sqlite3.Error):  # whose reason must not hide the first one's
+                        connection.execute("ROLLBACK")
                 raise
 
     def _note_uses(self, connection: sqlite3.Connection) -> None:
@@ -292,7 +299,7 @@ class SentenceStore:
                     (fingerprint, *part),
                 )
                 for model, digest, vector, checksum, used in rows:
-                    if _checksum(digest, vector) != checksum:
+                    if not _is_whole(fingerprint, digest, vector, checksum):
                         continue
                     found[digest] = vector
                     if used != now and len(self._uses) < NOTED_USES:
@@ -310,15 +317,25 @@ class SentenceStore:
             (model,) = connection.execute("SELECT number FROM models WHERE fingerprint = ?", (fingerprint,)).fetchone()
             connection.executemany(
                 "INSERT OR REPLACE INTO sentences (model, digest, used, checksum, vector) VALUES (?, ?, ?, ?, ?)",
-                [(model, digest, now, _checksum(digest, vector), vector) for digest, vector in vectors.items()],
+                [
+                    (model, digest, now, _checksum(fingerprint, digest, vector), vector)
+                    for digest, vector in vectors.items()
+                ],
             )
             if self.max_bytes is not None and _used_bytes(connection) > self.max_bytes:
                 _evict(connection, int(self.max_bytes * EVICT_TO))
 
 
-def _checksum(digest: bytes, vector: bytes) -> int:
-    """Of a vector together with whose it is."""
-    return zlib.crc32(vector, zlib.crc32(digest))
+def _checksum(fingerprint: str, digest: bytes, vector: bytes) -> int:
+    """Of a vector together with whose it is, and which model's."""
+    return zlib.crc32(vector, zlib.crc32(digest, zlib.crc32(fingerprint.encode())))
+
+
+def _is_whole(fingerprint: object, digest: object, vector: object, checksum: object) -> bool:
+    """Whether a row is as it was written; in a damaged file its values may be of any type."""
+    if not (isinstance(fingerprint, str) and isinstance(digest, bytes) and isinstance(vector, bytes)):
+        return False
+    return _checksum(fingerprint, digest, vector) == checksum
 
 
 def _now() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from thoughtformer.errors import OutputError, StoreError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.fingerprint import encoder_fingerprint, encoder_weights
+from thoughtformer.models.fingerprint import Followed, encoder_fingerprint, encoder_weights
 
 if TYPE_CHECKING:
     from thoughtformer.engine.store import SentenceStore
@@ -42,23 +43,24 @@ class StoredSentences:
         self.misses = 0
         self.added = 0
         self.failures = 0
-        self._made_by: list[tuple[int, int, torch.dtype, torch.device]] | None = None
-        self._some_values: list[Tensor] = []
-        self._fingerprint = ""
+        self._follow = Followed(
+            lambda: encoder_fingerprint(model), lambda: (weight for _, weight in encoder_weights(model))
+        )
 
     @property
     def fingerprint(self) -> str:
         """Of what makes the vectors, now."""
-        self._follow()
-        return self._fingerprint
+        return self._follow()
 
     def find(self, sentences: Sequence[bytes]) -> tuple[list[int], Float[Tensor, "found depths summaries hidden"]]:
         """See `SentenceSource`."""
-        self._follow()
+        fingerprint = self._follow()
         digests = [_digest(sentence) for sentence in sentences]
         vectors: dict[bytes, bytes] = {}
         with self._tolerant():
-            vectors = self.store._find(self._fingerprint, list(dict.fromkeys(digests)))
+            vectors = self.store._find(fingerprint, list(dict.fromkeys(digests)))
+        size = math.prod(self.shape) * self.model.dtype.itemsize
+        vectors = {digest: vector for digest, vector in vectors.items() if len(vector) == size}
         found = [number for number, digest in enumerate(digests) if digest in vectors]
         self.hits += len(found)
         self.misses += len(digests) - len(found)
@@ -69,11 +71,11 @@ class StoredSentences:
 
     def add(self, sentences: Sequence[bytes], vectors: Float[Tensor, "sentences depths summaries hidden"]) -> None:
         """See `SentenceSource`."""
-        self._follow()
+        fingerprint = self._follow()
         flat = vectors.detach().to("cpu", self.model.dtype).reshape(len(sentences), -1).contiguous().view(torch.uint8)
         kept = {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)}
         with self._tolerant():
-            self.store._add(self._fingerprint, str(self.model.dtype), self.shape, kept)
+            self.store._add(fingerprint, str(self.model.dtype), self.shape, kept)
             self.added += len(kept)
 
     @contextmanager
@@ -85,25 +87,6 @@ class StoredSentences:
                 raise
             self.failures += 1
             logger.warning("sentences are read anew: %s", error)
-
-    def _follow(self) -> None:
-        """Looks whether the weights are those that the fingerprint was taken of."""
-        weights = [weight for _, weight in encoder_weights(self.model)]
-        made_by = [
-            (weight.data_ptr(), -1 if weight.is_inference() else weight._version, weight.dtype, weight.device)
-            for weight in weights
-        ]
-        # Versions don't tell of what is written through `.data`, as adapters are merged; values from all over do.
-        values = [_some_values(weight) for weight in weights]
-        if made_by != self._made_by or not all(map(torch.equal, values, self._some_values)):
-            self._fingerprint = encoder_fingerprint(self.model)
-            self._made_by, self._some_values = made_by, [value.clone() for value in values]
-
-
-def _some_values(weight: Tensor) -> Tensor:
-    """At most some hundreds of a weight's values, from all over it."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 257)]
 
 
 def _digest(sentence: bytes) -> bytes:

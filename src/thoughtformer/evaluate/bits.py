@@ -34,8 +34,8 @@ class DocumentScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """All bits, those of sentence ends among them, by the text's bytes."""
-        return (self.token_bits + self.sentence_end_bits) / self.num_bytes
+        """All bits, those of sentence ends among them, by the text's bytes; 0 where there is no text."""
+        return (self.token_bits + self.sentence_end_bits) / max(self.num_bytes, 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +56,7 @@ class DocumentBits:
         """The document's sums."""
         return DocumentScore(
             num_bytes=self.num_bytes,
-            num_tokens=int((~self.is_end).sum()) - 1,
+            num_tokens=max(int((~self.is_end).sum()) - 1, 0),
             num_sentence_ends=int(self.is_end.sum()),
             token_bits=float(self.bits[~self.is_end].sum()),
             sentence_end_bits=float(self.bits[self.is_end].sum()),
@@ -65,7 +65,10 @@ class DocumentBits:
 
 @dataclass(frozen=True, kw_only=True)
 class BitsReport:
-    """The figures of a whole corpus, and what they depend on."""
+    """The figures of a whole corpus, and what they depend on.
+
+    Documents without a byte count in `num_documents`, and have no part in means over documents.
+    """
 
     bits_per_byte: float
     document_mean: float
@@ -83,16 +86,18 @@ class BitsReport:
 
     @classmethod
     def from_scores(cls, scores: Iterable[DocumentScore], *, context_tokens: int, stride_tokens: int) -> BitsReport:
-        """The sums and spread over documents; raises `CorpusError` if there are none."""
+        """The sums and spread over documents; raises `CorpusError` if there is no text in them."""
         scores = list(scores)
-        if not scores:
-            raise CorpusError("no documents to evaluate.")
+        if not any(score.num_bytes for score in scores):
+            raise CorpusError(
+                "no documents to evaluate." if not scores else f"all {len(scores)} documents to evaluate are empty."
+            )
         total_bytes, tokens = sum(s.num_bytes for s in scores), sum(s.num_tokens for s in scores)
         ends = sum(s.num_sentence_ends for s in scores)
         token_bits, end_bits = (
             math.fsum(getattr(s, name) for s in scores) for name in ("token_bits", "sentence_end_bits")
         )
-        each = np.array([s.bits_per_byte for s in scores])
+        each = np.array([s.bits_per_byte for s in scores if s.num_bytes])
         return cls(
             bits_per_byte=(token_bits + end_bits) / total_bytes,
             document_mean=float(each.mean()),

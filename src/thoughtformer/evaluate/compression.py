@@ -8,26 +8,22 @@ method's own setting (a budget, a fraction, a piece length) is solved for, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thoughtformer.compression.combiner import Combiner
-from thoughtformer.compression.compressed import CompressedModel
-from thoughtformer.compression.evicting import Full, Local, RandomEviction, Scattered, Truncation
-from thoughtformer.compression.heavy_hitters import HeavyHitters
 from thoughtformer.compression.method import Method, entries_held
-from thoughtformer.compression.policies import RemovedFraction
-from thoughtformer.compression.sentinel import Sentinel
-from thoughtformer.compression.settings import settings_of
-from thoughtformer.compression.streaming import StreamingLLM
+from thoughtformer.compression.model import CompressedModel
+from thoughtformer.compression.registry import METHODS, settings_of
+from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, CorpusError
 
-__all__ = ["Blocks", "MethodScore", "equal_methods", "sample_blocks", "score_method", "summarise"]
+__all__ = ["Blocks", "MethodScore", "equal_methods", "sample_blocks", "score_method", "solve", "summarise"]
 
 #: How far a method's mean of entries held may be from the target.
 TOLERANCE = 0.01
@@ -110,118 +106,70 @@ def mean_entries(method: Method, blocks: Blocks) -> tuple[float, int]:
     return float(np.mean(held)), int(np.max(held))
 
 
-def span_for(removed: float, num_summaries: int, context_tokens: int) -> int:
-    """Tokens a span: the best of some by the bundled adapter's loss (docs/log.md), shorter in short contexts."""
-    wanted = max(32.0, 4 * num_summaries / (1 - removed))
-    least = max(1.6 * num_summaries / (1 - removed), num_summaries + 1)
-    return round(max(min(wanted, context_tokens / 16), least))
-
-
 def equal_methods(
     names: Sequence[str],
     removed: float,
     blocks: Blocks,
     *,
     seed: int,
-    num_sentinels: int = 1,
-    see_earlier: bool = False,
     span_tokens: int | None = None,
+    trained: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Method]:
     """The named methods, each set so that its mean of entries held is that of `removed`.
+
+    Args:
+        names: of `METHODS`.
+        removed: fraction of the tokens seen that isn't held, on average over the scored tokens.
+        blocks: the texts.
+        seed: of methods that draw.
+        span_tokens: of methods that fold; default: what suits the fraction.
+        trained: what the adapter in use was trained with.
 
     Raises:
         ConfigError: a method that no setting brings within one per cent.
     """
-    seen = np.arange(1, len(blocks.ids[0]) + 1)[blocks.first_scored :].mean()
-    target = float((1 - removed) * seen)
-    return {
-        name: _solved(name, target, removed, blocks, seed, num_sentinels, see_earlier, span_tokens) for name in names
-    }
+    return {name: solve(name, removed, blocks, seed=seed, span_tokens=span_tokens, trained=trained) for name in names}
 
 
-def _solved(
+def solve(
     name: str,
-    target: float,
     removed: float,
     blocks: Blocks,
+    *,
     seed: int,
-    num_sentinels: int,
-    see_earlier: bool,
-    span_tokens: int | None,
+    span_tokens: int | None = None,
+    trained: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: Any = None,
 ) -> Method:
-    # All methods but those that read ids hold the same in every block.
+    """One method, as `equal_methods` sets it; raises `ConfigError`. `tokenizer` is for methods that go by tokens."""
+    seen = np.arange(1, len(blocks.ids[0]) + 1)[blocks.first_scored :].mean()
     one = replace(blocks, ids=blocks.ids[:1])
-    budgets = list(range(6, len(blocks.ids[0]) + 1))
-    fractions = [removed + shift / 1000 for shift in range(40, -51, -1) if 0 <= removed + shift / 1000 < 1]
 
-    def nearest_of(make: Callable[[Any], Method], choices: list[Any]) -> Method:
-        return min((make(choice) for choice in choices), key=lambda method: abs(mean_entries(method, one)[0] - target))
+    def mean(method: Method) -> float:
+        # Methods that don't read ids hold the same in every block.
+        return mean_entries(method, blocks if method.reads_ids else one)[0]
 
-    def crossing(make: Callable[[Any], Method], choices: list[Any]) -> Method:
-        return nearest_of(make, _around(make, target, one, choices))
-
-    def folding(num_summaries: int, make: Callable[[RemovedFraction], Method]) -> Iterator[Method]:
-        # In short blocks whole spans move the mean by more than one per cent: neighbouring lengths are tried as well.
-        wanted = span_for(removed, num_summaries, len(blocks.ids[0])) if span_tokens is None else span_tokens
-        shifts = [0] if span_tokens is not None else sorted(range(-8, 9), key=abs)
-        spans = [wanted + shift for shift in shifts]
-        for span in spans:
-            if span > num_summaries:
-                yield crossing(
-                    lambda fraction, span=span: make(RemovedFraction(removed=fraction, span_tokens=span)), fractions
-                )
-
-    def candidates() -> Iterator[Method]:
-        if name == "full":
-            yield Full()
-        elif name == "truncation":
-            yield nearest_of(lambda tokens: Truncation(piece_tokens=tokens), budgets)
-        elif name == "local":
-            yield crossing(lambda fraction: Local(removed=fraction), fractions)
-        elif name == "scattered":
-            for draw in range(3):
-                yield nearest_of(
-                    lambda fraction, draw=draw: Scattered(removed=fraction, seed=seed + 1000 * draw), fractions
-                )
-        elif name == "random":
-            yield crossing(
-                lambda entries: RandomEviction(max_entries=entries, seed=seed, recent_tokens=min(16, entries // 4)),
-                budgets,
-            )
-        elif name == "streaming":
-            yield crossing(lambda entries: StreamingLLM(max_entries=entries), budgets)
-        elif name == "h2o":
-            yield crossing(lambda entries: HeavyHitters(max_entries=entries), budgets)
-        elif name == "combiner":
-            yield from folding(1, lambda policy: Combiner(policy=policy))
-        else:
-            yield from folding(
-                num_sentinels,
-                lambda policy: Sentinel(policy=policy, num_sentinels=num_sentinels, see_earlier=see_earlier),
-            )
-
-    closest = 0.0
-    for method in candidates():
-        found = mean_entries(method, one)[0]
-        if name == "full" or abs(found / target - 1) <= TOLERANCE:
-            return method
-        closest = min(closest, found, key=lambda held: abs(held - target))
-    raise ConfigError(
-        f"{name} can't hold {target:.1f} entries on average ({removed:.0%} removed of {len(blocks.ids[0])} tokens): "
-        f"the closest setting holds {closest:.1f}. Take longer blocks, or another fraction."
+    search = Search(
+        target=float((1 - removed) * seen),
+        removed=removed,
+        num_tokens=len(blocks.ids[0]),
+        mean_entries=mean,
+        seed=seed,
+        span_tokens=span_tokens,
+        trained=trained,
+        tokenizer=tokenizer,
     )
-
-
-def _around(make: Callable[[Any], Method], target: float, blocks: Blocks, choices: list[Any]) -> list[Any]:
-    """The choices next to where the mean of entries, which grows with them, crosses the target."""
-    low, high = 0, len(choices) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if mean_entries(make(choices[middle]), blocks)[0] < target:
-            low = middle
-        else:
-            high = middle
-    return choices[max(low - 1, 0) : high + 2]
+    means: list[float] = []
+    for method in METHODS[name].at_entries(search):
+        means.append(mean(method))
+        # What has no setting holds what it holds, whatever it is to be compared with.
+        if not fields(method) or abs(means[-1] / search.target - 1) <= TOLERANCE:
+            return method
+    closest = min(means, key=lambda held: abs(held - search.target), default=0.0)
+    raise ConfigError(
+        f"{name} can't hold {search.target:.1f} entries on average ({removed:.0%} removed of {search.num_tokens} "
+        f"tokens): the closest setting holds {closest:.1f}. Take longer blocks, or another fraction."
+    )
 
 
 @torch.inference_mode()

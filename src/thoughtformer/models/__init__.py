@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from thoughtformer.models.causal_lm import GPTHFForCausalLM
-from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.models.modeling_gpthf import GPTHFModel
+from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
+from thoughtformer.models.gpthf.configuration import GPTHFConfig
+from thoughtformer.models.gpthf.modeling import GPTHFModel
 
 __all__ = ["GPTHFConfig", "GPTHFForCausalLM", "GPTHFModel"]

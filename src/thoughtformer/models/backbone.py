@@ -1,69 +1,36 @@
 """One view of every causal LM that can be compressed: embeddings in, hidden states out, attention handed in.
 
 A compression method decides what a query reads; the backbone computes everything else with the model's own modules.
-transformers' models reach the handed-in attention through a registered attention implementation, which is switched on
-for the length of one forward pass and off again: nothing stays behind, and the model itself is unchanged.
+How attention gets into a model of transformers, and nothing else of it changes, is in `handed_in.py`.
+
+Over 400 lines, because the families stand side by side: a new one is written by looking at its neighbours.
 """
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from thoughtformer.attention import rotary_angles
+from thoughtformer.attention import Rotary
 from thoughtformer.errors import UnsupportedError
-from thoughtformer.models.causal_lm import GPTHFForCausalLM
-from thoughtformer.models.layers import Layer
+from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
+from thoughtformer.models.gpthf.layers import Angles, Layer
+from thoughtformer.models.gpthf.layers import Attend as LayerAttend
+from thoughtformer.models.handed_in import BACKENDS, Acting, Attend, HandedIn, Original, acting, hand_in
 
-__all__ = ["SUPPORTED_MODELS", "Attend", "Backbone", "Rotation", "backbone_of"]
+__all__ = ["SUPPORTED_MODELS", "Attend", "Backbone", "Original", "Rotation", "backbone_of", "bare_model"]
 
 #: transformers' `model_type`s whose attention is proven to be replaceable (tests/contract/test_backbones.py).
 SUPPORTED_MODELS = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
-BACKENDS = ("sdpa", "eager")
-PREFIX = "thoughtformer_"
-
-
-class Original(Protocol):
-    """The model's own attention of queries over keys; `mask` is additive, None for plain causal attention."""
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads seq head_dim"],
-        key: Float[Tensor, "batch kv_heads keys head_dim"],
-        value: Float[Tensor, "batch kv_heads keys head_dim"],
-        mask: Float[Tensor, "batch #heads seq keys"] | None,
-    ) -> Float[Tensor, "batch heads seq head_dim"]: ...
-
-
-class Attend(Protocol):
-    """Attention handed in: what each query of a layer gets, given that layer's new queries, keys and values.
-
-    Keys and queries are rotated already, where the model rotates them. `scale` is the factor of the scores.
-    """
-
-    def __call__(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch heads seq head_dim"],
-        key: Float[Tensor, "batch kv_heads seq head_dim"],
-        value: Float[Tensor, "batch kv_heads seq head_dim"],
-        *,
-        scale: float,
-        dropout: float,
-        original: Original,
-    ) -> Float[Tensor, "batch heads seq head_dim"]: ...
-
 
 #: Turns rotated queries or keys by so many positions more; None for models whose positions are not rotations.
 Rotation = Callable[
@@ -71,27 +38,62 @@ Rotation = Callable[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """What a probe saw of a layer's keys."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Backbone(ABC):
     """A causal LM without its attention."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.num_layers = 0
-        self.num_kv_heads = 0
-        self.head_dim = 0
         self.attention_modules: list[nn.Module] = []
+        #: The modules around these, which are called with all that a pass hands in.
+        self.layer_modules: list[nn.Module] = []
+        self._seen: list[_Layer] = []
+        self._follows_model = self._keys_are_as_model = True
+
+    def close(self) -> None:  # noqa: B027  most leave nothing
+        """Leaves the model as it was."""
 
     @property
     def config(self) -> Any:
         return self.model.config
 
     @property
+    def num_layers(self) -> int:
+        return len(self._seen)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self._seen[0].num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self._seen[0].head_dim
+
+    @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where embeddings come from. The model may be moved later, unless hooks move its weights about."""
+        return self.devices[0]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer's keys are."""
+        if self._follows_model:
+            return [self.model.device] * self.num_layers
+        return [layer.device for layer in self._seen]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """Of keys and values; weights may be of another."""
+        return self.model.dtype if self._keys_are_as_model else self._seen[0].dtype
 
     @property
     def vocab_size(self) -> int:
@@ -126,36 +128,43 @@ class Backbone(ABC):
         inputs_embeds: Float[Tensor, "batch seq embedding"],
         position_ids: Int[Tensor, "batch seq"],
         attend: Attend,
+        on: Acting | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """The final hidden states, as the head takes them."""
+        """The final hidden states, as the head takes them.
+
+        Args:
+            inputs_embeds: of tokens, and of sentinels.
+            position_ids: of each.
+            attend: what attends.
+            on: what an adapter acts on; None for the model as it is.
+        """
 
     def kv_bytes_per_entry(self) -> int:
         """Keys and values of one entry in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def _probe(self) -> None:
-        """Runs two tokens to learn the shapes, and to see that every layer really asks for its attention."""
-        shapes: dict[int, tuple[int, int]] = {}
+    def _probe(self, through: Callable[[Tensor, Tensor, Attend], Any]) -> None:
+        """Runs two tokens to learn shapes and places, and to see that every layer really asks for its attention."""
+        seen: dict[int, _Layer] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-            shapes[layer] = (key.shape[1], key.shape[3])
+            seen[layer] = _Layer(num_kv_heads=key.shape[1], head_dim=key.shape[3], dtype=key.dtype, device=key.device)
             return query
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                positions = torch.arange(2, device=self.device)[None]
-                self.forward(self.embed(torch.zeros_like(positions)), positions, cast(Attend, attend))
-        finally:
-            self.model.train(was_training)
-        if sorted(shapes) != list(range(int(self.config.num_hidden_layers))) or len(set(shapes.values())) != 1:
+        device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+        positions = torch.arange(2, device=device)[None]
+        # Dropout, where the model is in training, may draw; the mode belongs to whoever set it.
+        with torch.no_grad(), torch.random.fork_rng(enabled=self.model.training):
+            through(self.embed(torch.zeros_like(positions)), positions, cast(Attend, attend))
+        shapes = {(layer.num_kv_heads, layer.head_dim) for layer in seen.values()}
+        if sorted(seen) != list(range(int(self.config.num_hidden_layers))) or len(shapes) != 1:
             raise UnsupportedError(
-                f"{type(self.model).__name__}: {len(shapes)} of {self.config.num_hidden_layers} layers asked for their "
-                f"attention, with (heads, width) {sorted(set(shapes.values()))}. It can't be compressed."
+                f"{type(self.model).__name__}: {len(seen)} of {self.config.num_hidden_layers} layers asked for their "
+                f"attention, with (heads, width) {sorted(shapes)}. It can't be compressed."
             )
-        self.num_layers = len(shapes)
-        self.num_kv_heads, self.head_dim = shapes[0]
+        self._seen = [seen[layer] for layer in range(len(seen))]
+        self._follows_model = {layer.device for layer in self._seen} == {self.model.device}
+        self._keys_are_as_model = {layer.dtype for layer in self._seen} == {self.model.dtype}
 
 
 class TransformersBackbone(Backbone):
@@ -164,10 +173,25 @@ class TransformersBackbone(Backbone):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._check()
-        self.backend = str(self.config._attn_implementation)
-        self._modules: dict[int, nn.Module] = {}
-        self._probe()
-        self.attention_modules = [self._modules[layer] for layer in range(self.num_layers)]
+        self._release = hand_in(model, self)
+        asked: dict[int, nn.Module] = {}
+
+        def through(inputs_embeds: Tensor, position_ids: Tensor, attend: Attend) -> None:
+            handed_in = HandedIn(attend)
+            self._through(inputs_embeds, position_ids, handed_in)
+            asked.update(handed_in.asked)
+
+        try:
+            self._probe(through)
+        except BaseException:
+            self.close()
+            raise
+        self.attention_modules = [asked[layer] for layer in range(self.num_layers)]
+        parents = {child: parent for parent in model.modules() for child in parent.children()}
+        self.layer_modules = [parents[module] for module in self.attention_modules]
+
+    def close(self) -> None:
+        self._release()
 
     def _check(self) -> None:
         name, config = type(self.model).__name__, self.config
@@ -176,12 +200,7 @@ class TransformersBackbone(Backbone):
                 f"{name} (model_type {config.model_type!r}) is not among the architectures that compression is proven "
                 f"for: {', '.join(SUPPORTED_MODELS)}, and the plain GPT of this package."
             )
-        backend = config._attn_implementation
-        if backend not in BACKENDS:
-            raise UnsupportedError(
-                f"{name} uses the attention backend {backend!r}, which reads no mask of ours. Load it with "
-                "attn_implementation='sdpa' or 'eager'."
-            )
+        self._check_backend()
         windows = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
         if windows or (getattr(config, "sliding_window", None) and config.model_type == "mistral"):
             raise UnsupportedError(
@@ -197,6 +216,14 @@ class TransformersBackbone(Backbone):
             raise UnsupportedError(
                 f"{name}: rope_type={config.rope_parameters['rope_type']!r} changes the rotations of a text as it "
                 "grows, so that a compressed text can't equal a whole one."
+            )
+
+    def _check_backend(self) -> None:
+        backend = self.config._attn_implementation
+        if backend not in BACKENDS:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} uses the attention backend {backend!r}, which reads no mask of ours. "
+                "Load it with attn_implementation='sdpa' or 'eager'."
             )
 
     @property
@@ -220,80 +247,35 @@ class TransformersBackbone(Backbone):
         inputs_embeds: Float[Tensor, "batch seq embedding"],
         position_ids: Int[Tensor, "batch seq"],
         attend: Attend,
+        on: Acting | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        self._check_backend()  # it may be changed while a view exists
+        handed_in = HandedIn(attend, on)
+        with acting(on):
+            states = self._through(inputs_embeds, position_ids, handed_in)
+        if len(handed_in.asked) < self.num_layers:
+            raise UnsupportedError(
+                f"only {len(handed_in.asked)} of {self.num_layers} layers of {type(self.model).__name__} asked for the "
+                "attention that was handed in: something between calls modules without their keyword arguments."
+            )
+        return states
+
+    def _through(
+        self,
+        inputs_embeds: Float[Tensor, "batch seq embedding"],
+        position_ids: Int[Tensor, "batch seq"],
+        handed_in: HandedIn,
     ) -> Float[Tensor, "batch seq hidden"]:
         # A mask of four dimensions is taken for ready-made, so that none is built; our attention ignores it.
         no_mask = inputs_embeds.new_zeros(1, 1, 1, 1)
-        with self._switched_on():
-            output = self.model.base_model(
-                inputs_embeds=inputs_embeds,
-                position_ids=position_ids,
-                attention_mask=no_mask,
-                use_cache=False,
-                handed_in=(attend, self._modules),
-            )
+        output = self.model.base_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=no_mask,
+            use_cache=False,
+            handed_in=handed_in,
+        )
         return output.last_hidden_state
-
-    @contextmanager
-    def _switched_on(self) -> Iterator[None]:
-        before = self.config._attn_implementation
-        self.config._attn_implementation = PREFIX + self.backend
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
-
-
-def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
-    eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
-    return eager if backend == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
-
-
-def _implementation(backend: str) -> Callable[..., Any]:
-    """An attention for transformers' registry: the one handed in, or else just what `backend` does."""
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        handed_in: tuple[Attend, dict[int, nn.Module]] | None = None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        own = _own_attention(module, backend)
-        if handed_in is None:  # another model that shares this one's configuration
-            return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        attend, modules = handed_in
-        layer = cast(int, module.layer_idx)
-        modules[layer] = module
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-        def original(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            if backend == "eager" and key.shape[2] > query.shape[2]:
-                # Held keys are strided, and products of strided matrices differ in the last bit from those of
-                # transformers' own cache.
-                key, value = key.contiguous(), value.contiguous()
-            if mask is None and backend == "eager":
-                shape = (query.shape[2], key.shape[2])
-                hidden = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1 + shape[1] - shape[0])
-                mask = query.new_zeros(shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
-            return own(module, query, key, value, mask, scaling=scaling, dropout=dropout)[0].transpose(1, 2)
-
-        output = attend(layer, query, key, value, scale=scale, dropout=dropout, original=original)
-        return output.transpose(1, 2), None
-
-    return attention
-
-
-def _register() -> None:
-    for backend in BACKENDS:
-        if PREFIX + backend not in ALL_ATTENTION_FUNCTIONS:
-            # Both registries: with a name in one alone, transformers drops padding masks without a word.
-            AttentionInterface.register(PREFIX + backend, _implementation(backend))
-            AttentionMaskInterface.register(PREFIX + backend, ALL_MASK_ATTENTION_FUNCTIONS[backend])
 
 
 class PlainBackbone(Backbone):
@@ -307,18 +289,23 @@ class PlainBackbone(Backbone):
                 f"{model.config.body_visibility!r}, {model.config.num_encoder_layers} encoder layers): only its plain "
                 "case, without encoder and with a causal body, can be compressed."
             )
-        self._probe()
+        self._probe(self.forward)
+        self.layer_modules = list(self._layers())
         self.attention_modules = [layer.attention for layer in self._layers()]
 
     def _layers(self) -> list[Layer]:
         return list(self.model.model.stages[0].layers)
 
     @property
+    def _rotary(self) -> Rotary:
+        return self.model.model.stages[0].spec.rotary
+
+    @property
     def rotation(self) -> Rotation | None:
-        config = self.config
+        rotary = self._rotary
 
         def turn(states: Tensor, offset: Tensor) -> Tensor:
-            cos, sin = rotary_angles(offset.reshape(-1), config.head_dim, config.rope_theta, states.dtype)
+            cos, sin = rotary.angles(offset.reshape(-1), states.dtype)
             cos, sin = (part.view(*offset.shape, -1)[:, None] for part in (cos, sin))
             first, second = states.chunk(2, dim=-1)
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -330,10 +317,10 @@ class PlainBackbone(Backbone):
         inputs_embeds: Float[Tensor, "batch seq embedding"],
         position_ids: Int[Tensor, "batch seq"],
         attend: Attend,
+        on: Acting | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         batch, seq, hidden = inputs_embeds.shape
-        config = self.config
-        angles = rotary_angles(position_ids.reshape(-1), config.head_dim, config.rope_theta, self.dtype)
+        angles = self._rotary.angles(position_ids.reshape(-1), inputs_embeds.dtype)
         states = inputs_embeds.reshape(batch * seq, hidden)
 
         def padded(part: Tensor) -> Tensor:
@@ -347,14 +334,22 @@ class PlainBackbone(Backbone):
                     padded(query),
                     padded(key),
                     padded(value),
-                    scale=config.head_dim**-0.5,
+                    scale=self.config.head_dim**-0.5,
                     dropout=0.0,
                     original=_grouped_sdpa,
                 )
                 return output.transpose(1, 2).reshape(batch * seq, *query.shape[1:])
 
-            states = layer(states, angles, attend_flat)
+            states = layer.run(_acting_layer(layer, on, angles, attend_flat), states)
         return self.model.model.norm(states).view(batch, seq, hidden)
+
+
+def _acting_layer(layer: Layer, on: Acting | None, angles: Angles, attend: LayerAttend) -> Callable[[Tensor], Tensor]:
+    def through(states: Tensor) -> Tensor:
+        with acting(on):  # inside, because gradient checkpointing calls it once more
+            return layer(states, angles, attend)
+
+    return through
 
 
 def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -371,13 +366,34 @@ def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and seq > 1)
 
 
-def backbone_of(model: PreTrainedModel) -> Backbone:
+def bare_model(model: nn.Module) -> nn.Module:
+    """The causal LM inside torch.compile's wrapper, or peft's with an adapter that acts in its layers.
+
+    Raises:
+        UnsupportedError: a peft method that acts around the model, by prompts or prefixes.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            kinds = ", ".join(
+                sorted(
+                    str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()
+                )
+            )
+            raise UnsupportedError(
+                f"peft's {kinds} puts virtual tokens before the text, which a compression method would take for it. "
+                "Adapters inside the layers, such as LoRA, can be compressed."
+            )
+        return bare_model(model.get_base_model())
+    return model
+
+
+def backbone_of(model: nn.Module) -> Backbone:
     """The view of a model, or a refusal.
 
     Raises:
         UnsupportedError: an architecture or attention backend that can't be compressed exactly; named.
     """
-    _register()
     if isinstance(model, GPTHFForCausalLM):
         return PlainBackbone(model)
     if not isinstance(model, PreTrainedModel):

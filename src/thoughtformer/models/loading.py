@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +9,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from thoughtformer.errors import CheckpointError, TokenizerError, nearest
-from thoughtformer.models.causal_lm import GPTHFForCausalLM
-from thoughtformer.models.configuration_gpthf import GPTHFConfig
-from thoughtformer.text.tokenizer import SentenceTokenizer
+from thoughtformer.errors import ArgumentError, CheckpointError, TokenizerError, nearest
+from thoughtformer.files import read_json
+from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
+from thoughtformer.models.gpthf.configuration import GPTHFConfig
+from thoughtformer.names import ASSETS, BUNDLED, BUNDLED_ADAPTERS, resolve
+from thoughtformer.text.tokenizer import TOKENIZER_SETTINGS, SentenceTokenizer
 
-__all__ = ["BUNDLED", "BUNDLED_ADAPTERS", "load", "load_causal_lm", "load_tokenizer", "resolve"]
+__all__ = ["ASSETS", "BUNDLED", "BUNDLED_ADAPTERS", "load", "load_causal_lm", "load_tokenizer", "resolve"]
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUNDLED = ("tiny-gpthf", "tiny-gpt")
-BUNDLED_ADAPTERS = ("tiny-gpt-sentinel",)
+#: What transformers raises for folders that it can't load.
+UNLOADABLE = (OSError, TypeError, LookupError, AttributeError, ValueError, SafetensorError, RuntimeError)
+TOKENIZER_FILE = "tokenizer_config.json"
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "checkpoint.pt")
-
-
-def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
-    """The folder behind a bundled name or a path.
-
-    Raises:
-        CheckpointError: neither; names the closest of `bundled`.
-    """
-    if str(name_or_path) in bundled:
-        return ASSETS / str(name_or_path)
-    if str(name_or_path) in BUNDLED_ADAPTERS:
-        raise CheckpointError(f"{str(name_or_path)!r} is an adapter, not a model: give it as the adapter of tiny-gpt.")
-    if str(name_or_path) in BUNDLED:
-        raise CheckpointError(f"{str(name_or_path)!r} is a model, not an adapter.{nearest('', bundled)}")
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    what = "is a file, not a folder" if path.is_file() else "is neither bundled nor a folder"
-    raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), bundled)}")
 
 
 def load(
@@ -50,7 +31,7 @@ def load(
 
     Args:
         name_or_path: `tiny-gpthf`, `tiny-gpt`, or a folder that `save_pretrained` or `thoughtformer train` wrote.
-        dtype: default: float32 on the CPU, whatever the file holds; the file's own elsewhere.
+        dtype: default: what config.json says, float32 for the bundled ones; on the CPU float32.
         device: default: the CPU.
 
     Raises:
@@ -63,11 +44,15 @@ def load(
     device = torch.device(device or "cpu")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    model = GPTHFForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-    )
+    try:
+        model = GPTHFForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
+    except UNLOADABLE as error:
+        raise CheckpointError(f"transformers can't load {folder}: {error}") from error
     tokenizer = load_tokenizer(folder)
     _check_fit(config, tokenizer, folder)
+    tokenizer.model_max_length = config.max_position_embeddings
     model.to(device)  # type: ignore[arg-type]  transformers wraps Module.to without its types
     return model.eval(), tokenizer
 
@@ -96,7 +81,7 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except UNLOADABLE as error:
         raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -109,11 +94,25 @@ def load_causal_lm(
 
 
 def load_tokenizer(name_or_path: str | Path, **settings: Any) -> SentenceTokenizer:
-    """The tokenizer of a bundled model or folder; `settings` replace its own (`insert_sentence_ends`, ...)."""
+    """The tokenizer of a bundled model or folder.
+
+    Args:
+        name_or_path: as for `load`.
+        settings: that replace its own, by their names: see `SentenceTokenizer`.
+
+    Raises:
+        ArgumentError: a setting that isn't one.
+        TokenizerError: no tokenizer, or a damaged one.
+    """
+    for name in settings:
+        if name not in TOKENIZER_SETTINGS:
+            raise ArgumentError(f"load_tokenizer takes no argument {name!r}.{nearest(name, TOKENIZER_SETTINGS)}")
     folder = resolve(name_or_path)
     if not (folder / "tokenizer.json").exists():
         raise TokenizerError(f"{folder} has no tokenizer.json. Train one with `thoughtformer tokenizer train`.")
     try:
+        if (folder / TOKENIZER_FILE).exists():
+            read_json(folder / TOKENIZER_FILE, "how the tokenizer is set", kind=TokenizerError)
         return SentenceTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
     except TokenizerError:
         raise
@@ -122,15 +121,12 @@ def load_tokenizer(name_or_path: str | Path, **settings: Any) -> SentenceTokeniz
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json: not a model's folder.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"can't read {folder / 'config.json'}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds a {type(values).__name__}, not a configuration.")
-    return values
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json: not a model's folder.")
+    # transformers takes a generation configuration that it can't read for one that isn't there.
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json", "how the model generates")
+    return read_json(folder / "config.json", "the model's configuration")
 
 
 def _config(folder: Path) -> GPTHFConfig:

@@ -52,32 +52,33 @@ def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
 class KeptColumns:
     """The columns of logits that `logits_to_keep` names: the last so many (0: all), or these, in any order.
 
-    Each is computed once, from left to right, whichever way it is asked for.
+    A padded column has the logits of its row's last token before it, so that `generate` goes on rightly from rows that
+    are padded at the right; 0 where there is none. Each token is computed once, whichever way it is asked for.
     """
 
-    def __init__(self, logits_to_keep: int | Tensor, seq: int) -> None:
-        columns = torch.arange(seq)
+    def __init__(self, logits_to_keep: int | Tensor, real: Bool[Tensor, "batch seq"]) -> None:
+        columns = torch.arange(real.shape[1])
         if isinstance(logits_to_keep, Tensor):
-            self._asked = columns[logits_to_keep.cpu()]
+            asked = columns[logits_to_keep.cpu()]
         else:
-            self._asked = columns[-logits_to_keep if logits_to_keep else 0 :]
-        self._computed = self._asked.unique()
-        self.is_all = torch.equal(self._asked, columns)
+            asked = columns[-logits_to_keep if logits_to_keep else 0 :]
+        self.is_all = torch.equal(asked, columns)
+        # For each row and column asked for, the column of its token; -1 for none.
+        source = asked.expand(len(real), -1)
+        if not bool(real.all()):
+            source = torch.where(real, columns, -1).cummax(dim=1).values[:, asked]
+        self._has_token = source >= 0
+        self._token = (self._has_token.nonzero()[:, 0], source[self._has_token])
+        #: The tokens whose logits are needed.
+        self.wanted: Bool[Tensor, "batch seq"] = torch.zeros_like(real)
+        self.wanted[self._token] = True
 
-    def wanted(self, real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
-        """The tokens whose logits are needed."""
-        return torch.zeros_like(real).index_fill(1, self._computed, True) & real
-
-    def laid_out(
-        self, logits: Float[Tensor, "wanted vocab"], real: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch kept vocab"]:
-        """The wanted tokens' logits, row by row, as the columns that were asked for; 0 in padding."""
-        is_real = real[:, self._computed]
-        if bool(is_real.all()):
-            columns = logits.view(*is_real.shape, logits.shape[-1])
-        else:
-            columns = logits.new_zeros(*is_real.shape, logits.shape[-1])
-            columns[is_real.to(logits.device)] = logits
-        if torch.equal(self._asked, self._computed):
-            return columns
-        return columns[:, torch.searchsorted(self._computed, self._asked).to(logits.device)]
+    def laid_out(self, logits: Float[Tensor, "wanted vocab"]) -> Float[Tensor, "batch kept vocab"]:
+        """The wanted tokens' logits, row by row, as the columns that were asked for."""
+        shape = (*self._has_token.shape, logits.shape[-1])
+        index = (self.wanted.reshape(-1).cumsum(0) - 1).view(self.wanted.shape)[self._token]
+        if bool(self._has_token.all()) and torch.equal(index, torch.arange(len(logits))):
+            return logits.view(shape)
+        columns = logits.new_zeros(shape)
+        columns[self._has_token.to(logits.device)] = logits[index.to(logits.device)]
+        return columns

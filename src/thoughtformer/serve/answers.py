@@ -12,7 +12,12 @@ from thoughtformer.engine.rows import FinishReason
 __all__ = ["Shape", "finish_reason", "sse", "usage"]
 
 #: OpenAI knows two ways to end.
-REASONS: dict[FinishReason, str] = {"end_of_text": "stop", "stop_string": "stop", "length": "length"}
+REASONS: dict[FinishReason, str] = {
+    "end_of_text": "stop",
+    "stop_string": "stop",
+    "stop_token": "stop",
+    "length": "length",
+}
 
 
 def finish_reason(reason: FinishReason | None) -> str | None:
@@ -41,8 +46,10 @@ def usage(completions: Sequence[Completion], choices: int) -> dict[str, Any]:
 class Shape:
     """Completions or chats: the same facts under other keys."""
 
-    def __init__(self, *, identity: str, created: int, model: str, is_chat: bool) -> None:
+    def __init__(self, *, identity: str, created: int, model: str, is_chat: bool, counts: bool = False) -> None:
         self.is_chat = is_chat
+        # Where counts come last, the chunks before say that they have none.
+        self._uncounted: dict[str, Any] = {"usage": None} if counts else {}
         self._head = {"id": identity, "created": created, "model": model}
 
     def whole(self, completions: Sequence[Completion], choices: int) -> dict[str, Any]:
@@ -73,7 +80,7 @@ class Shape:
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices}
+        return {**self._head, "object": kind, "choices": choices, **self._uncounted}
 
     def _choice(self, index: int, text: str, reason: str | None, *, is_whole: bool) -> dict[str, Any]:
         content: dict[str, Any] = {"text": text}

@@ -17,13 +17,13 @@ from fastapi import FastAPI, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from thoughtformer.errors import ThoughtformerError, nearest
 from thoughtformer.serve.answers import Shape, finish_reason, sse, usage
 from thoughtformer.serve.errors import error_body, error_response, response_of
-from thoughtformer.serve.limits import BearerToken, BodyLimit
+from thoughtformer.serve.limits import BearerToken, BodyLimit, KnownHosts, Unforeseen
 from thoughtformer.serve.metrics import Metrics
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from thoughtformer.serve.service import Generation, Service
@@ -66,11 +66,22 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Thoughtformer", lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(service)
     settings = service.settings
+    # The last one added looks first.
+    app.add_middleware(Unforeseen)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.token is not None:
         app.add_middleware(BearerToken, token=settings.token)
     if settings.allowed_hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts))
+        app.add_middleware(KnownHosts, hosts=settings.allowed_hosts)
+    if settings.cors_origins:
+        # Before the token, which browsers don't send with what they ask beforehand.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     _tell_errors(app)
     model = {"id": settings.model_name, "object": "model", "created": service.created, "owned_by": "thoughtformer"}
 
@@ -124,6 +135,7 @@ def create_app(service: Service) -> FastAPI:
             created=int(time.time()),
             model=settings.model_name,
             is_chat=is_chat,
+            counts=_counts(body),
         )
         if body.stream:
             events = _streamed(generation, shape, body, metrics)
@@ -201,11 +213,19 @@ async def _streamed(
                     more = {"context": {"closes_sentence": ends, **asdict(event.context)}}
                 yield sse(shape.chunk(index, event.text, finish_reason(event.finish_reason), **more))
         _observe(metrics, generation)
-        if body.stream_options is not None and body.stream_options.include_usage:
+        if _counts(body):
             yield sse(shape.last(usage(generation.completions(), body.number_of_choices)))
         yield sse("[DONE]")
+    except Exception:  # the answer has begun: its status can't say so any more
+        logger.exception("a stream failed")
+        yield sse(error_body("the server failed on this request; see its log.", status=500, code="internal_error"))
     finally:
         await generation.close()
+
+
+def _counts(body: GenerationRequest) -> bool:
+    """Whether a stream is to end with token counts."""
+    return bool(body.stream) and body.stream_options is not None and body.stream_options.include_usage
 
 
 def _observe(metrics: Metrics, generation: Generation) -> None:
@@ -215,7 +235,7 @@ def _observe(metrics: Metrics, generation: Generation) -> None:
 
 
 def _failure(generation: Generation) -> Response | None:
-    if all(row.finish_reason in ("end_of_text", "stop_string", "length") for row in generation.rows):
+    if all(row.has_ended_itself for row in generation.rows):
         return None
     message, status, code = _told(generation)
     return error_response(message, status=status, code=code)
@@ -258,10 +278,6 @@ def _tell_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         return error_response(str(error.detail), status=error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return error_response("the server failed on this request; see its log.", status=500, code="internal_error")
 
 
 def _first_mistake(mistakes: Sequence[Any]) -> tuple[str, str | None]:

@@ -1,15 +1,20 @@
-"""What is looked at before a request is read: its size, and who sends it."""
+"""What is looked at before a request is read: its size, who sends it, and by which name; and what fails unforeseen."""
 
 from __future__ import annotations
 
 import hmac
+import logging
+import re
+from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from thoughtformer.serve.errors import error_response
 
-__all__ = ["BearerToken", "BodyLimit"]
+__all__ = ["BearerToken", "BodyLimit", "KnownHosts", "Unforeseen"]
+
+logger = logging.getLogger(__name__)
 
 
 class BodyLimit:
@@ -85,3 +90,54 @@ class BearerToken:
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class KnownHosts:
+    """Refuses requests that call the server by another name than its own."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = tuple(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes one request; see ASGI."""
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if re.sub(r":\d*$", "", given).lower() not in self.hosts:
+                refusal = error_response(
+                    f"this server is not {given!r}: call it as {' or '.join(self.hosts)}.",
+                    status=400,
+                    code="unknown_host",
+                )
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class Unforeseen:
+    """Answers what nobody foresaw, inside of whatever else is put around answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes one request; see ASGI."""
+        has_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] != "http" or has_begun:
+                raise
+            logger.exception("a request failed")
+            failed = error_response(
+                "the server failed on this request; see its log.", status=500, code="internal_error"
+            )
+            await failed(scope, receive, send)

@@ -8,76 +8,113 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message"]
 
-#: Keys of OpenAI's API that are taken at the values that mean "off", and refused otherwise.
+#: Keys of OpenAI's API, and of servers like this, that are taken at the values that mean "off", and refused otherwise.
+#: Null is "off" for every key.
 OFF: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "response_format": (None, {"type": "text"}),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # of no tools none is chosen
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
-#: Keys that say nothing about the text.
-IGNORED = ("user", "store", "metadata", "service_tier")
-
 Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
 #: Wrong values are told of one by one: a long list of them must not become a long list of errors.
 Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
 
 
+def _given(values: Any) -> Any:
+    """An object without its nulls, which mean that nothing is given."""
+    return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return _given(values)
+
 
 class StreamOptions(_Strict):
-    """`include_usage`: a last chunk with token counts."""
+    """`include_usage`: token counts in a last chunk. Padding against listeners (`include_obfuscation`) isn't made."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
-class Message(_Strict):
-    """One turn of a conversation; `content` is text, or parts of text."""
+class Message(BaseModel):
+    """One turn of a conversation; `content` is text, or parts of text. Further keys are the chat template's."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, str]], Field(fail_fast=True, max_length=1024)]
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=1024)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return _given(values)
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.get("text", "") for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part[part["type"]] for part in self.content)
+        return self.content or ""
 
     @model_validator(mode="after")
     def _only_text(self) -> Message:
-        if not isinstance(self.content, str):
-            for part in self.content:
-                if part.get("type") != "text" or "text" not in part:
-                    raise ValueError(
-                        "content parts must be {'type': 'text', 'text': ...}: this server reads text alone"
-                    )
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        for part in self.content if isinstance(self.content, list) else ():
+            kind = part.get("type")
+            if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+                raise ValueError("content parts must be {'type': 'text', 'text': ...}: this server reads text alone")
         return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        return {**(self.model_extra or {}), "role": self.role, "content": self.text}
 
 
 class GenerationRequest(_Strict):
     """What completions and chats share.
 
-    `top_k`, `min_p`, `repetition_penalty`, `session` and `return_context` are this server's own.
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `session` and `return_context` aren't
+    OpenAI's.
     """
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 31, strict=True)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31, strict=True)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, strict=True)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63, strict=True)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(max_length=128)] | None = None
+    ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=128, strict=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -94,18 +131,44 @@ class GenerationRequest(_Strict):
     suffix: Any = None
     tools: Any = None
     tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
     response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    min_tokens: Any = None
+    length_penalty: Any = None
+    use_beam_search: Any = None
+    skip_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    chat_template_kwargs: Any = None
+    # These say nothing about the text: `prediction` is about speed, `parallel_tool_calls` about tools, of which there
+    # are none.
     user: Any = None
     store: Any = None
     metadata: Any = None
     service_tier: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
 
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:
         for name, values in OFF.items():
             value = getattr(self, name)
-            if not any(type(value) is type(off) and value == off for off in values):  # 0 is not False here
+            if value is not None and not any(
+                type(value) is type(off) and value == off for off in values
+            ):  # 0 is not False here
                 raise ValueError(f"{name} is not supported: leave it out")
+        if self.best_of is not None and (type(self.best_of) is not int or self.best_of != self.number_of_choices):
+            raise ValueError("best_of is not supported: leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
         if self.return_context and not self.stream:

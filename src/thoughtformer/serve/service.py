@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from thoughtformer.decode import SamplingParams
+from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
 from thoughtformer.engine.readers import Reader
-from thoughtformer.errors import InputError, TooLargeError
+from thoughtformer.errors import ContextOverflowError, InputError, TooLargeError
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from thoughtformer.text.chat import encode_chat
 
@@ -26,6 +25,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+#: Of a prompt where neither model nor settings name a limit: what can be read while others wait.
+MOST_TOKENS = 1 << 17
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
     """What the server takes on, beside the scheduler's limits.
@@ -34,13 +37,17 @@ class ServeSettings:
         model_name: as clients name it.
         token: that clients must bear; None: none.
         max_body_bytes: of a request; more is refused with 413.
-        max_prompt_tokens: of a prompt, a session's context included; longer ones get 413. None: the model's own limit.
+        max_prompt_tokens: of a prompt, a session's context included; longer ones get 413. None: the model's own limit,
+            or `MOST_TOKENS` where it has none.
         max_choices: completions that one request may ask for, over all prompts.
         max_new_tokens: that one completion may ask for.
-        default_new_tokens: of a chat that doesn't say.
+        default_new_tokens: of a chat that doesn't say, as far as there is room; None: as many as there is room for, and
+            this server writes.
         request_seconds: a request that takes longer ends with 504.
         allowed_hosts: names by which the server may be called; none: any. Without a token, a page of another origin
             could otherwise reach it by a name that it made to mean this machine.
+        cors_origins: of pages whose scripts may call the server (`https://host:port`, or `*` for any); none: no page's
+            but its own.
     """
 
     model_name: str
@@ -49,9 +56,10 @@ class ServeSettings:
     max_prompt_tokens: int | None = None
     max_choices: int = 64
     max_new_tokens: int = 4096
-    default_new_tokens: int = 256
+    default_new_tokens: int | None = None
     request_seconds: float = 600.0
     allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
 
 
 class Service:
@@ -84,6 +92,12 @@ class Service:
     def reader(self) -> Reader:
         """The model."""
         return self.scheduler.reader
+
+    @property
+    def most_prompt_tokens(self) -> int | None:
+        """That this server reads; None: what the model was trained for."""
+        most = self.settings.max_prompt_tokens
+        return MOST_TOKENS if most is None and self.reader.max_tokens is None else most
 
     def start(self) -> None:
         """Begins to work."""
@@ -141,13 +155,14 @@ class Service:
     def _submit(self, request: GenerationRequest, generation: Generation, client: str) -> None:
         settings = self.settings
         if isinstance(request, CompletionRequest):
-            new_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
+            asked, default = request.max_tokens, 16  # OpenAI's default
             prompts: list[str | list[int]] = request.prompts
         else:
             assert isinstance(request, ChatRequest)
             asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-            new_tokens = settings.default_new_tokens if asked is None else asked
+            default = settings.default_new_tokens or settings.max_new_tokens
             prompts = [self._chat(request)]
+        new_tokens = min(default, settings.max_new_tokens) if asked is None else asked
         count = len(prompts) * request.number_of_choices
         if not prompts:
             raise InputError("prompt is an empty list: give one prompt or more.")
@@ -160,12 +175,12 @@ class Service:
             raise InputError(f"max_tokens={new_tokens}, but this server writes {settings.max_new_tokens} at most.")
         if request.session is not None and len(prompts) > 1:
             raise InputError("a session takes one prompt at a time.")
-        params = _params(request, new_tokens)
+        # What nobody asked for is no demand: it gives way to the room that there is.
+        params = _params(request, new_tokens, fits_room=asked is None)
         for index in range(count):
-            prompt = prompts[index // request.number_of_choices]
-            # Choices of one prompt differ; those of different prompts needn't.
-            own = replace(params, seed=(params.seed + index % request.number_of_choices) % (1 << 63))
-            self._prepare(prompt, own, request, generation)
+            place = divmod(index, request.number_of_choices)
+            own = params if params.seed is None else replace(params, seed=row_seed(params.seed, *place))
+            self._prepare(prompts[place[0]], own, request, generation)
         for row in generation.rows:
             row.client = client
         self.scheduler.enqueue(generation.rows)
@@ -174,6 +189,8 @@ class Service:
         self, prompt: str | list[int], params: SamplingParams, request: GenerationRequest, generation: Generation
     ) -> None:
         session = None
+        if isinstance(prompt, str):
+            self._refuse_much_too_long(prompt)
         if request.session is None:
             row = self.scheduler.prepare(prompt, params)
         else:
@@ -185,7 +202,7 @@ class Service:
                 closes_sentence=isinstance(request, ChatRequest),
             )
         generation.add(row, session)
-        most = self.settings.max_prompt_tokens
+        most = self.most_prompt_tokens
         if most is not None and row.num_prompt_tokens > most:
             raise TooLargeError(
                 f"the prompt has {row.num_prompt_tokens} tokens, a session's context included; this server reads "
@@ -194,13 +211,34 @@ class Service:
         row.wants_context = request.return_context
         row.deadline = time.monotonic() + self.settings.request_seconds
 
+    def _refuse_much_too_long(self, text: str) -> None:
+        """Refuses a text without reading all of it, so that nobody waits while millions of characters are read."""
+        most, trained = self.most_prompt_tokens, self.reader.max_tokens
+        limit = min(count for count in (most, trained) if count is not None)
+        if not self.reader.has_more_tokens(text, limit):
+            return
+        kind = TooLargeError if limit == most else ContextOverflowError
+        raise kind(
+            f"the prompt has {len(text):,} characters, more than {limit:,} tokens, which is what "
+            f"{'this server reads' if limit == most else 'the model was trained for'} at most. Shorten it."
+        )
+
     def parts_of(self, row: Row) -> dict[str, Any]:
         """A prompt as it is held: what is kept of its start, its folded sentences or spans, and the rest, as text."""
         kept, closed, rest = self.reader.parts(row.ids[: row.num_prompt_tokens])
         return {"kept": kept, "sentences": closed, "open": rest}
 
     def _chat(self, request: ChatRequest) -> list[int]:
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        messages = [message.for_template() for message in request.messages]
+        # All at once: many short messages are as much to read as a long one.
+        contents = (message.get("content") for message in messages)
+        self._refuse_much_too_long("".join(content for content in contents if isinstance(content, str)))
+        template = str(getattr(self.reader.tokenizer, "tokenizer", self.reader.tokenizer).chat_template)
+        for message in messages:
+            # OpenAI's newer name for the same. Templates that don't know it would leave the message out, or write a
+            # role that the model has never seen.
+            if message["role"] == "developer" and "developer" not in template:
+                message["role"] = "system"
         is_new = request.session is None or not self.sessions.has(request.session)
         return encode_chat(self.reader.tokenizer, messages, start=is_new)
 
@@ -260,17 +298,20 @@ class Generation:
             await asyncio.shield(self.service.finish(session, self.rows[0]))
 
 
-def _params(request: GenerationRequest, new_tokens: int) -> SamplingParams:
+def _params(request: GenerationRequest, new_tokens: int, *, fits_room: bool) -> SamplingParams:
     chosen = {
         "top_k": request.top_k,
         "top_p": request.top_p,
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
+        "stop_token_ids": request.stop_token_ids,
     }
     return SamplingParams(
         max_new_tokens=new_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,  # OpenAI's default
-        seed=secrets.randbits(62) if request.seed is None else request.seed,
+        seed=request.seed,
         stop=request.stop_strings,
+        ignore_end_of_text=request.ignore_eos,
+        fits_room=fits_room,
         **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
     )

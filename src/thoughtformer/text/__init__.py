@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thoughtformer.text.sentences import SentenceSplitter, SentencexSplitter
+from thoughtformer.text.splitting import SentenceSplitter, SentencexSplitter
 from thoughtformer.text.tokenizer import END_OF_SENTENCE, END_OF_TEXT, PADDING, SentenceTokenizer, train_bpe
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -34,6 +35,7 @@ class Corpus:
         separator: a line that separates documents in .txt and .md files; None makes each file one document. It is
             not part of any document, nor is the line break before it.
         max_bytes: stop each source at the document that reaches its equal share of these; None reads everything.
+        encoding: of text files and .jsonl.
 
     Raises:
         CorpusError: a source is missing, empty, unreadable, binary, or lacks the column.
@@ -43,8 +45,15 @@ class Corpus:
     column: str = "text"
     separator: str | None = END_OF_TEXT
     max_bytes: int | None = None
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise CorpusError(
+                f"encoding={self.encoding!r} is none that Python knows, as utf-8 or latin-1 are."
+            ) from None
         if "" in map(str, self.sources):
             raise CorpusError("a source of text has no name: give a file or a folder (here: .).")
         if not self.sources:
@@ -89,6 +98,7 @@ class Corpus:
             "column": self.column,
             "separator": self.separator,
             "max_bytes": self.max_bytes,
+            "encoding": self.encoding,
         }
 
     def __iter__(self) -> Iterator[str]:
@@ -116,10 +126,13 @@ class Corpus:
             if kind == ".parquet":
                 yield from self._read_parquet(path)
             else:
-                with _open(path) as stream:
+                with _open(path, self.encoding) as stream:
                     yield from (self._read_json_lines if kind == ".jsonl" else self._read_text)(stream, path)
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): binary, or another encoding.") from None
+            raise CorpusError(
+                f"{path} is not {self.encoding.upper()} text (byte {error.start}): binary, or of another encoding, "
+                "which --encoding names."
+            ) from None
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise CorpusError(f"can't read {path}: {error}") from None
         except ImportError as error:
@@ -143,7 +156,7 @@ class Corpus:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{path}, line {number}: not JSON ({error}).") from None
             if not isinstance(record, dict):
                 raise CorpusError(f"{path}, line {number}: a {type(record).__name__}, not an object with columns.")
@@ -265,6 +278,6 @@ def _decompress_zstd(path: Path, decompressor: Any) -> bytes:
     return b"".join(parts)
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, encoding: str) -> IO[str]:
     # newline="": line breaks are text, and stay as they are.
-    return io.TextIOWrapper(_open_binary(path), encoding="utf-8", newline="")
+    return io.TextIOWrapper(_open_binary(path), encoding=encoding, newline="")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
-import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +22,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from thoughtformer.errors import CorpusError, OutputError
+from thoughtformer.files import SEAL, check_seal, new_folder, read_json, seal
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.tokenizer import SentenceTokenizer
 
 __all__ = ["PackedRows", "TokenisedCorpus", "cache_folder"]
 
+logger = logging.getLogger(__name__)
+
 #: Raise when what is stored, or how it is made, changes.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 6
+MANIFEST, TOKENS, STARTS, NUM_BYTES = "manifest.json", "tokens.bin", "starts.npy", "num_bytes.npy"
 SMALL_CORPUS_BYTES = 1_000_000
+DOCUMENTS_AT_ONCE = 4
 
 
 def cache_folder() -> Path:
@@ -42,15 +51,30 @@ class TokenisedCorpus:
         starts: where each document starts in `tokens`, and the total length.
         num_bytes: UTF-8 bytes of each document.
         digest: SHA-256 of all ids; the same wherever the text came from.
+        identity: of what they were made of: the text, the tokenizer, and how they are written.
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        """Opens token files, which are read once for it, at some hundred megabytes a second and core.
+
+        Raises:
+            CorpusError: a file that is missing, or isn't what was written.
+        """
+        check_seal(folder, "the token files", kind=CorpusError)
+        manifest = read_json(folder / MANIFEST, "the manifest of token files", kind=CorpusError)
         self.folder = folder
-        self.digest: str = manifest["digest"]
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
-        self.starts = np.load(folder / "starts.npy", allow_pickle=False)
-        self.num_bytes = np.load(folder / "num_bytes.npy", allow_pickle=False)
+        try:
+            self.digest, self.identity = str(manifest["digest"]), str(manifest["identity"])
+            # numpy maps no empty file.
+            is_empty = not (folder / TOKENS).stat().st_size
+            dtype = np.dtype(manifest["dtype"])
+            self.tokens = np.zeros(0, dtype) if is_empty else np.memmap(folder / TOKENS, dtype=dtype, mode="r")
+            self.starts = np.load(folder / STARTS, allow_pickle=False)
+            self.num_bytes = np.load(folder / NUM_BYTES, allow_pickle=False)
+        except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise CorpusError(f"{folder} holds no token files of this version: {error}.") from None
+        if len(self.starts) != len(self.num_bytes) + 1 or self.starts[-1] != len(self.tokens):
+            raise CorpusError(f"the token files in {folder} don't belong together.")
 
     @classmethod
     def build(
@@ -72,7 +96,8 @@ class TokenisedCorpus:
             on_progress: called after each document with their number so far and its bytes.
 
         Raises:
-            CorpusError: as reading the corpus does; nothing half-written is kept.
+            CorpusError: as reading the corpus does; nothing half-written is kept. Token files that are damaged are made
+                anew, and the log says so.
             OutputError: the folder can't be written to.
         """
         backend = tokenizer.backend_tokenizer.to_str()
@@ -83,27 +108,26 @@ class TokenisedCorpus:
             tokenizer.splitter.identity,
         ]
         identity = json.dumps([FORMAT_VERSION, corpus.fingerprint(), settings, backend], sort_keys=True)
-        place = (folder or cache_folder()) / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-        if (place / "manifest.json").exists():
-            return cls(place)
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
-        except OSError as error:
-            raise _cant_write(place.parent, error) from None
-        try:
+        name = hashlib.sha256(identity.encode()).hexdigest()[:24]
+        place = (folder or cache_folder()) / "tokens" / name
+        if place.exists() or place.is_symlink():
             try:
-                _write(draft, corpus, tokenizer, num_processes or _useful_processes(corpus), on_progress)
-            except OSError as error:
+                return cls(place)._of(name)
+            except CorpusError as error:
+                logger.warning("token files are made anew: %s", error)
+                _remove(place)
+        try:
+            with new_folder(place) as draft:
+                _write(draft, name, corpus, tokenizer, num_processes or _useful_processes(corpus), on_progress)
+        except OutputError as error:
+            if not (place / SEAL).exists():  # another process may have finished first
                 raise _cant_write(place.parent, error) from None
-            try:
-                draft.rename(place)
-            except OSError:
-                if not (place / "manifest.json").exists():  # another process may have finished first
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return cls(place)
+        return cls(place)._of(name)
+
+    def _of(self, identity: str) -> TokenisedCorpus:
+        if self.identity != identity:
+            raise CorpusError(f"the token files in {self.folder} are those of another text or tokenizer.")
+        return self
 
     def __len__(self) -> int:
         return len(self.num_bytes)
@@ -136,7 +160,17 @@ class PackedRows(Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
-def _cant_write(folder: Path, error: OSError) -> OutputError:
+def _remove(place: Path) -> None:
+    try:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+    except OSError as error:
+        raise _cant_write(place.parent, error) from None
+
+
+def _cant_write(folder: Path, error: Exception) -> OutputError:
     return OutputError(f"can't keep token files in {folder}: {error}. Name another folder by THOUGHTFORMER_CACHE.")
 
 
@@ -156,23 +190,53 @@ def _start_worker(tokenizer: SentenceTokenizer) -> None:
     _worker_tokenizer = tokenizer
 
 
-def _tokenise(document: str) -> tuple[np.ndarray, int]:
+def _tokenise(first: int, documents: list[str]) -> list[tuple[np.ndarray, int]]:
     assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode_document(document, complete=True), len(document.encode())
+    return [_encoded(_worker_tokenizer, first + number, document) for number, document in enumerate(documents)]
+
+
+def _encoded(tokenizer: SentenceTokenizer, number: int, document: str) -> tuple[np.ndarray, int]:
+    try:
+        return tokenizer.encode_document(document, complete=True), len(document.encode())
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # what native code raises needn't be an Exception, nor cross processes
+        raise CorpusError(
+            f"document {number + 1:,} of the corpus, which begins {document[:60]!r}, can't be tokenised: {error}"
+        ) from None
 
 
 def _tokenised(corpus: Corpus, tokenizer: SentenceTokenizer, num_processes: int) -> Iterator[tuple[np.ndarray, int]]:
     if num_processes == 1:
-        for document in corpus:
-            yield tokenizer.encode_document(document, complete=True), len(document.encode())
+        for number, document in enumerate(corpus):
+            yield _encoded(tokenizer, number, document)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, initializer=_start_worker, initargs=(tokenizer,)) as pool:
-        yield from pool.imap(_tokenise, corpus, chunksize=4)
+    # Not multiprocessing's pool: that waits for ever for what a worker had that is killed.
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(tokenizer,))
+    waiting: deque[Future[list[tuple[np.ndarray, int]]]] = deque()
+    first = 0
+    try:
+        documents = iter(corpus)
+        while part := list(islice(documents, DOCUMENTS_AT_ONCE)):
+            waiting.append(pool.submit(_tokenise, first, part))
+            first += len(part)
+            if len(waiting) > 2 * num_processes:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise CorpusError(
+            f"a process that tokenised was killed, one of {num_processes}: perhaps memory is short. Documents up to "
+            f"{first:,} were under way; try again, or with fewer processes at once."
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _write(
     folder: Path,
+    identity: str,
     corpus: Corpus,
     tokenizer: SentenceTokenizer,
     num_processes: int,
@@ -181,7 +245,7 @@ def _write(
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     starts, num_bytes = [0], []
     digest = hashlib.sha256()
-    with (folder / "tokens.bin").open("wb") as stream:
+    with (folder / TOKENS).open("wb") as stream:
         for ids, size in _tokenised(corpus, tokenizer, num_processes):
             written = ids.astype(dtype).tobytes()
             stream.write(written)
@@ -190,7 +254,8 @@ def _write(
             num_bytes.append(size)
             if on_progress is not None:
                 on_progress(len(num_bytes), size)
-    np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
-    np.save(folder / "num_bytes.npy", np.asarray(num_bytes, dtype=np.int64))
-    manifest = {"version": FORMAT_VERSION, "dtype": dtype, "digest": digest.hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    np.save(folder / STARTS, np.asarray(starts, dtype=np.int64))
+    np.save(folder / NUM_BYTES, np.asarray(num_bytes, dtype=np.int64))
+    manifest = {"version": FORMAT_VERSION, "identity": identity, "dtype": dtype, "digest": digest.hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    seal(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from thoughtformer.errors import InputError, TokenizerError
+from thoughtformer.text.markers import Markers
 from thoughtformer.text.tokenizer import SentenceTokenizer
 
 __all__ = ["PlainTokenizer", "document_tokenizer"]
@@ -37,24 +39,45 @@ class PlainTokenizer:
         return len(self.tokenizer)
 
     def encode_document(self, text: str, *, complete: bool, start: bool = True) -> np.ndarray:
-        """The ids of one text, with the tokenizer's own special tokens at its start."""
-        # The backend, because the frontend warns of every text longer than a model.
-        return np.asarray(self.backend_ids(text, start=start), dtype=np.int64)
+        """The ids of one text, with what the tokenizer puts before it, and behind it if it's `complete`.
 
-    def backend_ids(self, text: str, *, start: bool = False, special_as_text: bool = False) -> list[int]:
-        """The ids of a text; special tokens written out in it are what they say, or text.
+        What a text starts or ends with itself, written out, isn't put there again.
+        """
+        before, after = self._around
+        ids = self.backend_ids(text)
+        if start and ids[: len(before)] != before:
+            ids = [*before, *ids]
+        if start and complete and ids[len(ids) - len(after) :] != after:
+            ids = [*ids, *after]
+        return np.asarray(ids, dtype=np.int64)
+
+    @cached_property
+    def markers(self) -> Markers:
+        """What is a token wherever it's written out."""
+        return Markers(self.backend_tokenizer)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer's post-processor puts before a text, and behind it."""
+        for text in ("a", *self.backend_tokenizer.get_vocab()):  # some know nothing but words of their own
+            num_plain = len(self.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+            if num_plain:
+                whole = self.backend_tokenizer.encode(text, add_special_tokens=True)
+                at = whole.special_tokens_mask.index(0)
+                return whole.ids[:at], whole.ids[at + num_plain :]
+        return [], []
+
+    def backend_ids(self, text: str) -> list[int]:
+        """The ids of a text, to which nothing is added; special tokens written out in it are what they say.
 
         Raises:
             InputError: half of a character.
         """
-        backend = self.backend_tokenizer
-        before, backend.encode_special_tokens = backend.encode_special_tokens, special_as_text
+        # The backend, because the frontend warns of every text longer than a model.
         try:
-            return backend.encode(text, add_special_tokens=start).ids
+            return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise InputError("a text holds half of a character (a lone surrogate), which can't be encoded.") from None
-        finally:
-            backend.encode_special_tokens = before
 
     def decode(self, ids: Any) -> str:
         """The text of ids, without special tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,10 +12,20 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import PaddingStrategy
 
-from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
-from thoughtformer.text.sentences import SentenceSplitter, SentencexSplitter, insert_ends
+from thoughtformer.errors import (
+    ArgumentError,
+    ConfigError,
+    CorpusError,
+    InputError,
+    TokenizerError,
+    UnsupportedError,
+    nearest,
+)
+from thoughtformer.hub import TOKENIZER_AUTO_MAP, write_hub_file
+from thoughtformer.text.sentences import insert_ends
+from thoughtformer.text.splitting import NEWEST_RULE, SentenceSplitter, splitter_of
 
-__all__ = ["END_OF_SENTENCE", "END_OF_TEXT", "PADDING", "SentenceTokenizer", "train_bpe"]
+__all__ = ["END_OF_SENTENCE", "END_OF_TEXT", "PADDING", "TOKENIZER_SETTINGS", "SentenceTokenizer", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_SENTENCE = "<|endofsentence|>"
@@ -72,6 +83,38 @@ def check_sentence_lengths(shortest: int | None, longest: int | None) -> None:
         )
 
 
+#: Settings of a `SentenceTokenizer`, beside transformers' own.
+TOKENIZER_SETTINGS = (
+    "insert_sentence_ends",
+    "max_sentence_tokens",
+    "min_sentence_tokens",
+    "language",
+    "sentence_rule",
+)
+#: Arguments that transformers hands along, and the values that ask for nothing.
+CALL_ARGUMENTS = {
+    "verbose": (True, False),
+    "split_special_tokens": (True, None),
+    "return_token_type_ids": (False, None),
+    "tokenizer_kwargs": (None,),
+    "sanitize_control_tokens": (False, None),  # from apply_chat_template
+}
+DECODE_ARGUMENTS = {
+    "clean_up_tokenization_spaces": (False, None),
+    "spaces_between_special_tokens": (True, False, None),
+    "use_source_tokenizer": (False, None),
+}
+
+
+def _refuse(kwargs: dict[str, Any], call: str, known: dict[str, tuple[Any, ...]]) -> None:
+    """Raises `ArgumentError` for arguments that a call would ignore."""
+    for name, value in kwargs.items():
+        if name not in known:
+            raise ArgumentError(f"SentenceTokenizer's {call} takes no argument {name!r}.{nearest(name, known)}")
+        if value not in known[name]:
+            raise UnsupportedError(f"{name}={value!r} was given, which SentenceTokenizer's {call} doesn't do.")
+
+
 class SentenceTokenizer(PreTrainedTokenizerFast):
     """Text to ids and back, sentence ends included.
 
@@ -85,6 +128,11 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         max_sentence_tokens: as in the model's configuration.
         min_sentence_tokens: shorter sentences are joined with what follows; None keeps each apart.
         language: ISO 639 code, for the splitting rules.
+        sentence_rule: by which sentences end; default: the newest, or the one that a folder was written with.
+
+    Raises:
+        ConfigError: a setting that can't be, or a name that one of these was meant by.
+        TokenizerError: the special tokens aren't there.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  transformers declares it so
@@ -96,8 +144,18 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         max_sentence_tokens: int | None = 256,
         min_sentence_tokens: int | None = None,
         language: str = "en",
+        sentence_rule: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if sentence_rule is None:
+            # Folders from before rules had numbers name none.
+            sentence_rule = NEWEST_RULE if kwargs.get("name_or_path") is None else 1
+        # Foreign names may come from a folder's file; one that is nearly one of ours is a slip.
+        for name in kwargs:
+            meant = difflib.get_close_matches(name, TOKENIZER_SETTINGS, n=1, cutoff=0.8)
+            if meant:
+                raise ConfigError(f"SentenceTokenizer has no setting {name!r}. Did you mean {meant[0]!r}?")
+        splitter = splitter_of(sentence_rule, language)
         kwargs.setdefault("bos_token", END_OF_TEXT)
         kwargs.setdefault("eos_token", END_OF_TEXT)
         kwargs.setdefault("pad_token", PADDING)
@@ -110,13 +168,15 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
             max_sentence_tokens=max_sentence_tokens,
             min_sentence_tokens=min_sentence_tokens,
             language=language,
+            sentence_rule=sentence_rule,
             **kwargs,
         )
         check_sentence_lengths(min_sentence_tokens, max_sentence_tokens)
         self.insert_sentence_ends = insert_sentence_ends
         self.max_sentence_tokens = max_sentence_tokens
         self.min_sentence_tokens = min_sentence_tokens
-        self.splitter: SentenceSplitter = SentencexSplitter(language)
+        self.sentence_rule = sentence_rule
+        self.splitter: SentenceSplitter = splitter
         missing = [token for token in SPECIAL_TOKENS if self.backend_tokenizer.token_to_id(token) is None]
         if missing:
             raise TokenizerError(
@@ -135,6 +195,20 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         if file is not None and os.path.isfile(file):
             return dict(kwargs)
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `AutoTokenizer` then takes the folder with `trust_remote_code=True` in any process."""
+        self.init_kwargs["auto_map"] = TOKENIZER_AUTO_MAP
+        try:
+            saved = super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.init_kwargs["auto_map"]
+        write_hub_file(save_directory)
+        return saved
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Nothing: transformers would copy this source into every folder that is saved."""
 
     @classmethod
     def from_backend(cls, backend: Tokenizer, **kwargs: Any) -> SentenceTokenizer:
@@ -184,11 +258,12 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
             ids, index = insert_ends(
                 encoding.ids,
                 plain,
-                self.splitter.ends(text),
+                self.splitter.decided(text, complete=close_last),
                 sentence_end_token_id=self.sentence_end_token_id,
                 max_sentence_tokens=self.max_sentence_tokens,
                 min_sentence_tokens=self.min_sentence_tokens,
                 close_last=close_last,
+                last_ink=len(text.rstrip()) - 1 if close_last else -1,
             )
             offsets = [plain[i] if i >= 0 else (0, 0) for i in index.tolist()]
         if add_start:
@@ -217,6 +292,7 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         return_length: bool = False,
         **kwargs: Any,
     ) -> BatchEncoding:
+        _refuse(kwargs, "tokenizer(...)", CALL_ARGUMENTS)
         if text_pair is not None or is_split_into_words or return_overflowing_tokens or stride:
             raise UnsupportedError(
                 "SentenceTokenizer takes whole texts: no pairs, no pre-split words, no overflow or stride."
@@ -259,12 +335,14 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> Any:
         """The text of ids, or of each row of ids; special tokens are left out unless asked for."""
+        _refuse(kwargs, "decode", DECODE_ARGUMENTS)
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def batch_decode(  # type: ignore[override]
         self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> Any:
         """The text of each row of ids."""
+        _refuse(kwargs, "batch_decode", DECODE_ARGUMENTS)
         return super().batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def tokenize(
@@ -273,5 +351,6 @@ class SentenceTokenizer(PreTrainedTokenizerFast):
         """The tokens of a text as strings, sentence ends among them."""
         if pair is not None:
             raise UnsupportedError("SentenceTokenizer takes no text pairs.")
+        _refuse(kwargs, "tokenize", CALL_ARGUMENTS)
         ids, _ = self._encode_text(text, add_start=add_special_tokens)
         return list(self.convert_ids_to_tokens(ids.tolist()))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from thoughtformer.attention.schedule import lay_out
 from thoughtformer.compression.adapter import AdapterConfig
+from thoughtformer.rules.schedule import lay_out
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.train.settings import RunSettings
 from thoughtformer.train.spans import FoldingSettings, fold_row

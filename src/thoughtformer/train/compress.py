@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,22 +17,24 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_outputs import CausalLMOutput
 
-from thoughtformer.attention.entries import Entries
 from thoughtformer.compression.adapter import SentinelAdapter
-from thoughtformer.compression.attending import AttendAtOnce
-from thoughtformer.compression.compressed import CompressedModel
-from thoughtformer.compression.sentinel import Sentinel
+from thoughtformer.compression.at_once import AttendAtOnce
+from thoughtformer.compression.methods.sentinel import Sentinel
+from thoughtformer.compression.model import CompressedModel
 from thoughtformer.errors import ContextOverflowError, CorpusError
+from thoughtformer.files import sealed_json
 from thoughtformer.models.backbone import Backbone, backbone_of
+from thoughtformer.models.chunked_loss import chunked_cross_entropy
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.models.loading import load_causal_lm
-from thoughtformer.models.loss import chunked_cross_entropy
+from thoughtformer.rules.entries import Entries
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.text.plain import document_tokenizer
 from thoughtformer.train.adapter_rows import AdapterRecipe, DocumentRows, FoldingCollator
 from thoughtformer.train.arguments import hardware, training_arguments
 from thoughtformer.train.folder import RESULT_FILE, finished_result, prepare_output, same_data, written_whole
+from thoughtformer.train.settings import TrainingPlan
 from thoughtformer.train.trainer import ProgressCallback, WholeCheckpointTrainer
 
 __all__ = ["AdapterTraining", "AdapterTrainingResult", "train_adapter"]
@@ -91,7 +92,6 @@ class AdapterTraining(nn.Module):
         attend = AttendAtOnce(
             layout,
             None,
-            backbone.device,
             has_events=True,
             execution="gathered",
             see_earlier=adapter.config.see_earlier,
@@ -111,7 +111,7 @@ class AdapterTraining(nn.Module):
 
     def _divergence(self, input_ids: Tensor, layout: Entries, scored: Tensor, states: Tensor) -> Tensor:
         """KL(base without compression || compressed), summed over the scored tokens."""
-        backbone, adapter = self.compressed.backbone, cast(SentinelAdapter, self.compressed.adapter)
+        backbone = self.compressed.backbone
         is_token = (layout.order == 0).to(input_ids.device)
         count = is_token.sum(dim=1)
         width = int(count.max())
@@ -125,13 +125,8 @@ class AdapterTraining(nn.Module):
 
         was_training = self.compressed.training
         self.compressed.eval()
-        peft = adapter.peft
         with torch.no_grad():
-            if peft is None:
-                hidden = backbone.forward(backbone.embed(ids), positions, plain)
-            else:
-                with peft.disable_adapter():
-                    hidden = backbone.forward(backbone.embed(ids), positions, plain)
+            hidden = backbone.forward(backbone.embed(ids), positions, plain)  # LoRA doesn't act unless told so
             padded = states.new_zeros(*input_ids.shape, hidden.shape[-1])
             padded[is_token] = hidden[where].to(padded.dtype)
             target = backbone.head()(padded[scored]).float().log_softmax(dim=-1)
@@ -225,9 +220,10 @@ def train_adapter(
     resume: bool = False,
     overwrite: bool = False,
     column: str = "text",
+    encoding: str = "utf-8",
     half: bool = False,
     on_tokenised: Callable[[int, int], None] | None = None,
-    on_start: Callable[[], None] | None = None,
+    on_start: Callable[[TrainingPlan], None] | None = None,
 ) -> AdapterTrainingResult:
     """Trains sentinels for a base model and writes the adapter and its recipe to `out`.
 
@@ -247,7 +243,7 @@ def train_adapter(
         OutputError, CorpusError, ConfigError, CheckpointError, UnsupportedError: as their names say.
     """
     out = Path(out)
-    corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes)
+    corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes, encoding=encoding)
     model, tokenizer = load_causal_lm(base)
     backbone = backbone_of(model)
     if recipe.row_tokens > backbone.max_tokens:
@@ -273,7 +269,7 @@ def train_adapter(
     set_seed(recipe.seed)
     adapter = SentinelAdapter(backbone, recipe.adapter, seed=recipe.seed)
     method = Sentinel(num_sentinels=recipe.adapter.num_sentinels, see_earlier=recipe.adapter.see_earlier)
-    compressed = CompressedModel(model, method, adapter, backbone=backbone, base_fingerprint=base_fingerprint)
+    compressed = CompressedModel(model, method, adapter, backbone=backbone)
     training = AdapterTraining(compressed, recipe.teacher_weight)
     trainer = AdapterTrainer(
         recipe,
@@ -285,7 +281,8 @@ def train_adapter(
     trainer.data_collator = FoldingCollator(recipe, backbone.vocab_size, lambda: trainer.state.epoch or 0.0)
     trainer.remove_callback(transformers.PrinterCallback)
     if on_start is not None:
-        on_start()
+        device = str(arguments.device)
+        on_start(recipe.plan(model, device=device, corpus_tokens=len(tokens.tokens), num_rows=len(rows)))
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -309,6 +306,6 @@ def train_adapter(
     if trainer.args.should_save:
         with written_whole(out) as draft:
             adapter.save(draft, fingerprint=base_fingerprint, half=half)
-            (draft / RESULT_FILE).write_text(json.dumps(result.__dict__, indent=2) + "\n", encoding="utf-8")
+            (draft / RESULT_FILE).write_text(sealed_json(result.__dict__), encoding="utf-8")
     compressed.close()
     return result

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
-from thoughtformer.errors import OutputError
+from thoughtformer.errors import ConfigError, OutputError
+from thoughtformer.files import check_seal, is_draft, new_file, new_files, read_json, read_sealed_json
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.train.settings import RunSettings
 from thoughtformer.train.trainer import DRAFT_FOLDER
@@ -40,7 +41,9 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, not a folder.")
     # What a run leaves that never began, because its data couldn't be read, is nothing to keep.
-    is_used = out.is_dir() and any(path.name not in (RECIPE_FILE, DATA_FILE) for path in out.iterdir())
+    is_used = out.is_dir() and any(
+        path.name not in (RECIPE_FILE, DATA_FILE) and not is_draft(path) for path in out.iterdir()
+    )
     holds_run = (out / RECIPE_FILE).exists()
     if int(os.environ.get("RANK", "0")) != 0:
         return get_last_checkpoint(str(out)) if resume and out.is_dir() else None
@@ -61,12 +64,15 @@ def prepare_output(out: Path, recipe: RunSettings, *, resume: bool, overwrite: b
                 "save_every_steps says how often there is one."
             )
         _same_recipe(out, recipe)
+        if checkpoint is not None:
+            check_seal(Path(checkpoint), "the checkpoint", kind=OutputError)
         return checkpoint
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / RECIPE_FILE).write_text(recipe.to_json() + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"can't write to {out}: {error}") from None
+    with new_file(out / RECIPE_FILE, replace=True) as draft:
+        draft.write_text(recipe.to_json() + "\n", encoding="utf-8")
     return None
 
 
@@ -75,10 +81,7 @@ def finished_result(out: Path) -> dict[str, Any] | None:
     file = out / RESULT_FILE
     if not file.exists():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"can't read {file}, which says that the run has finished: {error}") from None
+    return read_sealed_json(file, "which says that the run has finished", kind=OutputError)
 
 
 def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: bool) -> None:
@@ -86,10 +89,7 @@ def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: boo
     file = out / DATA_FILE
     identity = {"tokens": len(tokens.tokens), "documents": len(tokens), "digest": tokens.digest}
     if resume:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise OutputError(f"can't read {file}, which says what the run was trained on: {error}") from None
+        before = read_json(file, "which says what the run was trained on", kind=OutputError)
         if before != identity:
             raise OutputError(
                 f"the run in {out} reads other data: it had {before.get('documents')} documents of "
@@ -97,22 +97,26 @@ def same_data(out: Path, tokens: TokenisedCorpus, *, resume: bool, is_first: boo
                 "text has changed."
             )
     elif is_first:
-        file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+        with new_file(file, replace=True) as draft:
+            draft.write_text(json.dumps(identity) + "\n", encoding="utf-8")
 
 
 def _run_files(out: Path) -> Iterator[Path]:
     names = {RECIPE_FILE, RESULT_FILE, DATA_FILE, "logs", DRAFT_FOLDER, "config.json", "generation_config.json"}
     names |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
     names |= {"adapter_model.safetensors", "sentinel.json", "sentinel.safetensors"}
-    return (path for path in list(out.iterdir()) if path.name in names or path.name.startswith("checkpoint-"))
+    return (
+        path
+        for path in list(out.iterdir())
+        if path.name in names or path.name.startswith("checkpoint-") or is_draft(path)
+    )
 
 
 def _same_recipe(out: Path, recipe: RunSettings) -> None:
     """Refuses to resume with another recipe; how often to log and save may change."""
-    try:
-        before = json.loads((out / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"can't read {out / RECIPE_FILE}, the recipe to resume: {error}") from None
+    before = read_json(out / RECIPE_FILE, "the recipe to resume", kind=OutputError)
+    with suppress(ConfigError):  # one that was written before some key was there means that key's default
+        before = recipe.from_dict(before).to_dict()
     now = recipe.to_dict()
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -126,18 +130,12 @@ def _same_recipe(out: Path, recipe: RunSettings) -> None:
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder to write results to, whose files move to `out` at the end, or never."""
-    draft = out / DRAFT_FOLDER
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
-        yield draft
         # The result last: where it is, the run has finished.
-        for path in sorted(draft.iterdir(), key=lambda path: path.name == RESULT_FILE):
-            path.replace(out / path.name)
+        with new_files(out, draft_name=DRAFT_FOLDER, last=RESULT_FILE) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"couldn't write the results to {out}: {error}. Its checkpoints are whole; make room and go on with "
             "--resume."
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

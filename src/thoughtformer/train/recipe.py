@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFConfig
+from thoughtformer.models.gpthf.configuration import KEY_TYPES
+from thoughtformer.rules import BODY_RULES
 from thoughtformer.text.tokenizer import check_sentence_lengths
 from thoughtformer.train.settings import RunSettings
 
 __all__ = ["ModelShape", "Recipe"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The part of `GPTHFConfig` that a recipe chooses; ids and vocabulary come from the tokenizer."""
+#: What the tokenizer or the run decides, and what no recipe changes.
+_NOT_CHOSEN = (
+    "allow_extrapolation",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "rms_norm_eps",
+    "sentence_end_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+_Shape: Any = dataclasses.make_dataclass(
+    "_Shape",
+    [
+        (name, kind, field(default=getattr(GPTHFConfig, name)))
+        for name, kind in KEY_TYPES.items()
+        if name not in _NOT_CHOSEN
+    ],
+    frozen=True,
+    kw_only=True,
+)
 
-    hidden_size: int = 256
-    intermediate_size: int | None = None
-    num_encoder_layers: int = 2
-    num_body_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    body_visibility: str = "hybrid"
-    body_positions: str = "token"
-    num_decoder_layers: int = 0
-    recent_sentences: int = 0
-    summaries_per_sentence: int = 1
-    memory_positions: str = "sentence"
-    ends_read_own_summary: bool = False
-    body_hidden_size: int | None = None
-    body_intermediate_size: int | None = None
-    body_reads_depths: bool = False
-    decoder_reads_depths: bool = False
-    rebuild_loss_weight: float = 0.0
-    next_sentence_loss_weight: float = 0.0
-    max_sentence_tokens: int | None = 256
-    rope_theta: float = 10000.0
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(_Shape):
+    """The part of `GPTHFConfig` that a recipe chooses, by its names and defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,8 @@ class Recipe(RunSettings):
         )
         check_sentence_lengths(self.min_sentence_tokens, self.model.max_sentence_tokens)
         self.check_choice("optimizer", ("muon", "adamw"))
-        if not self.sentence_ends and (self.model.num_encoder_layers or self.model.body_visibility != "causal"):
+        rule = BODY_RULES.get(self.model.body_visibility)
+        if not self.sentence_ends and (self.model.num_encoder_layers or (rule and rule.needs_sentence_ends)):
             raise ConfigError(
                 "sentence_ends=false leaves no sentences, but the model has num_encoder_layers="
                 f"{self.model.num_encoder_layers} and body_visibility={self.model.body_visibility!r}: "

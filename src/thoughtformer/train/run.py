@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import transformers
 from transformers import set_seed
 
 from thoughtformer.errors import CorpusError
+from thoughtformer.files import sealed_json
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.loading import load_tokenizer
 from thoughtformer.text.corpus import Corpus
@@ -22,6 +22,7 @@ from thoughtformer.text.tokenizer import SentenceTokenizer
 from thoughtformer.train.arguments import hardware, training_arguments
 from thoughtformer.train.folder import RESULT_FILE, finished_result, prepare_output, same_data, written_whole
 from thoughtformer.train.recipe import Recipe
+from thoughtformer.train.settings import TrainingPlan
 from thoughtformer.train.trainer import ProgressCallback, SentenceTrainer
 
 __all__ = ["TrainingResult", "recipe_tokenizer", "train"]
@@ -55,8 +56,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     column: str = "text",
+    encoding: str = "utf-8",
     on_tokenised: Callable[[int, int], None] | None = None,
-    on_start: Callable[[], None] | None = None,
+    on_start: Callable[[TrainingPlan], None] | None = None,
 ) -> TrainingResult:
     """Trains a model and writes it, its tokenizer and its recipe to `out`.
 
@@ -70,8 +72,9 @@ def train(
             run, nothing is done.
         overwrite: remove the run that is in `out`.
         column: where records of .jsonl, .parquet and `datasets` hold their text.
+        encoding: of text files.
         on_tokenised: told of each tokenised document: how many so far, and its bytes.
-        on_start: told when the text is ready and training starts.
+        on_start: told what the run is going to do, when the text is ready and training starts.
 
     Raises:
         OutputError: `out` holds something already, or the disk is full.
@@ -79,7 +82,7 @@ def train(
     """
     out = Path(out)
     # Whatever can be refused is, before anything in the folder changes.
-    corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes)
+    corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes, encoding=encoding)
     tokenizer = recipe_tokenizer(recipe)
     config = _model_config(recipe, tokenizer)
     arguments = training_arguments(recipe, out)
@@ -109,7 +112,8 @@ def train(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if on_start is not None:
-        on_start()
+        device = str(arguments.device)
+        on_start(recipe.plan(model, device=device, corpus_tokens=len(tokens.tokens), num_rows=len(rows)))
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -152,5 +156,6 @@ def _write_model(out: Path, model: GPTHFForCausalLM, tokenizer: SentenceTokenize
     model.config.use_cache = True  # the Trainer turns it off
     with written_whole(out) as draft:
         model.save_pretrained(draft)
+        tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(str(draft))
-        (draft / RESULT_FILE).write_text(json.dumps(result.__dict__, indent=2) + "\n", encoding="utf-8")
+        (draft / RESULT_FILE).write_text(sealed_json(result.__dict__), encoding="utf-8")

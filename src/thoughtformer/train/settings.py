@@ -12,10 +12,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from torch import nn
 
 from thoughtformer.errors import ConfigError, nearest
 
-__all__ = ["RunSettings"]
+__all__ = ["RunSettings", "TrainingPlan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a run is going to do, told before it starts."""
+
+    parameters: int
+    trained_parameters: int
+    device: str
+    corpus_tokens: int
+    steps: int
+    tokens_per_step: int
+    save_every_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +87,20 @@ class RunSettings:
             )
         self.check_choice("precision", ("auto", "bf16", "fp32"))
 
+    def plan(self, model: nn.Module, *, device: str, corpus_tokens: int, num_rows: int) -> TrainingPlan:
+        """What a run of `num_rows` rows an epoch comes to."""
+        steps = self.max_steps if self.max_steps is not None else self.epochs * max(num_rows // self.rows_per_step, 1)
+        parameters = list(model.parameters())
+        return TrainingPlan(
+            parameters=sum(parameter.numel() for parameter in parameters),
+            trained_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            device=device,
+            corpus_tokens=corpus_tokens,
+            steps=steps,
+            tokens_per_step=self.rows_per_step * self.row_tokens,
+            save_every_steps=self.save_every_steps,
+        )
+
     def check(self, *limits: tuple[str, bool, str]) -> None:
         """Raises `ConfigError` for the first (name, is it valid, what it must be) that isn't."""
         for name, is_valid, needed in limits:
@@ -93,11 +121,10 @@ class RunSettings:
     def from_file(cls, path: str | Path) -> Self:
         """A recipe from a YAML or JSON file."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"can't read {path}: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is neither YAML nor JSON: {error}") from None
+        values = _from_yaml(text, f"{path} is neither YAML nor JSON")
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not keys with values.")
         return cls.from_dict(values)
@@ -115,10 +142,7 @@ class RunSettings:
                 place = place.get(part) if isinstance(place, dict) else None
                 if not isinstance(place, dict):
                     raise ConfigError(f"--set {setting!r}: no group {part!r}.")
-            try:
-                place[last] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"--set {setting!r}: the value is not YAML: {error}") from None
+            place[last] = _from_yaml(value, f"--set {setting!r}: the value is not YAML")
         return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +152,13 @@ class RunSettings:
     def to_json(self) -> str:
         """The recipe as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _from_yaml(text: str, complaint: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # what is no number or no date raises what Python's own types do, from 2026-13-01 on
+        raise ConfigError(f"{complaint}: {error}") from None
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -153,7 +184,7 @@ def _checked(key: str, value: Any, expected: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    if any(type(value) is option for option in options):
+    if any(type(value) is (typing.get_origin(option) or option) for option in options):
         return value
     names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
     raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; give {names}.")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thoughtformer.attention.schedule import Event, RowProgress, RowReading
 from thoughtformer.checks import check_count, check_fraction
 from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.methods.sentinel import Sentinel
 from thoughtformer.compression.policies import EveryTokens, Policy, RemovedFraction
-from thoughtformer.compression.sentinel import Sentinel
 from thoughtformer.errors import ConfigError
+from thoughtformer.rules.schedule import Event, RowProgress, RowReading
 
 __all__ = ["FoldedRow", "FoldingSettings", "fold_row", "random_spans"]
 

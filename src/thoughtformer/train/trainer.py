@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from thoughtformer.errors import OutputError
+from thoughtformer.errors import OutputError, UnsupportedError
+from thoughtformer.files import seal
 from thoughtformer.train.optimizer import build_optimizer
 from thoughtformer.train.recipe import Recipe
 
@@ -69,6 +70,7 @@ class WholeCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                seal(out / DRAFT_FOLDER / name)
                 shutil.rmtree(out / name, ignore_errors=True)
                 (out / DRAFT_FOLDER / name).rename(out / name)
         # A full disk is a RuntimeError to torch, and an exception of its own to safetensors.
@@ -110,6 +112,11 @@ class SentenceTrainer(WholeCheckpointTrainer):
         """The recipe's optimiser."""
         if self.optimizer is None:
             assert self.model is not None
+            if self.recipe.optimizer == "muon" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                raise UnsupportedError(
+                    "optimizer='muon' turns whole matrices, which FSDP and DeepSpeed shard: it would be silently "
+                    "wrong. Train with --set optimizer=adamw, or without sharding."
+                )
             self.optimizer = recipe_optimizer(self.recipe, self.model)
         return self.optimizer
 
@@ -162,6 +169,12 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step == self.first_step + 1:
+            seconds = time.monotonic() - self.started
+            left = seconds * (state.max_steps - state.global_step)
+            self.console.print(f"step {state.global_step}/{state.max_steps} took {seconds:.1f} s: {_hours(left)} left")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

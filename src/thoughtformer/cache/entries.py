@@ -1,0 +1,256 @@
+"""What a compressed model holds between steps: a `transformers` cache from which dropped entries are really gone."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
+from thoughtformer.cache.slots import RowSlots
+from thoughtformer.errors import UnsupportedError
+from thoughtformer.rules.entries import OPEN, TOKEN, Entries
+from thoughtformer.rules.schedule import Chunk, RowProgress
+
+__all__ = ["BLOCK_ENTRIES", "ENTRY_FIELDS", "CompressedCache", "EntrySlots", "Store"]
+
+#: What is known of an entry beside its keys and values; its span is known while it is being folded alone.
+ENTRY_FIELDS = ("position", "order", "since", "until")
+#: Entries are allotted in blocks of so many.
+BLOCK_ENTRIES = 32
+
+
+class Store(ABC):
+    """Where a compressed model's keys and values are."""
+
+    lengths: Int[Tensor, " rows"]
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+
+    @abstractmethod
+    def select(self, rows: Int[Tensor, " selected"]) -> None:
+        """Keeps the given rows."""
+
+    @abstractmethod
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> Store:
+        """A store of the given rows, in storage of its own."""
+
+    @abstractmethod
+    def join(self, other: Any) -> None:
+        """Adds the rows of another store of its kind behind these; raises `UnsupportedError` where that can't be."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forgets everything; the rows stay."""
+
+    @abstractmethod
+    def saved(self) -> dict[str, Tensor]:
+        """What is held, by name."""
+
+    @abstractmethod
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
+
+    @abstractmethod
+    def snapshot(self, *, whole: bool) -> Any:
+        """What `restored` needs to undo a forward pass, or, if `whole`, several; None where that is to forget all."""
+
+    @abstractmethod
+    def restored(self, snapshot: Any) -> Store:
+        """The store as it was when `snapshot` was taken."""
+
+    def counts(self, row: int) -> tuple[int, int]:
+        """Folded spans of a row, and tokens that are held as they are."""
+        return 0, int(self.lengths[row])
+
+    @abstractmethod
+    def check_positions(self, row: int, num_tokens: int) -> None:
+        """Raises `ValueError` if a row's entries are of positions that its text doesn't have."""
+
+
+class EntrySlots(RowSlots, Store):
+    """Slots of entries that all layers and heads hold alike."""
+
+    def held(self, chunk: Chunk) -> Entries:
+        """The entries of each row's first `longest` slots, with what `chunk`'s events change of them."""
+        longest = self.longest
+        if chunk.until is not None and chunk.span is not None:
+            position = self.field("position")[:, :longest].long().clamp(max=chunk.until.shape[1] - 1)
+            is_token = (self.field("order")[:, :longest] < OPEN) & (torch.arange(longest) < self.lengths[:, None])
+            until = self.field("until")[:, :longest]
+            until.copy_(torch.where(is_token, torch.minimum(chunk.until.gather(1, position), until), until))
+            span = torch.where(is_token, chunk.span.gather(1, position), -1)
+        else:
+            span = torch.full((len(self.lengths), longest), -1, dtype=torch.int32)
+        position, order, since, until = self.entries[: len(ENTRY_FIELDS), :, :longest]
+        return Entries(position=position, order=order, span=span, since=since, until=until)
+
+    def is_held(self) -> Bool[Tensor, "rows longest"]:
+        """Which of the first `longest` slots hold an entry."""
+        return torch.arange(self.longest) < self.lengths[:, None]
+
+    def drop_unreadable(self, next_position: Int[Tensor, " rows"]) -> None:
+        """Drops what no token from `next_position` on may read."""
+        longest = self.longest
+        self.keep(
+            (self.field("until")[:, :longest] >= next_position[:, None]) & (self.field("order")[:, :longest] != OPEN)
+        )
+
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> EntrySlots:
+        """A store of the given rows, in storage of its own."""
+        copied = copy.copy(self)
+        copied.select(rows)  # makes new tensors of all
+        return copied
+
+    def snapshot(self, *, whole: bool) -> Any:
+        """One pass needs lengths and fields alone: keys and values behind the lengths don't matter."""
+        return copy.deepcopy(self) if whole else (self.lengths, self.entries.clone())
+
+    def restored(self, snapshot: Any) -> EntrySlots:
+        """The store as it was when `snapshot` was taken."""
+        if isinstance(snapshot, EntrySlots):
+            return snapshot
+        self.lengths, entries = snapshot
+        self.entries[:, :, : entries.shape[2]] = entries
+        self.fit()
+        return self
+
+    def counts(self, row: int) -> tuple[int, int]:
+        """Folded spans of a row, and tokens that are held as they are."""
+        order = self.field("order")[row, : int(self.lengths[row])]
+        return int((order == OPEN + 1).sum()), int((order < OPEN).sum())
+
+    def check_positions(self, row: int, num_tokens: int) -> None:
+        """Raises `ValueError` if a row's entries are of positions that its text doesn't have."""
+        position, order = (self.field(name)[row, : int(self.lengths[row])] for name in ("position", "order"))
+        tokens = position[order == TOKEN]
+        if len(tokens.unique()) != len(tokens) or bool((position >= num_tokens).any() | (position < 0).any()):
+            raise ValueError("its entries are of positions that its text doesn't have")
+
+    def clear(self) -> None:
+        """Forgets everything; the rows stay."""
+        self.lengths = torch.zeros_like(self.lengths)
+        self.fit()
+
+
+class CompressedCache(RowsCache):
+    """The generation state of some rows of a compressed model.
+
+    What is still held is in `num_entries`. Keys keep the rotation of their own position wherever they are stored.
+    """
+
+    def __init__(self, store: Store, rows: list[RowProgress], identity: dict[str, Any]) -> None:
+        super().__init__()
+        self.store = store
+        self.rows = rows
+        #: Which model, adapter and method wrote it: it can be read by no other.
+        self.identity = identity
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " rows"]:
+        """Tokens that each row has read."""
+        return torch.tensor([row.num_tokens for row in self.rows])
+
+    @property
+    def num_entries(self) -> Int[Tensor, " rows"]:
+        """Entries that each row still holds."""
+        return self.store.lengths
+
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing has been read yet."""
+        return not any(row.num_tokens for row in self.rows)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Entries held by the longest row with the new ones, and how many columns fewer that is than were seen."""
+        physical = int(self.num_entries.max()) if self.num_rows else 0
+        return physical + query_length, self.num_columns - physical
+
+    def num_bytes(self) -> int:
+        """Bytes of all distinct storages held, keys, values and bookkeeping, unused parts of blocks included."""
+        return distinct_storage_bytes(self.store.tensors())
+
+    def live_bytes(self, bytes_per_entry: int) -> int:
+        """Bytes of keys and values that some later token can read."""
+        return int(self.num_entries.sum()) * bytes_per_entry
+
+    def select(self, rows: Int[Tensor, " selected"] | Sequence[int]) -> None:
+        """Keeps the given rows, in that order; a row may be named more than once."""
+        rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
+        self.store.select(rows)
+        self.rows = [self.rows[row].copy() for row in rows.tolist()]
+
+    def join(self, other: CompressedCache) -> None:
+        """Adds another cache's rows behind these; it is used up by that.
+
+        Raises:
+            UnsupportedError: a store whose rows can't be joined, or another model's.
+        """
+        if self.identity != other.identity:
+            raise UnsupportedError("caches that different models, adapters or methods wrote can't be joined.")
+        self.store.join(other.store)
+        self.rows += other.rows
+        self.num_columns = max(self.num_columns, other.num_columns)
+
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> CompressedCache:
+        """A cache of the given rows, in storage of their own."""
+        rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
+        copied = copy.copy(self)
+        copied.store = self.store.fork_rows(rows)
+        copied.rows = [self.rows[row].copy() for row in rows.tolist()]
+        return copied
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything held, by name, and how far each row is."""
+        held = self.store.saved()
+        for number, row in enumerate(self.rows):
+            held[f"progress.{number}"] = torch.tensor([row.num_tokens, row.num_held, row.next_start])
+            held[f"notes.{number}"] = torch.tensor(row.notes, dtype=torch.float64)
+            if row.window:
+                held[f"window.{number}"] = torch.tensor(row.window)
+        return held | {"num_columns": torch.tensor(self.num_columns)}
+
+    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave, of a cache of the same model and as many rows.
+
+        Raises:
+            KeyError, ValueError: something is missing, or of another shape.
+        """
+        rows = []
+        for number in range(self.num_rows):
+            num_tokens, num_held, next_start = held[f"progress.{number}"].tolist()
+            notes: list[float] = [int(note) if note.is_integer() else note for note in held[f"notes.{number}"].tolist()]
+            window = held[f"window.{number}"].tolist() if f"window.{number}" in held else []
+            rows.append(RowProgress(num_tokens, num_held, next_start, notes, window))
+        num_columns = int(held["num_columns"])
+        self.store.restore_saved(held)
+        self.rows, self.num_columns = rows, num_columns
+
+    def snapshot(self, *, whole: bool) -> Any:
+        """What `restore` needs to undo a forward pass, or, if `whole`, several."""
+        return self.store.snapshot(whole=whole)
+
+    def restore(self, snapshot: Any) -> None:
+        """Undoes a pass that failed; a store of which nothing was kept is emptied, and so the cache."""
+        if snapshot is None:
+            self.reset()
+        else:
+            self.store = self.store.restored(snapshot)
+
+    def reset(self) -> None:
+        """Forgets everything; the rows stay."""
+        self.rows = [RowProgress() for _ in self.rows]
+        self.num_columns = 0
+        self.store.clear()

@@ -1,0 +1,1 @@
+"""Models from and into the formats of other programs."""
