@@ -26,11 +26,11 @@ from thoughtformer.cache.saving import saved_cache
 from thoughtformer.compression import Context
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, SentenceStore, Sessions
-from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import CheckpointError, ThoughtformerError
 from thoughtformer.files import seal, sealed_json
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.recipes import recipe
+from thoughtformer.runners.opening import reader_of
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.train.folder import finished_result, prepare_output, same_data

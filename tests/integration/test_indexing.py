@@ -12,8 +12,8 @@ from prose import PAGE, prose, tiny_pair
 from thoughtformer.cli.store import parse_size
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, SentenceStore, index_documents
-from thoughtformer.engine.store import FILE
 from thoughtformer.errors import InputError, OutputError
+from thoughtformer.stores.vectors import FILE
 
 
 @pytest.fixture(scope="module")

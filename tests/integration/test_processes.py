@@ -19,7 +19,7 @@ from prose import prose, tiny_pair
 from thoughtformer.cli import main
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import SentenceStore, Sessions
-from thoughtformer.engine.readers import reader_of
+from thoughtformer.runners.opening import reader_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 KILLS = int(os.environ.get("THOUGHTFORMER_KILLS", "4"))

@@ -13,8 +13,8 @@ from lms import served_pair
 from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, Sessions
-from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import BusyError, CheckpointError, ContextOverflowError, OutputError
+from thoughtformer.runners.opening import reader_of
 
 PARAMS = SamplingParams(max_new_tokens=8, ignore_end_of_text=True)
 
@@ -68,11 +68,11 @@ def test_end_of_text_is_no_part_of_a_session(pair):
     """After it another document would begin, which doesn't see this one."""
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer)
-    session, row = sessions.begin("a", PAGE[:60], PARAMS)
+    session, row = sessions.begin("a", PAGE[:60], SamplingParams(max_new_tokens=8))
     scheduler = Scheduler(reader_of(model, tokenizer))
     scheduler.enqueue([row])
     scheduler.round()
-    scheduler.batch.choose = lambda logits, rows: [row.accept(0, (0,)) for row in rows]  # type: ignore[method-assign]
+    scheduler.batch.choose = lambda logits, rows: [row.accept(0) for row in rows]  # type: ignore[method-assign]
     scheduler.round()
     sessions.finish(session, row)
     assert row.finish_reason == "end_of_text"

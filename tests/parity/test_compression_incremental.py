@@ -93,7 +93,11 @@ def test_what_leaves_a_window(tmp_path):
     close(compressed(ids, use_cache=False).logits[0], expected)
     context = Context.read(compressed, ids[0, :40])
     context.save(tmp_path / "context")
-    for cache in (context.cache, context.cache.fork_rows([0]), Context.load(compressed, tmp_path / "context").cache):
+    for cache in (
+        context.cache,
+        context.cache.fork_rows(torch.tensor([0])),
+        Context.load(compressed, tmp_path / "context").cache,
+    ):
         assert cache.rows[0].window == text[35:40]
         close(step_by_step(compressed, ids[:, 40:], cache)[0], expected[40:])
 

@@ -11,9 +11,9 @@ from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.readers import reader_of
 from thoughtformer.engine.rows import make_row
 from thoughtformer.errors import ContextOverflowError, InputError
+from thoughtformer.runners.opening import reader_of
 
 PROMPTS = [PAGE[:300], "", "The ferry", PAGE[300:420], "Wait. What is it? She"]
 

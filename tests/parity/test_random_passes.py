@@ -9,10 +9,10 @@ import torch
 
 from conftest import END, START, VOCAB, close, full_logits, tiny_model
 from thoughtformer.cache import GPTHFCache
-from thoughtformer.engine.store import SentenceStore
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.gpthf.known_sentences import SentenceSource
 from thoughtformer.rules import BODY_RULES
+from thoughtformer.stores.sentences import SentenceStore
 
 TOKENS = 36
 

@@ -17,7 +17,6 @@ from thoughtformer.compression import EntryBudget, Sentinel
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.readers import reader_of
 from thoughtformer.errors import (
     ConfigError,
     ContextOverflowError,
@@ -27,6 +26,7 @@ from thoughtformer.errors import (
     TooLargeError,
     UnsupportedError,
 )
+from thoughtformer.runners.opening import reader_of
 
 
 @pytest.fixture(params=[*KINDS, *SERVED])
@@ -145,7 +145,7 @@ def test_the_budget_is_kept(pair):
     scheduler = Scheduler(reader_of(model, tokenizer))
     requests = prompts_and_params(12, seed=5)
     rows = [scheduler.submit(prompt, params) for prompt, params in requests]
-    largest = max(scheduler.batch.most_bytes([row]) for row in rows)
+    largest = max(scheduler.admission.most_bytes([row]) for row in rows)
     for row in rows:
         scheduler.cancel(row)
     run(scheduler)
@@ -157,7 +157,7 @@ def test_the_budget_is_kept(pair):
     while scheduler.has_work:
         scheduler.round()
         held = scheduler.stats().cache_bytes
-        assert held <= scheduler.batch.most_bytes(scheduler.batch.rows) <= limit
+        assert held <= scheduler.admission.most_bytes(scheduler.batch.rows) <= limit
         together = max(together, scheduler.stats().running)
     assert together > 1
     assert all(row.finish_reason in ("end_of_text", "stop_string", "length") for row in rows)
@@ -217,7 +217,7 @@ def test_a_large_request_gets_its_turn():
     model, tokenizer = tiny_pair(plain=True)
     probe = Scheduler(reader_of(model, tokenizer))
     big_prompt, params = PAGE[:900], SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
-    limit = probe.batch.most_bytes([probe.submit(big_prompt, params)]) + 1
+    limit = probe.admission.most_bytes([probe.submit(big_prompt, params)]) + 1
     scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
     small = SamplingParams(max_new_tokens=30, ignore_end_of_text=True)
     first = scheduler.submit("A", small)
@@ -436,7 +436,7 @@ def test_a_compressed_row_tells_what_it_folds(kind):
     model, tokenizer = served_pair(kind)
     scheduler, events = Scheduler(reader_of(model, tokenizer)), []
     row = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
-    row.wants_context, row.on_event = True, events.append
+    row.follower, row.on_event = scheduler.reader.new_follower(), events.append
     first, closed, rest = scheduler.reader.parts(row.ids)
     assert first + "".join(closed) + rest == PAGE[:200]
     assert len(closed) >= 3

@@ -26,12 +26,13 @@ from conftest import (
     random_text,
     tiny_model,
 )
-from thoughtformer.engine.store import FILE, MIB, SentenceStore
-from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.fingerprint import encoder_fingerprint
 from thoughtformer.rules import BODY_RULES
+from thoughtformer.stores.model_sentences import StoredSentences
+from thoughtformer.stores.sentences import SentenceStore
+from thoughtformer.stores.vectors import FILE, MIB
 
 STORABLE: dict[str, dict[str, object]] = {
     name: {"visibility": name}
@@ -320,7 +321,7 @@ def filled(store: SentenceStore, count: int, size: int = 64, start: int = 0) -> 
 
 def test_the_least_recently_used_go_first(tmp_path, monkeypatch):
     now = [1_000]
-    monkeypatch.setattr("thoughtformer.engine.store._now", lambda: now[0])
+    monkeypatch.setattr("thoughtformer.stores.vectors._now", lambda: now[0])
     with SentenceStore(tmp_path, max_bytes=MIB) as store:
         source = filled(store, 800)
         now[0] += 1
@@ -345,7 +346,7 @@ def test_the_least_recently_used_go_first(tmp_path, monkeypatch):
 
 def test_used_again_means_kept(tmp_path, monkeypatch):
     now = [1_000]
-    monkeypatch.setattr("thoughtformer.engine.store._now", lambda: now[0])
+    monkeypatch.setattr("thoughtformer.stores.vectors._now", lambda: now[0])
     with SentenceStore(tmp_path) as store:
         source = filled(store, 1000)
         now[0] += 5

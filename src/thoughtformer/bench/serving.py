@@ -17,9 +17,9 @@ from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.convert.llama import as_llama
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, SentenceStore
-from thoughtformer.engine.stored import StoredSentences
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.packed_linear import pack_weights
+from thoughtformer.stores.model_sentences import StoredSentences
 
 __all__ = ["known", "requests"]
 

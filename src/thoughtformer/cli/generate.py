@@ -132,8 +132,8 @@ def generate(
         return
 
     from thoughtformer.engine import Engine, SentenceStore
-    from thoughtformer.engine.store import storable
     from thoughtformer.models.loading import load
+    from thoughtformer.stores.sentences import storable
 
     loaded, tokenizer = load(model)
     loaded.config.allow_extrapolation = allow_extrapolation
@@ -189,8 +189,8 @@ def _generate_compressed(
 
     from thoughtformer.cli.compress import open_compressed
     from thoughtformer.compression.context import Context
+    from thoughtformer.decode import ends_of
     from thoughtformer.engine import reader_of
-    from thoughtformer.engine.rows import stop_tokens_of
     from thoughtformer.text.plain import document_tokenizer
 
     compressed, tokenizer = open_compressed(
@@ -211,12 +211,10 @@ def _generate_compressed(
         settings |= {"temperature": params.temperature, "top_k": max(params.top_k or 0, 0), "top_p": params.top_p}
         settings |= {"min_p": params.min_p or None}
     reader = reader_of(compressed, tokenizer)
-    stop_tokens = stop_tokens_of(reader, params)
-    ends = {*reader.end_ids, *stop_tokens}
-    if params.ignore_end_of_text:
-        ends = {*stop_tokens}
-        settings["suppress_tokens"] = sorted({*reader.end_ids} - ends) or None
-    settings["eos_token_id"] = sorted(ends) or None
+    ends = ends_of(params, end_ids=reader.end_ids, special_tokens=reader.special_tokens, vocab_size=reader.vocab_size)
+    settings["eos_token_id"] = sorted(ends.reasons) or None
+    if ends.never:
+        settings["suppress_tokens"] = list(ends.never)
     if params.stop:
         settings |= {"stop_strings": list(params.stop), "tokenizer": tokenizer}
     torch.manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
@@ -235,7 +233,7 @@ def _generate_compressed(
         )
         new = output[0, whole.shape[1] :].tolist()
         entries, num_bytes = int(cache.num_entries[0]), cache.num_bytes()
-    written = encoder.decode(new[:-1] if new and new[-1] in ends else new)
+    written = encoder.decode(new[:-1] if new and new[-1] in ends.reasons else new)
     for stop in params.stop:
         written = written.split(stop)[0]
     if not as_json:

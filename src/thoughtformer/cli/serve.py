@@ -99,7 +99,7 @@ def serve(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, reader_of
-    from thoughtformer.engine.store import storable
+    from thoughtformer.stores.sentences import storable
 
     token = os.environ.get(TOKEN_VARIABLE) or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):

@@ -82,8 +82,8 @@ def index(
         check_source(source)
 
     from thoughtformer.engine import SentenceStore, index_documents
-    from thoughtformer.engine.store import storable
     from thoughtformer.models.loading import load
+    from thoughtformer.stores.sentences import storable
     from thoughtformer.text.corpus import Corpus
 
     max_bytes = parse_size(max_size)
@@ -169,7 +169,7 @@ def prune(
 
 def _existing(folder: Path) -> SentenceStore:
     from thoughtformer.engine import SentenceStore
-    from thoughtformer.engine.store import FILE
+    from thoughtformer.stores.vectors import FILE
 
     if not (folder / FILE).exists():
         raise InputError(f"{folder} holds no sentence store: `thoughtformer index --store {folder} ...` makes one.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ METHODS: dict[str, type[Method]] = {}
 MethodKind = TypeVar("MethodKind", bound="Method")
 
 
+@runtime_checkable
 class Attending(Protocol):
     """The attention of one forward pass, called layer by layer; `models.backbone.Attend` with an end."""
 

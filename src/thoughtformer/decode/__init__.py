@@ -1,8 +1,9 @@
-"""How tokens are chosen and shown: sampling, stopping."""
+"""How tokens are chosen, where a text ends, and how it is shown; of logits and ids alone."""
 
 from __future__ import annotations
 
+from thoughtformer.decode.ends import Ends, FinishReason, ends_of
 from thoughtformer.decode.sampling import RowSampler, SamplingParams, row_seed
 from thoughtformer.decode.streaming import TextStream
 
-__all__ = ["RowSampler", "SamplingParams", "TextStream", "row_seed"]
+__all__ = ["Ends", "FinishReason", "RowSampler", "SamplingParams", "TextStream", "ends_of", "row_seed"]

@@ -19,8 +19,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from thoughtformer.decode.penalty import ExemptingRepetitionPenalty
 from thoughtformer.errors import InputError
-from thoughtformer.models.penalty import ExemptingRepetitionPenalty
 
 __all__ = ["RowSampler", "SamplingParams", "row_seed"]
 
@@ -108,10 +108,20 @@ def _digest(text: str) -> int:
 
 
 class RowSampler:
-    """Chooses one row's tokens; leaving out ends, where asked for, is the caller's part."""
+    """Chooses one row's tokens.
 
-    def __init__(self, params: SamplingParams, exempt: Sequence[int], device: torch.device) -> None:
+    Args:
+        params: how.
+        exempt: ids that the repetition penalty spares.
+        device: of the logits.
+        never: ids that are never chosen; `leave_out` is the caller's to call, once for each token.
+    """
+
+    def __init__(
+        self, params: SamplingParams, exempt: Sequence[int], device: torch.device, *, never: Sequence[int] = ()
+    ) -> None:
         self.params = params
+        self.never = list(never)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         # PyTorch's generator on CPUs looks at 32 bits alone: what they don't hold is folded into them.
         seed = seed if 0 <= seed < 1 << 32 else _digest(str(seed))
@@ -130,6 +140,11 @@ class RowSampler:
             self.processors.append(TopPLogitsWarper(params.top_p))
         if params.min_p > 0:
             self.processors.append(MinPLogitsWarper(params.min_p))
+
+    def leave_out(self, logits: Float[Tensor, " vocab"]) -> None:
+        """Makes what is never chosen impossible, in place."""
+        if self.never:
+            logits[self.never] = float("-inf")
 
     def scores(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
         """The logits after all processors."""

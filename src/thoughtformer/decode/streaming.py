@@ -5,9 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -35,7 +35,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], context: Sequence[int] = ()) -> None:
-        self._reader = _reader_of(tokenizer, context)
+        self._characters = _characters_of(tokenizer, context)
         self._stops = [_StopString(string) for string in stop]
         self._shown: list[str] = []
         self._held_back = ""
@@ -48,13 +48,13 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """What the token adds to the shown text; "" while a character or a possible stop string is incomplete."""
-        return "" if self.is_stopped else self._grow(self._reader.add(token))
+        return "" if self.is_stopped else self._grow(self._characters.add(token))
 
     def finish(self) -> str:
         """What was held back, once no more tokens come; an incomplete character shows as U+FFFD."""
         if self.is_stopped:
             return ""
-        shown = self._grow(self._reader.finish())
+        shown = self._grow(self._characters.finish())
         if self.is_stopped:
             return shown
         rest, self._held_back = self._held_back, ""
@@ -102,21 +102,23 @@ class _StopString:
         return matched + (self.string[matched] == character)
 
 
-class _Reader(Protocol):
+class _Characters(ABC):
     """Tokens to whole characters."""
 
+    @abstractmethod
     def add(self, token: int) -> str: ...
 
+    @abstractmethod
     def finish(self) -> str: ...
 
 
-def _reader_of(tokenizer: Tokenizer, context: Sequence[int]) -> _Reader:
+def _characters_of(tokenizer: Tokenizer, context: Sequence[int]) -> _Characters:
     decoder = tokenizer.decoder
     kinds = set() if decoder is None else _kinds(json.loads(decoder.__getstate__()))
     special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     if kinds == {"ByteLevel"}:
-        return _ByteLevelReader(tokenizer, special)
-    return _PieceReader(tokenizer, special, context, has_byte_tokens="ByteFallback" in kinds)
+        return _ByteLevelCharacters(tokenizer, special)
+    return _PieceCharacters(tokenizer, special, context, has_byte_tokens="ByteFallback" in kinds)
 
 
 def _kinds(decoder: dict) -> set[str]:
@@ -125,7 +127,7 @@ def _kinds(decoder: dict) -> set[str]:
     return {decoder["type"]}
 
 
-class _ByteLevelReader:
+class _ByteLevelCharacters(_Characters):
     """Tokens that are bytes: UTF-8, in which what precedes a text changes nothing of it."""
 
     def __init__(self, tokenizer: Tokenizer, special: set[int]) -> None:
@@ -157,7 +159,7 @@ _BYTES = _bytes_of_characters()
 assert set(_BYTES) == set(ByteLevel.alphabet())
 
 
-class _PieceReader:
+class _PieceCharacters(_Characters):
     """Tokens that are pieces of text, some of them perhaps single bytes.
 
     A piece's text is what it adds to that of the tokens before, because words lose their space at a text's start.

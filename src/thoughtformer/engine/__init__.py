@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.engine import Engine
-from thoughtformer.engine.indexing import IndexResult, index_documents
-from thoughtformer.engine.readers import Reader, reader_of
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, Usage
-from thoughtformer.engine.scheduler import Limits, Scheduler, SchedulerStats
+from thoughtformer.engine.scheduler import Scheduler, SchedulerStats
 from thoughtformer.engine.sessions import Session, Sessions
-from thoughtformer.engine.store import SentenceStore, StoreStats
 from thoughtformer.engine.worker import Worker
+from thoughtformer.runners.base import Reader
+from thoughtformer.runners.opening import reader_of
+from thoughtformer.stores.indexing import IndexResult, index_documents
+from thoughtformer.stores.sentences import SentenceStore
+from thoughtformer.stores.vectors import StoreStats
 
 __all__ = [
     "Completion",

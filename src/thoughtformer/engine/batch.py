@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.engine.readers import Reader
 from thoughtformer.engine.rows import Row, StreamEvent
+from thoughtformer.runners.base import Reader
 
 __all__ = ["Batch"]
 
@@ -32,12 +32,6 @@ class Batch:
         """Held by the rows."""
         cache = self.cache  # once: another thread may ask while the last row leaves
         return 0 if cache is None else cache.num_bytes()
-
-    def most_bytes(self, rows: Sequence[Row]) -> int:
-        """What these rows may come to hold together, between steps."""
-        if not rows:
-            return 0
-        return self.reader.most_bytes([row.most_entries for row in rows], max(row.most_tokens for row in rows))
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Row]) -> tuple[Float[Tensor, "rows vocab"], RowsCache]:
@@ -78,10 +72,11 @@ class Batch:
         for index, row in enumerate(rows):
             try:
                 token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
-                event = row.accept(token, self.reader.end_ids)
-                if row.wants_context:
+                event = row.accept(token)
+                if row.follower is not None:
                     assert self.cache is not None
-                    event = replace(event, context=self.reader.context_of(row, self.cache, self.rows.index(row)))
+                    context = row.follower.after(row.ids, self.cache, self.rows.index(row))
+                    event = replace(event, context=context)
             except Exception as error:  # no distribution to draw from, say: this row's affair alone
                 row.error = error
                 event = row.end("error")
@@ -129,7 +124,5 @@ class Batch:
         """What each row may choose from."""
         logits = logits.float()
         for index, row in enumerate(rows):
-            for end in self.reader.end_ids if row.params.ignore_end_of_text else ():
-                if end not in row.stop_tokens:
-                    logits[index, end] = float("-inf")
+            row.sampler.leave_out(logits[index])
         return logits

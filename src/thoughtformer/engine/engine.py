@@ -8,12 +8,13 @@ from typing import Any
 
 from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import SamplingParams, row_seed
-from thoughtformer.engine.readers import reader_of
+from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
-from thoughtformer.engine.scheduler import Limits, Scheduler
-from thoughtformer.engine.store import SentenceStore
+from thoughtformer.engine.scheduler import Scheduler
 from thoughtformer.errors import InputError
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.runners.opening import reader_of
+from thoughtformer.stores.sentences import SentenceStore
 
 __all__ = ["Engine"]
 

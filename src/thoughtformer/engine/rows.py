@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import RowSampler, SamplingParams, TextStream
+from thoughtformer.decode import Ends, FinishReason, RowSampler, SamplingParams, TextStream, ends_of
 from thoughtformer.errors import ContextOverflowError, InputError
+from thoughtformer.runners.base import ContextFollower, Reader, RowContext
 
-if TYPE_CHECKING:
-    from thoughtformer.engine.readers import Reader
-
-__all__ = ["Completion", "FinishReason", "Row", "RowContext", "StreamEvent", "Usage", "make_row", "stop_tokens_of"]
-
-FinishReason = Literal["end_of_text", "stop_string", "stop_token", "length", "cancelled", "deadline", "error"]
+__all__ = ["Completion", "Row", "StreamEvent", "Usage", "make_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,27 +26,6 @@ class Usage:
     cached_prompt_tokens: int
     new_tokens: int
     new_sentence_ends: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowContext:
-    """A row's context as the model holds it.
-
-    Attributes:
-        closed_sentences: that were folded, or would be if the model folded; of a compressed model, spans folded.
-        open_tokens: of the open sentence; of a compressed model, tokens held as they are.
-        held_bytes: what the row alone would hold now.
-        plain_bytes: what a plain GPT of as many layers would, for the same text without sentence ends.
-        folded: the text of a span that the last token made a compressed model fold.
-        rest: the text behind it.
-    """
-
-    closed_sentences: int
-    open_tokens: int
-    held_bytes: int
-    plain_bytes: int
-    folded: str | None = None
-    rest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +77,12 @@ class Row:
         held: what the row alone holds: before it joined the batch, or, with `keeps_cache`, after it left.
         origin: where to go on from, copied once the row is admitted; `num_read` counts it already.
         keeps_cache: take the row's cache out of the batch when it ends.
-        stop_tokens: tokens that end the text by the request's wish, and why it has ended then.
+        ends: where its text ends.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
         is_told: its last event has been told.
-        wants_context: its events say what it holds.
-        num_folded: of its tokens, those that its events have told to be folded.
+        follower: tells of its context, for its events; None: they say nothing of it.
         on_event: told of every event of this row, in the scheduler's thread.
     """
 
@@ -119,12 +92,11 @@ class Row:
     params: SamplingParams
     sampler: RowSampler
     stream: TextStream
+    ends: Ends
     most_entries: dict[str, int]
-    stop_tokens: Mapping[int, FinishReason] = field(default_factory=dict)
     client: str = ""
     deadline: float | None = None
-    wants_context: bool = False
-    num_folded: int = 0
+    follower: ContextFollower | None = None
     on_event: Callable[[StreamEvent], None] | None = None
     num_read: int = 0
     num_known: int = 0
@@ -140,7 +112,6 @@ class Row:
     seconds: float = 0.0
     cache_bytes: int = 0
     text: list[str] = field(default_factory=list)
-    _ends: tuple[int, int, int, int] = (0, 0, 0, -1)
     _is_end_unshown: bool = False
 
     @property
@@ -163,33 +134,17 @@ class Row:
         self.params = replace(self.params, max_new_tokens=max_new_tokens)
         self.most_entries = reader.most_entries(self.ids, max_new_tokens)
 
-    def count_ends(self, sentence_end: int | None, others: Sequence[int]) -> tuple[int, int, int]:
-        """Sentence ends and `others` among the ids, and the place of the last of all (-1: none); counts on."""
-        counted, num_ends, num_others, last = self._ends
-        for place in range(counted, len(self.ids)):
-            is_end, is_other = self.ids[place] == sentence_end, self.ids[place] in others
-            num_ends, num_others = num_ends + is_end, num_others + is_other
-            last = place if is_end or is_other else last
-        self._ends = (len(self.ids), num_ends, num_others, last)
-        return num_ends, num_others, last
-
-    def accept(self, token: int, end_ids: Sequence[int]) -> StreamEvent:
+    def accept(self, token: int) -> StreamEvent:
         """Adds a chosen token; the row may have ended then."""
         self.ids.append(token)
-        self._is_end_unshown = token in end_ids or token in self.stop_tokens
+        reason = self.ends.reasons.get(token)
+        self._is_end_unshown = reason is not None
         text = "" if self._is_end_unshown else self.stream.add(token)
-        if token in self.stop_tokens:
-            self.finish_reason = self.stop_tokens[token]
-        elif token in end_ids:
-            self.finish_reason = "end_of_text"
-        elif self.stream.is_stopped:
-            self.finish_reason = "stop_string"
-        elif len(self.ids) - self.num_prompt_tokens >= self.params.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
+        if reason is None and len(self.ids) - self.num_prompt_tokens >= self.params.max_new_tokens:
+            reason = "length"
+        if reason is not None:
             text += self.stream.finish()
-            if self.stream.is_stopped:
-                self.finish_reason = "stop_string"
+        self.finish_reason = "stop_string" if self.stream.is_stopped else reason
         self.seconds = time.perf_counter() - self.submitted
         if len(self.ids) == self.num_prompt_tokens + 1:
             self.first_token_seconds = self.seconds
@@ -238,29 +193,17 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
         room = max(reader.max_tokens - len(ids), 1)
         params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
     check_prompt(reader, ids, params, number)
+    ends = ends_of(params, end_ids=reader.end_ids, special_tokens=reader.special_tokens, vocab_size=reader.vocab_size)
     return Row(
         number=number,
         ids=ids,
         num_prompt_tokens=len(ids),
         params=params,
-        sampler=RowSampler(params, reader.exempt_ids, reader.device),
+        sampler=RowSampler(params, reader.exempt_ids, reader.device, never=ends.never),
         stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop, ids),
         most_entries=reader.most_entries(ids, params.max_new_tokens),
-        stop_tokens=stop_tokens_of(reader, params),
+        ends=ends,
     )
-
-
-def stop_tokens_of(reader: Reader, params: SamplingParams) -> dict[int, FinishReason]:
-    """Tokens that end the text; special ones may be named by a stop string, in which text could never show them."""
-    found: dict[int, FinishReason] = dict.fromkeys(params.stop_token_ids, "stop_token")
-    outside = [token for token in found if token >= reader.vocab_size]
-    if outside:
-        raise InputError(f"stop_token_ids has {outside[0]}, but the model's ids are 0 to {reader.vocab_size - 1}.")
-    for stop in params.stop:
-        for content, token in reader.special_tokens.items():
-            if content in stop:
-                found[token] = "stop_string"
-    return found
 
 
 def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, number: int) -> None:

@@ -1,55 +1,27 @@
 """Continuous batching: requests join the running batch and leave it at any step, under limits.
 
 A round drops what was cancelled or is late, takes one step with all rows, admits who fits, and reads some of their
-prompts. Requests are admitted in turns among clients, first come first served within one; whoever's turn it is and
-doesn't fit yet is waited for, so that large requests get in too.
+prompts.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import SamplingParams
+from thoughtformer.decode import FinishReason, SamplingParams
+from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.readers import Reader
-from thoughtformer.engine.rows import Completion, FinishReason, Row, StreamEvent, make_row
-from thoughtformer.errors import ConfigError, OverloadedError, StoppedError, TooLargeError
+from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
+from thoughtformer.errors import StoppedError
+from thoughtformer.runners.base import Reader
 
-__all__ = ["Limits", "Scheduler", "SchedulerStats"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a scheduler takes on.
-
-    Attributes:
-        max_rows: requests written at once.
-        max_bytes: that the rows may come to hold together, between steps; None: no limit.
-        max_waiting: requests that wait; more are refused. None: no limit.
-        max_prefill_tokens: prompt tokens read between two steps of the running rows; longer prompts are read in
-            pieces. None: all at once.
-
-    Raises:
-        ConfigError: a limit below 1.
-    """
-
-    max_rows: int = 32
-    max_bytes: int | None = None
-    max_waiting: int | None = None
-    max_prefill_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "max_bytes", "max_waiting", "max_prefill_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be 1 or more.")
+__all__ = ["Scheduler", "SchedulerStats"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +53,7 @@ class Scheduler:
         self.reader = reader
         self.limits = limits
         self.batch = Batch(reader)
-        self._waiting: OrderedDict[str, deque[Row]] = OrderedDict()
+        self.admission = Admission(reader, limits)
         self._reading: list[Row] = []
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -127,45 +99,12 @@ class Scheduler:
 
     def enqueue(self, rows: Sequence[Row]) -> None:
         """Takes on all rows of a request, or none; raises as `submit` does."""
-        limits = self.limits
-        for row in rows:
-            if row.params.fits_room and limits.max_bytes is not None:
-                self._shorten(row, limits.max_bytes)
-            if limits.max_bytes is not None and (needed := self.batch.most_bytes([row])) > limits.max_bytes:
-                raise TooLargeError(
-                    f"a prompt of {row.num_prompt_tokens} tokens and {row.params.max_new_tokens} new ones may hold "
-                    f"{needed} bytes, but all requests together may hold {limits.max_bytes}. Shorten the prompt or "
-                    "ask for fewer new tokens."
-                )
-        most = None if limits.max_waiting is None else limits.max_waiting + limits.max_rows
-        if most is not None and len(rows) > most:
-            raise TooLargeError(f"{len(rows)} completions at once, but {most} may be in work: ask for fewer.")
+        self.admission.check(rows)
         with self._work:
             if self.is_closed:
                 raise StoppedError("the engine has stopped; nothing is worked on any more.")
-            waiting = sum(map(len, self._waiting.values()))
-            free = max(0, limits.max_rows - len(self.batch.rows) - len(self._reading))
-            if limits.max_waiting is not None and waiting + len(rows) > limits.max_waiting + free:
-                raise OverloadedError(
-                    f"{waiting} requests wait already, and no more than {limits.max_waiting} may: try again later."
-                )
-            for row in rows:
-                self._waiting.setdefault(row.client, deque()).append(row)
+            self.admission.add(rows, num_in_work=len(self.batch.rows) + len(self._reading))
             self._work.notify()
-
-    def _shorten(self, row: Row, max_bytes: int) -> None:
-        """Has a row write as many tokens as its params say, or as there is memory for; at least one."""
-        if self.batch.most_bytes([row]) <= max_bytes:
-            return
-        fitting, most = 1, row.params.max_new_tokens
-        while fitting < most:
-            middle = (fitting + most + 1) // 2
-            row.limit_new_tokens(self.reader, middle)
-            if self.batch.most_bytes([row]) <= max_bytes:
-                fitting = middle
-            else:
-                most = middle - 1
-        row.limit_new_tokens(self.reader, fitting)
 
     def cancel(self, row: Row) -> None:
         """Ends a request at the next round with `finish_reason="cancelled"`, unless it has ended."""
@@ -177,14 +116,14 @@ class Scheduler:
         """Ends every request at once and takes on no more; only where no round is under way."""
         with self._work:
             self.is_closed = True
-            for row in [*(row for queue in self._waiting.values() for row in queue), *self._reading, *self.batch.rows]:
+            for row in [*self.admission, *self._reading, *self.batch.rows]:
                 row.is_cancelled = True
         self._drop()
 
     @property
     def has_work(self) -> bool:
         """Whether a round would do anything."""
-        return bool(self._waiting or self._reading or self.batch.rows)
+        return bool(self.admission or self._reading or self.batch.rows)
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
         """Blocks until there is work; False after `timeout` seconds without."""
@@ -195,7 +134,7 @@ class Scheduler:
         """Where it stands."""
         with self._lock:
             return SchedulerStats(
-                waiting=sum(map(len, self._waiting.values())),
+                waiting=len(self.admission),
                 reading=len(self._reading),
                 running=len(self.batch.rows),
                 cache_bytes=self._held_bytes(),
@@ -259,15 +198,8 @@ class Scheduler:
                 return "cancelled"
             return "deadline" if row.deadline is not None and now >= row.deadline else None
 
-        ended: list[Row] = []
         with self._lock:
-            for client, queue in list(self._waiting.items()):
-                ended += [row for row in queue if reason(row)]
-                left = deque(row for row in queue if not reason(row))
-                if left:
-                    self._waiting[client] = left
-                else:
-                    del self._waiting[client]
+            ended = self.admission.remove(reason)
             ended += [row for row in self._reading if reason(row)]
             self._reading = [row for row in self._reading if not reason(row)]
         ended += [row for row in self.batch.rows if reason(row)]
@@ -278,23 +210,11 @@ class Scheduler:
         return self._tell(events)
 
     def _admit(self) -> None:
-        """Moves who fits from the queues to those that are read, in turns among clients."""
-        limits = self.limits
+        """Moves who fits from those that wait to those that are read."""
         with self._lock:
-            while self._waiting:
-                taken = [*self.batch.rows, *self._reading]
-                client, queue = next(iter(self._waiting.items()))
-                if len(taken) >= limits.max_rows:
-                    return
-                if limits.max_bytes is not None and self.batch.most_bytes([*taken, queue[0]]) > limits.max_bytes:
-                    return
-                row = queue.popleft()
+            while (row := self.admission.take([*self.batch.rows, *self._reading])) is not None:
                 self._reading.append(row)
                 self._prompt_tokens += row.num_prompt_tokens
-                # The client goes to the end of the line.
-                del self._waiting[client]
-                if queue:
-                    self._waiting[client] = queue
 
     def _read(self) -> list[StreamEvent]:
         """Reads prompts: new ones together in one pass; in pieces those that are long, or hold something already."""

@@ -1,13 +1,11 @@
 """Named contexts that stay compressed between requests: in memory while in use, on disk when idle.
 
 A session is the tokens read so far and what the model holds of them. Requests continue from it without reading it
-again. On disk it is one safetensors file, named by a digest of the session's name, and refused if another model wrote
-it.
+again. Its file is refused if another model wrote it (`stores/session_files.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -17,16 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.cache.saving import restore_cache, saved_cache, write_saved
 from thoughtformer.decode import SamplingParams
-from thoughtformer.engine.readers import Reader
 from thoughtformer.engine.rows import Row, make_row
 from thoughtformer.errors import BusyError, CheckpointError, OutputError
+from thoughtformer.runners.base import Reader
+from thoughtformer.stores.session_files import SessionFiles, key_of
 
 __all__ = ["Session", "Sessions"]
-
-SUFFIX = ".session"
-KIND = "session"
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ class Sessions:
         idle_seconds: float = 300.0,
     ) -> None:
         self.reader = reader
-        self.folder = folder
+        self.files = None if folder is None else SessionFiles(folder)
         self.max_bytes = max_bytes
         self.idle_seconds = idle_seconds
         self._lock = threading.Lock()
@@ -90,19 +85,13 @@ class Sessions:
         self._writing = threading.Lock()
         self._held: OrderedDict[str, Session] = OrderedDict()
         self.failures = 0
-        if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                for draft in folder.glob(f".*{SUFFIX}.writing-*"):
-                    draft.unlink(missing_ok=True)  # of a process that was killed
-            except OSError as error:
-                raise OutputError(f"can't keep sessions in {folder}: {error.strerror or error}.") from None
 
     def has(self, name: str) -> bool:
         """Whether there is something to go on from, in memory or on disk."""
-        key = _key(name)
-        file = self._file(key)
-        return key in self._held or (file is not None and _exists(file))
+        return self._has(key_of(name))
+
+    def _has(self, key: str) -> bool:
+        return key in self._held or (self.files is not None and self.files.has(key))
 
     def begin(
         self,
@@ -122,7 +111,7 @@ class Sessions:
             CheckpointError: its file is damaged, or another model's; or the model's weights have changed since.
             InputError, ContextOverflowError: as `make_row`, counting the session's tokens.
         """
-        key = _key(name)
+        key = key_of(name)
         weights = self.reader.weights_state()  # all of them are read: not while others wait for the lock
         with self._lock:
             session = self._held.get(key) or self._load(key, weights)
@@ -168,18 +157,15 @@ class Sessions:
         Raises:
             BusyError: a request on it is under way.
         """
-        key = _key(name)
+        key = key_of(name)
         with self._writing, self._lock:
             session = self._held.get(key)
             if session is not None and session.is_busy:
                 raise BusyError(f"a request on session {name!r} is under way: wait for it.")
-            file = self._file(key)
-            existed = self._held.pop(key, None) is not None or (file is not None and _exists(file))
-            if file is not None:
-                try:
-                    file.unlink(missing_ok=True)
-                except OSError as error:
-                    raise OutputError(f"can't remove {file}: {error.strerror or error}.") from None
+            existed = self._has(key)
+            self._held.pop(key, None)
+            if self.files is not None:
+                self.files.remove(key)
         return existed
 
     def num_bytes(self) -> int:
@@ -193,7 +179,7 @@ class Sessions:
 
     def save_idle(self) -> None:
         """Saves and lets go of those unused for long; to be called now and then."""
-        if self.folder is None:
+        if self.files is None:
             return
         with self._lock:
             until = time.monotonic() - self.idle_seconds
@@ -212,7 +198,7 @@ class Sessions:
 
     def close(self) -> None:
         """Saves all that aren't saved; busy ones as they were before the request under way."""
-        if self.folder is not None:
+        if self.files is not None:
             for session in list(self._held.values()):
                 self._let_go(session, even_busy=True)
 
@@ -238,44 +224,18 @@ class Sessions:
                     session.is_saved = True
                     del self._held[session.key]
 
-    def _file(self, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{key}{SUFFIX}"
-
     def _save(self, key: str, ids: Sequence[int], num_read: int, cache: RowsCache) -> None:
-        file = self._file(key)
-        if file is None:
-            return
-        manifest = {"session": key, "model": self.reader.identity(), "num_read": num_read}
-        write_saved(file, KIND, manifest, saved_cache(cache, ids))
+        if self.files is not None:
+            self.files.write(key, self.reader.identity(), ids, num_read, cache)
 
     def _load(self, key: str, weights: bytes | None) -> Session:
         """The session of that key: from its file, or a new one."""
-        session, file = Session(key=key), self._file(key)
-        if file is None or not _exists(file):
+        session = Session(key=key)
+        if self.files is None or not self.files.has(key):
             return session
-        cache = self.reader.new_cache(1)
-        try:
-            session.ids, session.num_read = restore_cache(
-                file,
-                KIND,
-                cache,
-                {"session": key, "model": self.reader.identity()},
-                vocab_size=self.reader.vocab_size,
-                check_history=self.reader.check_history,
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} Delete the session, or serve the model that it is of.") from None
+        cache, reader = self.reader.new_cache(1), self.reader
+        session.ids, session.num_read = self.files.read(
+            key, reader.identity(), cache, vocab_size=reader.vocab_size, check_history=reader.check_history
+        )
         session.cache, session.is_saved, session.weights = cache, True, weights
         return session
-
-
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError as error:
-        raise OutputError(f"can't look for {file}: {error.strerror or error}.") from None
-
-
-def _key(name: str) -> str:
-    """A name for a file, whatever the session's name holds."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,7 @@ BACKENDS = ("sdpa", "eager")
 PREFIX = "thoughtformer_"
 
 
+@runtime_checkable
 class Original(Protocol):
     """The model's own attention of queries over keys; `mask` is additive, None for plain causal attention."""
 
@@ -47,6 +48,7 @@ class Original(Protocol):
     ) -> Float[Tensor, "batch heads seq head_dim"]: ...
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Attention handed in: what each query of a layer gets, given that layer's new queries, keys and values.
 

@@ -44,7 +44,7 @@ class RowProgress:
     num_tokens: int = 0
     num_held: int = 0
     next_start: int = 0
-    notes: list[float] = field(default_factory=list)
+    notes: list[int | float] = field(default_factory=list)
     window: list[int] = field(default_factory=list)
 
     def copy(self) -> RowProgress:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
-from thoughtformer.engine.readers import Reader
 from thoughtformer.errors import ContextOverflowError, InputError, TooLargeError
+from thoughtformer.runners.base import Reader
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from thoughtformer.text.chat import encode_chat
 
@@ -208,7 +208,7 @@ class Service:
                 f"the prompt has {row.num_prompt_tokens} tokens, a session's context included; this server reads "
                 f"{most} at most."
             )
-        row.wants_context = request.return_context
+        row.follower = self.reader.new_follower() if request.return_context else None
         row.deadline = time.monotonic() + self.settings.request_seconds
 
     def _refuse_much_too_long(self, text: str) -> None:

@@ -13,6 +13,7 @@ from transformers import Cache
 from transformers.generation import LogitsProcessorList
 
 from thoughtformer.cache import GPTHFCache
+from thoughtformer.decode.penalty import exempting_repetition_penalty
 from thoughtformer.errors import ContextOverflowError, InputError, UnsupportedError
 from thoughtformer.models.chunked_loss import chunked_cross_entropy
 from thoughtformer.models.generating import OwnCacheGenerationMixin
@@ -22,7 +23,6 @@ from thoughtformer.models.gpthf.modeling import GPTHFModel, GPTHFPreTrainedModel
 from thoughtformer.models.gpthf.outputs import GPTHFCausalLMOutput, RaggedOutput
 from thoughtformer.models.packed_linear import PackableLinear, compiled_linear
 from thoughtformer.models.padding import KeptColumns, real_tokens
-from thoughtformer.models.penalty import exempting_repetition_penalty
 from thoughtformer.models.transformers_api import CACHE_NAME, one_cache, refuse_arguments, runs_uncompiled
 from thoughtformer.rules import TokenStructure
 

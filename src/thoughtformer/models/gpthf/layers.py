@@ -18,6 +18,7 @@ from thoughtformer.models.packed_linear import PackableLinear
 
 __all__ = [
     "Angles",
+    "SummaryAngles",
     "Attend",
     "Layer",
     "compiled_step",
@@ -28,6 +29,7 @@ __all__ = [
 
 #: Cosine and sine of each token's rotation.
 Angles = tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]
+SummaryAngles = tuple[Float[Tensor, "entries 1 half"], Float[Tensor, "entries 1 half"]]
 
 #: Given one layer's rotated queries, rotated keys, and values, the attention output of every token. In a decoder also
 #: given rotated keys and values of new summaries, where there are some.
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         return turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, self.num_heads + self.num_kv_heads :]
 
     def project_summaries(
-        self, hidden_states: Float[Tensor, "entries hidden"], angles: Angles
+        self, hidden_states: Float[Tensor, "entries hidden"], angles: SummaryAngles
     ) -> tuple[Float[Tensor, "entries kv_heads head_dim"], Float[Tensor, "entries kv_heads head_dim"]]:
         """Rotated keys, and values, of entries that ask nothing."""
         query_width = self.num_heads * self.head_dim
@@ -105,7 +107,7 @@ class Layer(nn.Module):
         return self.attention.project(self.attention_norm(hidden_states), angles)
 
     def summary_entries(
-        self, summaries: Float[Tensor, "entries hidden"], angles: Angles
+        self, summaries: Float[Tensor, "entries hidden"], angles: SummaryAngles
     ) -> tuple[Float[Tensor, "entries kv_heads head_dim"], Float[Tensor, "entries kv_heads head_dim"]]:
         """Keys and values of summaries that this layer's tokens read, by the layer's own norm and projections."""
         return self.attention.project_summaries(self.attention_norm(summaries), angles)
@@ -122,7 +124,7 @@ class Layer(nn.Module):
         hidden_states: Float[Tensor, "tokens hidden"],
         angles: Angles,
         attend: Attend,
-        summaries: tuple[Float[Tensor, "entries hidden"], Angles] | None = None,
+        summaries: tuple[Float[Tensor, "entries hidden"], SummaryAngles] | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
         """The layer's output.
 

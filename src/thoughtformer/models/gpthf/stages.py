@@ -21,7 +21,14 @@ from thoughtformer.attention import (
     rotate,
 )
 from thoughtformer.cache import StageCache
-from thoughtformer.models.gpthf.layers import Angles, Attend, Layer, compiled_step, compiled_step_with_summaries
+from thoughtformer.models.gpthf.layers import (
+    Angles,
+    Attend,
+    Layer,
+    SummaryAngles,
+    compiled_step,
+    compiled_step_with_summaries,
+)
 from thoughtformer.models.gpthf.stage_specs import StageSpec
 from thoughtformer.models.packed_linear import PackableLinear
 from thoughtformer.rules import (
@@ -137,7 +144,7 @@ class Stage(nn.Module):
         attends: Sequence[Attend],
         held: StageCache | None,
         keeps_outputs: bool,
-        summaries: tuple[Float[Tensor, "entries width"], Angles] | None = None,
+        summaries: tuple[Float[Tensor, "entries width"], SummaryAngles] | None = None,
     ) -> Passed:
         outputs: list[Tensor] = []
         for layer, attend in zip(self._layer_list(), attends, strict=True):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from thoughtformer.engine.store import SentenceStore
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.stores.sentences import SentenceStore
 from thoughtformer.text import SentenceTokenizer
 
 __all__ = ["IndexResult", "index_documents"]

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,9 +15,7 @@ from torch import Tensor
 from thoughtformer.errors import OutputError, StoreError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.fingerprint import Followed, encoder_fingerprint, encoder_weights
-
-if TYPE_CHECKING:
-    from thoughtformer.engine.store import SentenceStore
+from thoughtformer.stores.vectors import VectorStore
 
 __all__ = ["StoredSentences"]
 
@@ -34,7 +31,7 @@ class StoredSentences:
     found any more. Counts `hits` and `misses`, in sentences, and the different ones `added`.
     """
 
-    def __init__(self, store: SentenceStore, model: GPTHFForCausalLM, *, is_strict: bool = True) -> None:
+    def __init__(self, store: VectorStore, model: GPTHFForCausalLM, *, is_strict: bool = True) -> None:
         self.store = store
         self.model = model
         self.is_strict = is_strict
@@ -58,7 +55,7 @@ class StoredSentences:
         digests = [_digest(sentence) for sentence in sentences]
         vectors: dict[bytes, bytes] = {}
         with self._tolerant():
-            vectors = self.store._find(fingerprint, list(dict.fromkeys(digests)))
+            vectors = self.store.find(fingerprint, list(dict.fromkeys(digests)))
         size = math.prod(self.shape) * self.model.dtype.itemsize
         vectors = {digest: vector for digest, vector in vectors.items() if len(vector) == size}
         found = [number for number, digest in enumerate(digests) if digest in vectors]
@@ -75,7 +72,7 @@ class StoredSentences:
         flat = vectors.detach().to("cpu", self.model.dtype).reshape(len(sentences), -1).contiguous().view(torch.uint8)
         kept = {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)}
         with self._tolerant():
-            self.store._add(fingerprint, str(self.model.dtype), self.shape, kept)
+            self.store.add(fingerprint, str(self.model.dtype), self.shape, kept)
             self.added += len(kept)
 
     @contextmanager

@@ -12,17 +12,15 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from thoughtformer.compression import CompressedModel
-from thoughtformer.engine.stored import StoredSentences
-from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError, UnsupportedError
-from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.errors import ConfigError, InputError, OutputError, StoreError
 
-__all__ = ["ModelStats", "SentenceStore", "StoreStats", "storable"]
+__all__ = ["FILE", "MIB", "ModelStats", "StoreStats", "VectorStore"]
 
 #: Raise when what is stored changes.
 FORMAT_VERSION = 2
@@ -69,15 +67,7 @@ class StoreStats:
     models: list[ModelStats]
 
 
-def storable(model: GPTHFForCausalLM | CompressedModel) -> GPTHFForCausalLM:
-    """The model, if it has vectors of sentences; raises `UnsupportedError`. To be asked before a store is made."""
-    if not isinstance(model, GPTHFForCausalLM):
-        raise UnsupportedError("a sentence store keeps vectors of a GPTHF's encoder; a compressed model has none.")
-    _ = model.model.sentence_vector_shape
-    return model
-
-
-class SentenceStore:
+class VectorStore:
     """A folder of sentence vectors, of any number of models.
 
     Use it as a context manager, or call `close`. May be shared by threads; other processes may have it open too.
@@ -108,7 +98,7 @@ class SentenceStore:
             raise OutputError(f"can't make a sentence store in {self.folder}: {error.strerror or error}.") from None
         self._connection: sqlite3.Connection | None = self._open()
 
-    def __enter__(self) -> SentenceStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -118,18 +108,6 @@ class SentenceStore:
     def file(self) -> Path:
         """Where everything is; beside it SQLite keeps what isn't merged yet."""
         return self.folder / FILE
-
-    def of(self, model: GPTHFForCausalLM | CompressedModel, *, is_strict: bool = True) -> StoredSentences:
-        """The part of the store that is `model`'s, as the model's forward pass takes it.
-
-        Args:
-            is_strict: where the store can't be used, raise `OutputError` or `StoreError`; else its sentences count as
-                unknown, which costs time alone, and the log says so.
-
-        Raises:
-            UnsupportedError: the model has no vectors of sentences that could be kept.
-        """
-        return StoredSentences(self, storable(model), is_strict=is_strict)
 
     def stats(self) -> StoreStats:
         """What is held."""
@@ -284,8 +262,8 @@ class SentenceStore:
         )
         self._uses = {}
 
-    def _find(self, fingerprint: str, digests: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Vectors by digest; a damaged one is as if it weren't there."""
+    def find(self, fingerprint: str, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The vectors that are there, by digest; a damaged one is as if it weren't."""
         found: dict[bytes, bytes] = {}
         now = _now()
         with self._reading() as connection:
@@ -306,7 +284,14 @@ class SentenceStore:
                         self._uses[model, digest] = now  # written with the next sentences, or at the end
         return found
 
-    def _add(self, fingerprint: str, dtype: str, shape: tuple[int, ...], vectors: dict[bytes, bytes]) -> None:
+    def add(self, fingerprint: str, dtype: str, shape: tuple[int, ...], vectors: Mapping[bytes, bytes]) -> None:
+        """Keeps vectors by digest, all or none.
+
+        Args:
+            fingerprint: of what made them.
+            dtype, shape: of each, for whoever looks.
+            vectors: by the digest of a sentence's ids.
+        """
         now = _now()
         with self._writing() as connection:
             self._note_uses(connection)

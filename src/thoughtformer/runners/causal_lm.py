@@ -1,4 +1,4 @@
-"""A compressed causal LM as the engine sees it."""
+"""A causal LM, compressed or whole, as the loop sees it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from thoughtformer.cache.entries import CompressedCache
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
-from thoughtformer.engine.readers import Reader, end_ids_of, identity_of
-from thoughtformer.engine.rows import Row, RowContext
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.rules.schedule import RowProgress
+from thoughtformer.runners.base import ContextFollower, Reader, RowContext, end_ids_of, identity_of
 from thoughtformer.text.plain import document_tokenizer
 
 __all__ = ["CompressedReader"]
@@ -123,23 +122,8 @@ class CompressedReader(Reader):
         assert isinstance(cache, CompressedCache)
         self.model.check_history(cache, ids)
 
-    def context_of(self, row: Row, cache: RowsCache, index: int) -> RowContext:
-        assert isinstance(cache, CompressedCache)
-        closed, still_open = cache.store.counts(index)
-        start, folded = cache.rows[index].next_start, None
-        if len(row.ids) == row.num_prompt_tokens + 1:
-            row.num_folded = start  # what the prompt folds is in `parts`
-        elif start > row.num_folded:
-            folded = self.decode(row.ids[row.num_folded : start])
-            row.num_folded = start
-        return RowContext(
-            closed_sentences=closed,
-            open_tokens=still_open,
-            held_bytes=self.model.cache_bytes(int(cache.num_entries[index]), 1),
-            plain_bytes=len(row.ids) * self.model.backbone.kv_bytes_per_entry(),
-            folded=folded,
-            rest=None if folded is None else self.decode(row.ids[start:]),
-        )
+    def new_follower(self) -> ContextFollower:
+        return _Follower(self)
 
     def parts(self, ids: Sequence[int]) -> tuple[str, list[str], str]:
         reading = read_ids(self.model.method, RowProgress(), list(ids))
@@ -159,3 +143,29 @@ class CompressedReader(Reader):
         made_by.append({name: value for name, value in model.config.to_dict().items() if name not in UNNAMED})
         made_by.append(None if model.adapter is None else asdict(model.adapter.config))
         return identity_of(model.identity["model"], made_by, model.dtype)
+
+
+class _Follower(ContextFollower):
+    """Tells what was folded, once: what the prompt made fold is in `Reader.parts`."""
+
+    def __init__(self, reader: CompressedReader) -> None:
+        self.reader = reader
+        #: Where the text begins of which no fold was told; None before the first token.
+        self.told: int | None = None
+
+    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RowContext:
+        assert isinstance(cache, CompressedCache)
+        model = self.reader.model
+        closed, still_open = cache.store.counts(index)
+        start = cache.rows[index].next_start
+        has_folded = self.told is not None and start > self.told
+        folded = self.reader.decode(ids[self.told : start]) if has_folded else None
+        self.told = start
+        return RowContext(
+            closed_sentences=closed,
+            open_tokens=still_open,
+            held_bytes=model.cache_bytes(int(cache.num_entries[index]), 1),
+            plain_bytes=len(ids) * model.backbone.kv_bytes_per_entry(),
+            folded=folded,
+            rest=self.reader.decode(ids[start:]) if has_folded else None,
+        )

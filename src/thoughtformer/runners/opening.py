@@ -1,0 +1,46 @@
+"""Which runner a model gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from thoughtformer.compression import CompressedModel
+from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.runners.base import Reader
+from thoughtformer.runners.causal_lm import CompressedReader
+from thoughtformer.runners.gpthf import GPTHFReader
+from thoughtformer.stores.model_sentences import StoredSentences
+
+__all__ = ["reader_of"]
+
+
+def reader_of(
+    model: GPTHFForCausalLM | CompressedModel,
+    tokenizer: Any,
+    *,
+    sentences: StoredSentences | None = None,
+    pack: bool = True,
+    compile: bool = False,
+) -> Reader:
+    """The model's reader; arguments as for `Engine`.
+
+    Raises:
+        InputError: no model, but its name, say.
+        UnsupportedError: something that this kind of model can't do.
+    """
+    if not isinstance(model, (torch.nn.Module, CompressedModel)):
+        raise InputError(f"model is {model!r}: load it first: model, tokenizer = thoughtformer.load(name).")
+    if isinstance(model, GPTHFForCausalLM):
+        return GPTHFReader(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedError(
+            f"a {type(model).__name__} is read as it is by thoughtformer.compress(model, 'full'): give that."
+        )
+    if sentences is not None:
+        raise UnsupportedError("a compressed model has no vectors of sentences: leave the store out.")
+    if compile:
+        raise UnsupportedError("steps of a compressed model can't be compiled: what they read changes its shape.")
+    return CompressedReader(model, tokenizer)

@@ -1,0 +1,3 @@
+"""What is kept of texts on disk: vectors of sentences, and what sessions hold."""
+
+from __future__ import annotations
