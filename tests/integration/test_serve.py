@@ -653,7 +653,7 @@ def test_many_streams_with_people_who_leave(server, pair):
     async def cancel_some() -> None:
         while len(number_of_cancelled) < count // 10:
             await asyncio.sleep(0.05)
-            writing = [row for row in server.service.scheduler.batch.rows if row.number not in number_of_cancelled]
+            writing = [row for row in server.service.scheduler.batch.requests if row.number not in number_of_cancelled]
             if writing:
                 row = chooser.choice(writing)
                 number_of_cancelled.add(row.number)

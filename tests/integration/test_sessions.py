@@ -26,13 +26,13 @@ def sessions_of(model, tokenizer, **settings) -> Sessions:
 def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PARAMS) -> list[int]:
     """One request on a session; the tokens that it wrote."""
     scheduler = Scheduler(sessions.reader)
-    session, row = sessions.begin(name, prompt, params)
-    scheduler.enqueue([row])
+    session, request = sessions.begin(name, prompt, params)
+    scheduler.enqueue([request])
     while scheduler.has_work:
         scheduler.round()
-    sessions.finish(session, row)
+    sessions.finish(session, request)
     sessions.make_room()
-    return row.ids[row.num_prompt_tokens :]
+    return request.ids[request.num_prompt_tokens :]
 
 
 @pytest.fixture(params=[*KINDS, "sentinel_plain", "sentinel_sentences", "random"])
@@ -58,27 +58,27 @@ def test_only_what_is_new_is_read(pair):
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer)
     turn(sessions, "a", PAGE[:200])
-    _, row = sessions.begin("a", " And", PARAMS)
+    _, request = sessions.begin("a", " And", PARAMS)
     new = sessions.reader.encode(" And", start=False)
-    assert row.num_prompt_tokens - row.num_read == 1 + len(new), "the last token written was never read"
-    assert row.num_known == row.num_read
+    assert request.num_prompt_tokens - request.num_read == 1 + len(new), "the last token written was never read"
+    assert request.num_known == request.num_read
 
 
 def test_end_of_text_is_no_part_of_a_session(pair):
     """After it another document would begin, which doesn't see this one."""
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer)
-    session, row = sessions.begin("a", PAGE[:60], SamplingParams(max_new_tokens=8))
+    session, request = sessions.begin("a", PAGE[:60], SamplingParams(max_new_tokens=8))
     scheduler = Scheduler(reader_of(model, tokenizer))
-    scheduler.enqueue([row])
+    scheduler.enqueue([request])
     scheduler.round()
-    scheduler.batch.choose = lambda logits, rows: [row.accept(0) for row in rows]  # type: ignore[method-assign]
+    scheduler.batch.choose = lambda logits, requests: [request.accept(0) for request in requests]  # type: ignore[method-assign]
     scheduler.round()
-    sessions.finish(session, row)
-    assert row.finish_reason == "end_of_text"
+    sessions.finish(session, request)
+    assert request.finish_reason == "end_of_text"
     assert 0 not in session.ids[1:]
-    _, row = sessions.begin("a", "", PARAMS)
-    assert row.num_prompt_tokens == len(session.ids)
+    _, request = sessions.begin("a", "", PARAMS)
+    assert request.num_prompt_tokens == len(session.ids)
 
 
 def test_what_fails_leaves_the_session_as_it_was(pair):
@@ -88,21 +88,21 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
     undisturbed = sessions_of(model, tokenizer)
     turn(undisturbed, "a", PAGE[:100])
     scheduler = Scheduler(reader_of(model, tokenizer))
-    session, row = sessions.begin("a", " Never mind", PARAMS)
+    session, request = sessions.begin("a", " Never mind", PARAMS)
     with pytest.raises(BusyError, match="'a' is under way"):
         sessions.begin("a", " Impatient", PARAMS)
     with pytest.raises(BusyError):
         sessions.delete("a")
-    scheduler.enqueue([row])
+    scheduler.enqueue([request])
     scheduler.round()
-    scheduler.cancel(row)
+    scheduler.cancel(request)
     scheduler.round()
-    sessions.finish(session, row)
+    sessions.finish(session, request)
     # A request that isn't waited for: it goes on with a copy.
-    session, row = sessions.begin("a", " Gone", PARAMS)
-    scheduler.enqueue([row])
+    session, request = sessions.begin("a", " Gone", PARAMS)
+    scheduler.enqueue([request])
     scheduler.round()
-    sessions.finish(session, row)
+    sessions.finish(session, request)
     while scheduler.has_work:
         scheduler.round()
     with pytest.raises(ContextOverflowError):
@@ -258,19 +258,19 @@ def test_many_sessions_side_by_side():
     sessions = sessions_of(*tiny_pair())
     scheduler = Scheduler(sessions.reader)
     begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
-    for _, row in begun:
-        scheduler.enqueue([row])
+    for _, request in begun:
+        scheduler.enqueue([request])
     while scheduler.has_work:
         scheduler.round()
-    for session, row in begun:
-        sessions.finish(session, row)
+    for session, request in begun:
+        sessions.finish(session, request)
     alone = sessions_of(*tiny_pair())
-    for number, (_, row) in enumerate(begun):
-        assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), prose(80, seed=number))
+    for number, (_, request) in enumerate(begun):
+        assert request.ids[request.num_prompt_tokens :] == turn(alone, str(number), prose(80, seed=number))
     again = [sessions.begin(str(number), " Yes", PARAMS) for number in range(5)]
-    for _, row in again:
-        scheduler.enqueue([row])
+    for _, request in again:
+        scheduler.enqueue([request])
     while scheduler.has_work:
         scheduler.round()
-    for number, (_, row) in enumerate(again):
-        assert row.ids[row.num_prompt_tokens :] == turn(alone, str(number), " Yes")
+    for number, (_, request) in enumerate(again):
+        assert request.ids[request.num_prompt_tokens :] == turn(alone, str(number), " Yes")

@@ -11,7 +11,7 @@ from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.rows import make_row
+from thoughtformer.engine.request import make_request
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.runners.opening import reader_of
 
@@ -84,7 +84,7 @@ def test_sampling_follows_the_same_distribution():
         ids, do_sample=True, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **settings
     )
     reader = reader_of(model, tokenizer)
-    row = make_row(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
+    row = make_request(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
     batch = Batch(reader)
     logits, cache = batch.read([row])
     batch.join([row], cache)

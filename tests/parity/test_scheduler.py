@@ -45,11 +45,11 @@ def seen(monkeypatch) -> dict[int, list[torch.Tensor]]:
     seen: dict[int, list[torch.Tensor]] = {}
     original = Batch._choices
 
-    def choices(self, logits, rows):
-        for row, vector in zip(rows, logits.clone(), strict=True):
-            if row.num_read == len(row.ids):
-                seen.setdefault(id(row), []).append(vector)
-        return original(self, logits, rows)
+    def choices(self, logits, requests):
+        for request, vector in zip(requests, logits.clone(), strict=True):
+            if request.num_read == len(request.ids):
+                seen.setdefault(id(request), []).append(vector)
+        return original(self, logits, requests)
 
     monkeypatch.setattr(Batch, "_choices", choices)
     return seen
@@ -57,7 +57,7 @@ def seen(monkeypatch) -> dict[int, list[torch.Tensor]]:
 
 def prompts_and_params(count: int, seed: int) -> list[tuple[str, SamplingParams]]:
     chooser = random.Random(seed)
-    requests = []
+    asked = []
     for number in range(count):
         prompt = prose(chooser.choice([0, 5, 80, 300, 700]), seed=number)[: chooser.randint(0, 700)]
         temperature = chooser.choice([0.0, 1.0])
@@ -68,8 +68,8 @@ def prompts_and_params(count: int, seed: int) -> list[tuple[str, SamplingParams]
             stop=chooser.choice([(), ("e", "a")]),
             repetition_penalty=chooser.choice([1.0, 1.3]),
         )
-        requests.append((prompt, params))
-    return requests
+        asked.append((prompt, params))
+    return asked
 
 
 def run(scheduler: Scheduler) -> None:
@@ -79,37 +79,37 @@ def run(scheduler: Scheduler) -> None:
 
 @pytest.mark.parametrize("max_prefill_tokens", [None, 30])
 def test_rows_that_come_and_go_equal_rows_alone(pair, seen, max_prefill_tokens):
-    requests = prompts_and_params(14, seed=1)
+    asked = prompts_and_params(14, seed=1)
     alone = []
-    for prompt, params in requests:
+    for prompt, params in asked:
         scheduler = Scheduler(reader_of(*pair))
-        row = scheduler.submit(prompt, params)
+        request = scheduler.submit(prompt, params)
         run(scheduler)
-        alone.append((row.ids, "".join(row.text), row.finish_reason, seen[id(row)], row))
+        alone.append((request.ids, "".join(request.text), request.finish_reason, seen[id(request)], request))
 
     scheduler = Scheduler(reader_of(*pair), Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
     chooser = random.Random(3)
-    rows, cancelled, waiting = [], set(), list(requests)
+    requests, cancelled, waiting = [], set(), list(asked)
     while waiting or scheduler.has_work:
         for _ in range(chooser.randint(0, 3)):
             if waiting:
-                rows.append(scheduler.submit(*waiting.pop(0), client=str(chooser.randint(0, 2))))
-        unfinished = [row for row in rows if row.finish_reason is None]
+                requests.append(scheduler.submit(*waiting.pop(0), client=str(chooser.randint(0, 2))))
+        unfinished = [request for request in requests if request.finish_reason is None]
         if unfinished and chooser.random() < 0.1:
-            row = chooser.choice(unfinished)
-            scheduler.cancel(row)
-            cancelled.add(row.number)
+            request = chooser.choice(unfinished)
+            scheduler.cancel(request)
+            cancelled.add(request.number)
         scheduler.round()
-    assert len(cancelled) < len(rows)
-    for row, (ids, text, reason, logits, _) in zip(rows, alone, strict=True):
-        assert row.finish_reason is not None
-        if row.finish_reason == "cancelled":
-            assert row.number in cancelled
-            assert row.ids == ids[: len(row.ids)]
+    assert len(cancelled) < len(requests)
+    for request, (ids, text, reason, logits, _) in zip(requests, alone, strict=True):
+        assert request.finish_reason is not None
+        if request.finish_reason == "cancelled":
+            assert request.number in cancelled
+            assert request.ids == ids[: len(request.ids)]
         else:
-            assert (row.ids, "".join(row.text), row.finish_reason) == (ids, text, reason)
-            assert len(seen[id(row)]) == len(logits)
-        for mine, theirs in zip(seen.get(id(row), []), logits, strict=False):
+            assert (request.ids, "".join(request.text), request.finish_reason) == (ids, text, reason)
+            assert len(seen[id(request)]) == len(logits)
+        for mine, theirs in zip(seen.get(id(request), []), logits, strict=False):
             close(mine, theirs)
     assert_nothing_is_left(scheduler)
 
@@ -132,35 +132,35 @@ def test_pieces_with_a_store_equal_one_reading(tmp_path):
             scheduler = Scheduler(
                 reader_of(model, tokenizer, sentences=store.of(model)), Limits(max_prefill_tokens=200)
             )
-            row = scheduler.submit(prompt, params)
+            request = scheduler.submit(prompt, params)
             run(scheduler)
-            assert row.ids[row.num_prompt_tokens :] == expected.ids
-            known.append(row.num_known)
+            assert request.ids[request.num_prompt_tokens :] == expected.ids
+            known.append(request.num_known)
         assert known[0] < known[1]
-        assert known[1] > row.num_prompt_tokens / 2
+        assert known[1] > request.num_prompt_tokens / 2
 
 
 def test_the_budget_is_kept(pair):
     model, tokenizer = pair
     scheduler = Scheduler(reader_of(model, tokenizer))
-    requests = prompts_and_params(12, seed=5)
-    rows = [scheduler.submit(prompt, params) for prompt, params in requests]
-    largest = max(scheduler.admission.most_bytes([row]) for row in rows)
-    for row in rows:
-        scheduler.cancel(row)
+    asked = prompts_and_params(12, seed=5)
+    requests = [scheduler.submit(prompt, params) for prompt, params in asked]
+    largest = max(scheduler.admission.most_bytes([request]) for request in requests)
+    for request in requests:
+        scheduler.cancel(request)
     run(scheduler)
 
     limit = 2 * largest
     scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
-    rows = [scheduler.submit(prompt, params) for prompt, params in requests]
+    requests = [scheduler.submit(prompt, params) for prompt, params in asked]
     together = 0
     while scheduler.has_work:
         scheduler.round()
         held = scheduler.stats().cache_bytes
-        assert held <= scheduler.admission.most_bytes(scheduler.batch.rows) <= limit
+        assert held <= scheduler.admission.most_bytes(scheduler.batch.requests) <= limit
         together = max(together, scheduler.stats().running)
     assert together > 1
-    assert all(row.finish_reason in ("end_of_text", "stop_string", "length") for row in rows)
+    assert all(request.finish_reason in ("end_of_text", "stop_string", "length") for request in requests)
     with pytest.raises(TooLargeError, match=r"may hold \d+ bytes, but all requests together may hold 1000"):
         Scheduler(reader_of(model, tokenizer), Limits(max_bytes=1000)).submit(PAGE[:500])
 
@@ -226,11 +226,11 @@ def test_a_large_request_gets_its_turn():
     later = [scheduler.submit("B", small) for _ in range(5)]
     while first.finish_reason is None:
         scheduler.round()
-    assert all(row.num_read == 0 for row in later)
+    assert all(request.num_read == 0 for request in later)
     while big.finish_reason is None:
         scheduler.round()
     run(scheduler)
-    assert all(len(row.ids) - row.num_prompt_tokens == 30 for row in later)
+    assert all(len(request.ids) - request.num_prompt_tokens == 30 for request in later)
 
 
 def test_a_long_prompt_does_not_keep_others_waiting():
@@ -279,7 +279,7 @@ def test_cancelled_and_late_wherever_they_stand(monkeypatch):
     assert 0 < reading.num_read < reading.num_prompt_tokens
     scheduler.cancel(reading)
     scheduler.round()
-    assert (reading.finish_reason, reading.held) == ("cancelled", None)
+    assert (reading.finish_reason, reading.cache) == ("cancelled", None)
     now[0] += 6
     scheduler.round()
     assert waiting.finish_reason == "deadline" or waiting.num_read > 0
@@ -344,12 +344,12 @@ def test_rows_keep_what_they_held(gpthf_pair):
     rows[1].keeps_cache = True
     run(scheduler)
     kept = rows[1]
-    assert kept.held is not None
-    assert kept.held.num_rows == 1
-    assert rows[0].held is None
+    assert kept.cache is not None
+    assert kept.cache.num_rows == 1
+    assert rows[0].cache is None
     with torch.no_grad():
         ids = torch.tensor([*kept.ids[kept.num_read :], 5, 6])
-        logits, _ = model.ragged_logits(ids, torch.zeros(len(ids), dtype=torch.long), kept.held)
+        logits, _ = model.ragged_logits(ids, torch.zeros(len(ids), dtype=torch.long), kept.cache)
         close(logits[-1], model(torch.tensor([[*kept.ids, 5, 6]]), use_cache=False).logits[0, -1])
 
 
@@ -435,12 +435,12 @@ def test_a_compressed_row_tells_what_it_folds(kind):
     """The folded spans, as they are told, and what is left make up the text."""
     model, tokenizer = served_pair(kind)
     scheduler, events = Scheduler(reader_of(model, tokenizer)), []
-    row = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
-    row.follower, row.on_event = scheduler.reader.new_follower(), events.append
-    first, closed, rest = scheduler.reader.parts(row.ids)
+    request = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
+    request.follower, request.on_event = scheduler.reader.new_follower(), events.append
+    first, closed, rest = scheduler.reader.parts(request.ids)
     assert first + "".join(closed) + rest == PAGE[:200]
     assert len(closed) >= 3
-    scheduler.enqueue([row])
+    scheduler.enqueue([request])
     run(scheduler)
     told = [event.context for event in events]
     assert told[0].folded is None, "the prompt's are told apart"
@@ -448,25 +448,25 @@ def test_a_compressed_row_tells_what_it_folds(kind):
     folded = "".join(context.folded for context in told if context.folded is not None)
     last = next(context for context in told[::-1] if context.folded is not None)
     assert len(folded) > 20
-    assert (PAGE[:200] + "".join(row.text)).startswith(first + "".join(closed) + folded)
+    assert (PAGE[:200] + "".join(request.text)).startswith(first + "".join(closed) + folded)
     assert last.rest is not None
     for context in told:
         assert context.held_bytes > 0
         assert context.open_tokens > 0
-    assert told[-1].plain_bytes == (len(row.ids)) * model.backbone.kv_bytes_per_entry()
+    assert told[-1].plain_bytes == (len(request.ids)) * model.backbone.kv_bytes_per_entry()
 
 
 def test_threads_submit_while_rounds_run():
     scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=4))
-    rows, lock = [], threading.Lock()
+    requests, lock = [], threading.Lock()
 
     def submit(seed: int) -> None:
         for number in range(5):
-            row = scheduler.submit(f"Number {seed}", SamplingParams(max_new_tokens=3, seed=seed, temperature=1.0))
+            request = scheduler.submit(f"Number {seed}", SamplingParams(max_new_tokens=3, seed=seed, temperature=1.0))
             with lock:
-                rows.append(row)
+                requests.append(request)
             if number == 3:
-                scheduler.cancel(row)
+                scheduler.cancel(request)
 
     threads = [threading.Thread(target=submit, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -474,18 +474,18 @@ def test_threads_submit_while_rounds_run():
     while any(thread.is_alive() for thread in threads) or scheduler.has_work:
         if scheduler.wait_for_work(0.01):
             scheduler.round()
-    assert len(rows) == 20
-    assert all(row.finish_reason is not None for row in rows)
-    assert len({row.number for row in rows}) == 20
+    assert len(requests) == 20
+    assert all(request.finish_reason is not None for request in requests)
+    assert len({request.number for request in requests}) == 20
     assert_nothing_is_left(scheduler)
 
 
 def test_ended_rows_are_given_back():
     scheduler = Scheduler(reader_of(*tiny_pair()))
-    row = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3))
+    request = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3))
     run(scheduler)
-    gone = weakref.ref(row)
-    del row
+    gone = weakref.ref(request)
+    del request
     gc.collect()
     assert gone() is None
 
@@ -536,7 +536,7 @@ def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
     scheduler = Scheduler(reader_of(*tiny_pair()))
     events: list = []
     params = SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
-    rows = [scheduler.submit(text, params, on_event=events.append) for text in ("a", "b")]
+    requests = [scheduler.submit(text, params, on_event=events.append) for text in ("a", "b")]
     failing = scheduler.submit("c", SamplingParams(max_new_tokens=4, temperature=1.0), on_event=events.append)
 
     def choose(ids, logits):
@@ -546,7 +546,7 @@ def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
     run(scheduler)
     assert failing.finish_reason == "error"
     assert isinstance(failing.error, RuntimeError)
-    assert [row.finish_reason for row in rows] == ["length", "length"]
+    assert [request.finish_reason for request in requests] == ["length", "length"]
     assert sum(event.finish_reason is not None for event in events) == 3
     assert_nothing_is_left(scheduler)
 
@@ -555,24 +555,24 @@ def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
     """Its last token was chosen, but leaving the batch failed before anybody heard of it."""
     scheduler = Scheduler(reader_of(*tiny_pair()))
     events: list = []
-    row = scheduler.submit("a", SamplingParams(max_new_tokens=1, ignore_end_of_text=True), on_event=events.append)
+    request = scheduler.submit("a", SamplingParams(max_new_tokens=1, ignore_end_of_text=True), on_event=events.append)
     original = Batch.drop_ended
-    monkeypatch.setattr(Batch, "drop_ended", lambda self: original(self) if not self.rows else 1 / 0)
+    monkeypatch.setattr(Batch, "drop_ended", lambda self: original(self) if not self.requests else 1 / 0)
     scheduler.round()
     assert [event.finish_reason for event in events] == ["error"]
-    assert row.is_told
+    assert request.is_told
 
 
 def test_all_rows_of_a_request_or_none():
     scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=2, max_waiting=2))
-    rows = [scheduler.prepare("a", SamplingParams(max_new_tokens=2)) for _ in range(5)]
+    requests = [scheduler.prepare("a", SamplingParams(max_new_tokens=2)) for _ in range(5)]
     with pytest.raises(TooLargeError, match="5 completions at once, but 4 may be in work"):
-        scheduler.enqueue(rows)
+        scheduler.enqueue(requests)
     assert not scheduler.has_work
-    scheduler.enqueue(rows[:4])  # two can begin at once, two wait
+    scheduler.enqueue(requests[:4])  # two can begin at once, two wait
     with pytest.raises(OverloadedError):
-        scheduler.enqueue(rows[4:])
+        scheduler.enqueue(requests[4:])
     run(scheduler)
     scheduler.close()
     with pytest.raises(StoppedError, match="has stopped"):
-        scheduler.enqueue(rows[4:])
+        scheduler.enqueue(requests[4:])

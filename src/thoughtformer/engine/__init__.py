@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.engine import Engine
-from thoughtformer.engine.rows import Completion, Row, StreamEvent, Usage
+from thoughtformer.engine.request import Completion, Request, StreamEvent, Usage
 from thoughtformer.engine.scheduler import Scheduler, SchedulerStats
 from thoughtformer.engine.sessions import Session, Sessions
 from thoughtformer.engine.worker import Worker
@@ -20,7 +20,7 @@ __all__ = [
     "IndexResult",
     "Limits",
     "Reader",
-    "Row",
+    "Request",
     "Scheduler",
     "SchedulerStats",
     "SentenceStore",

@@ -1,4 +1,4 @@
-"""The rows that are being written, and what they hold: prefill of any rows, one step for all, joining and leaving."""
+"""The requests being written, a row of one cache each: prefill of any, one step for all, joining and leaving."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.engine.rows import Row, StreamEvent
+from thoughtformer.engine.request import Request, StreamEvent
 from thoughtformer.runners.base import Reader
 
 __all__ = ["Batch"]
 
 
 class Batch:
-    """Rows that share each step; what a row writes never depends on the others.
+    """Requests that share each step; what one writes never depends on the others.
 
     Args:
         reader: the model.
@@ -25,104 +25,110 @@ class Batch:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self.rows: list[Row] = []
+        self.requests: list[Request] = []
         self.cache: RowsCache | None = None
 
     def num_bytes(self) -> int:
-        """Held by the rows."""
-        cache = self.cache  # once: another thread may ask while the last row leaves
+        """Held by all of them."""
+        cache = self.cache  # once: another thread may ask while the last one leaves
         return 0 if cache is None else cache.num_bytes()
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Row]) -> tuple[Float[Tensor, "rows vocab"], RowsCache]:
+    def read(self, requests: Sequence[Request]) -> tuple[Float[Tensor, "rows vocab"], RowsCache]:
         """Reads whole prompts, without padding; returns logits, and what was kept of them."""
         self.reader.prepare()
-        logits, cache, known = self.reader.read([row.ids for row in rows], max(row.most_tokens for row in rows))
-        for row, num_known in zip(rows, known, strict=True):
-            row.num_read = len(row.ids)
-            row.num_known += num_known
-        return self._choices(logits, rows), cache
+        logits, cache, known = self.reader.read(
+            [request.ids for request in requests], max(request.most_tokens for request in requests)
+        )
+        for request, num_known in zip(requests, known, strict=True):
+            request.num_read = len(request.ids)
+            request.num_known += num_known
+        return self._choices(logits, requests), cache
 
     @torch.inference_mode()
-    def read_piece(self, row: Row, num_tokens: int) -> Float[Tensor, "1 vocab"]:
-        """Reads a row's next tokens into the cache that it holds alone; logits after the last of them."""
+    def read_piece(self, request: Request, num_tokens: int) -> Float[Tensor, "1 vocab"]:
+        """Reads a request's next tokens into a cache of its own; logits after the last of them."""
         self.reader.prepare()
-        if row.origin is not None:
+        if request.origin is not None:
             # A copy: a request that fails leaves what it went on from as it was.
-            row.held, row.origin = row.origin.fork_rows(torch.tensor([0])), None
-        ids = row.ids[row.num_read : row.num_read + num_tokens]
-        logits, row.held, num_known = self.reader.read_on(ids, row.held, row.most_tokens)
-        row.num_read += len(ids)
-        row.num_known += num_known
-        return self._choices(logits, [row])
+            request.cache, request.origin = request.origin.fork_rows(torch.tensor([0])), None
+        ids = request.ids[request.num_read : request.num_read + num_tokens]
+        logits, request.cache, num_known = self.reader.read_on(ids, request.cache, request.most_tokens)
+        request.num_read += len(ids)
+        request.num_known += num_known
+        return self._choices(logits, [request])
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "rows vocab"]:
-        """Every row's last token, through the model."""
+        """Every request's last token, through the model."""
         assert self.cache is not None
-        logits = self.reader.step([row.ids[-1] for row in self.rows], self.cache)
-        for row in self.rows:
-            row.num_read = len(row.ids)
-        return self._choices(logits, self.rows)
+        logits = self.reader.step([request.ids[-1] for request in self.requests], self.cache)
+        for request in self.requests:
+            request.num_read = len(request.ids)
+        return self._choices(logits, self.requests)
 
-    def choose(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[Row]) -> list[StreamEvent]:
-        """Each row's next token, taken up by the row."""
+    def choose(self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> list[StreamEvent]:
+        """Each request's next token, taken up by it."""
         likeliest = logits.argmax(-1).tolist()
         events = []
-        for index, row in enumerate(rows):
+        for index, request in enumerate(requests):
             try:
-                token = likeliest[index] if row.params.is_plain_greedy else row.sampler.choose(row.ids, logits[index])
-                event = row.accept(token)
-                if row.follower is not None:
+                token = (
+                    likeliest[index]
+                    if request.params.is_plain_greedy
+                    else request.sampler.choose(request.ids, logits[index])
+                )
+                event = request.accept(token)
+                if request.follower is not None:
                     assert self.cache is not None
-                    context = row.follower.after(row.ids, self.cache, self.rows.index(row))
+                    context = request.follower.after(request.ids, self.cache, self.requests.index(request))
                     event = replace(event, context=context)
-            except Exception as error:  # no distribution to draw from, say: this row's affair alone
-                row.error = error
-                event = row.end("error")
+            except Exception as error:  # no distribution to draw from, say: this request's affair alone
+                request.error = error
+                event = request.end("error")
             events.append(event)
         return events
 
-    def join(self, rows: Sequence[Row], cache: RowsCache) -> None:
-        """Takes in rows that have been read, with what they hold, which is the batch's from now on."""
-        for row in rows:
-            row.held = None
-        if self.cache is None or not self.rows:
-            self.rows, self.cache = list(rows), cache
+    def join(self, requests: Sequence[Request], cache: RowsCache) -> None:
+        """Takes in requests that have been read, with their cache, which is the batch's from now on."""
+        for request in requests:
+            request.cache = None
+        if self.cache is None or not self.requests:
+            self.requests, self.cache = list(requests), cache
             return
-        self.rows += rows
+        self.requests += requests
         self.cache.join(cache)
-        self.cache.reserve(max(row.most_tokens for row in self.rows))
+        self.cache.reserve(max(request.most_tokens for request in self.requests))
 
-    def drop_ended(self) -> list[Row]:
-        """Lets go of rows that have ended, and of their memory; those that keep their cache take it along."""
-        writing = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
-        if len(writing) == len(self.rows) or self.cache is None:
+    def drop_ended(self) -> list[Request]:
+        """Lets go of those that have ended, and of their memory; those that keep their cache take it along."""
+        staying = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
+        if len(staying) == len(self.requests) or self.cache is None:
             return []
-        left = [row for row in self.rows if row.finish_reason is not None]
+        left = [request for request in self.requests if request.finish_reason is not None]
         num_bytes = self.num_bytes()
-        for index, row in enumerate(self.rows):
-            if row.finish_reason is not None:
-                row.cache_bytes = num_bytes
-                if row.keeps_cache and row.has_ended_itself:
-                    row.held = self.cache.fork_rows(torch.tensor([index]))
-                    row.held.reserve(0)
-        self.rows = [self.rows[index] for index in writing]
-        if self.rows:
-            self.cache.select(torch.tensor(writing))
-            self.cache.reserve(max(row.most_tokens for row in self.rows))
+        for index, request in enumerate(self.requests):
+            if request.finish_reason is not None:
+                request.cache_bytes = num_bytes
+                if request.keeps_cache and request.has_ended_itself:
+                    request.cache = self.cache.fork_rows(torch.tensor([index]))
+                    request.cache.reserve(0)
+        self.requests = [self.requests[index] for index in staying]
+        if self.requests:
+            self.cache.select(torch.tensor(staying))
+            self.cache.reserve(max(request.most_tokens for request in self.requests))
         else:
             self.cache = None
         return left
 
-    def clear(self) -> list[Row]:
-        """Lets go of everything; returns the rows."""
-        rows, self.rows, self.cache = self.rows, [], None
-        return rows
+    def clear(self) -> list[Request]:
+        """Lets go of everything; returns the requests."""
+        requests, self.requests, self.cache = self.requests, [], None
+        return requests
 
-    def _choices(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[Row]) -> Float[Tensor, "rows vocab"]:
-        """What each row may choose from."""
+    def _choices(self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:
+        """What each may choose from."""
         logits = logits.float()
-        for index, row in enumerate(rows):
-            row.sampler.leave_out(logits[index])
+        for index, request in enumerate(requests):
+            request.sampler.leave_out(logits[index])
         return logits

@@ -9,7 +9,7 @@ from typing import Any
 from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine.admission import Limits
-from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
+from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
 from thoughtformer.errors import InputError
 from thoughtformer.models import GPTHFForCausalLM
@@ -31,7 +31,7 @@ class Engine:
         store: sentences known from before; those that prompts bring anew are added.
 
     Raises:
-        InputError: no rows.
+        InputError: `max_rows` below 1.
         UnsupportedError: a store for a model without vectors of sentences.
 
     Packing and compiling belong to the model: of several engines on one model, the one that last read a prompt decides.
@@ -58,10 +58,10 @@ class Engine:
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """A completion for each prompt, in their order; arguments and errors as in `stream`."""
-        rows = self._rows(prompts, params)
-        for _ in self._run(rows):
+        requests = self._requests(prompts, params)
+        for _ in self._run(requests):
             pass
-        return [row.completion(self.reader.sentence_end) for row in rows]
+        return [request.completion(self.reader.sentence_end) for request in requests]
 
     def stream(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -77,20 +77,20 @@ class Engine:
             InputError: an empty list of ids, or as many params as there are not prompts.
             ContextOverflowError: a prompt and its new tokens exceed the model's trained length.
         """
-        yield from self._run(self._rows(prompts, params))
+        yield from self._run(self._requests(prompts, params))
 
-    def _run(self, rows: list[Row]) -> Iterator[StreamEvent]:
+    def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows))
-        scheduler.enqueue(rows)
+        scheduler.enqueue(requests)
         while scheduler.has_work:
             yield from scheduler.round()
-            failed = next((row.error for row in rows if row.error is not None), None)
+            failed = next((request.error for request in requests if request.error is not None), None)
             if failed is not None:
                 raise failed
 
-    def _rows(
+    def _requests(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Row]:
+    ) -> list[Request]:
         if isinstance(prompts, str):
             raise InputError("prompts is one string: give a list of prompts.")
         if params is None or isinstance(params, SamplingParams):
@@ -100,13 +100,13 @@ class Engine:
                 f"{len(params)} sampling params for {len(prompts)} prompts: give one for all, or one each."
             )
         return [
-            make_row(self.reader, prompt, param, number=number)
+            make_request(self.reader, prompt, param, number=number)
             for number, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]
 
 
 def _of_each(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """The params of each of `count` rows; no two share their draws."""
+    """The params of each of `count` requests; no two share their draws."""
     if params.seed is None:
         return [params] * count
     return [replace(params, seed=row_seed(params.seed, index)) for index in range(count)]

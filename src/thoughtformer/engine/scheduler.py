@@ -1,6 +1,6 @@
 """Continuous batching: requests join the running batch and leave it at any step, under limits.
 
-A round drops what was cancelled or is late, takes one step with all rows, admits who fits, and reads some of their
+A round drops what was cancelled or is late, takes one step with all requests, admits who fits, and reads some of their
 prompts.
 """
 
@@ -17,7 +17,7 @@ from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import FinishReason, SamplingParams
 from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
-from thoughtformer.engine.rows import Completion, Row, StreamEvent, make_row
+from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.errors import StoppedError
 from thoughtformer.runners.base import Reader
 
@@ -54,7 +54,7 @@ class Scheduler:
         self.limits = limits
         self.batch = Batch(reader)
         self.admission = Admission(reader, limits)
-        self._reading: list[Row] = []
+        self._reading: list[Request] = []
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._next_number = 0
@@ -70,7 +70,7 @@ class Scheduler:
         client: str = "",
         deadline_seconds: float | None = None,
         on_event: Callable[[StreamEvent], None] | None = None,
-    ) -> Row:
+    ) -> Request:
         """Takes on a request; what comes of it is told to `on_event`, in the thread that runs the rounds.
 
         Args:
@@ -81,49 +81,49 @@ class Scheduler:
             on_event: must not raise, and return soon.
 
         Raises:
-            InputError, ContextOverflowError: a prompt that can't be; see `make_row`.
+            InputError, ContextOverflowError: a prompt that can't be; see `make_request`.
             TooLargeError: it would never fit `max_bytes`.
             OverloadedError: `max_waiting` requests wait already.
             StoppedError: nothing is worked on any more.
         """
-        row = self.prepare(prompt, params or SamplingParams())
-        row.client, row.on_event = client, on_event
+        request = self.prepare(prompt, params or SamplingParams())
+        request.client, request.on_event = client, on_event
         if deadline_seconds is not None:
-            row.deadline = time.monotonic() + deadline_seconds
-        self.enqueue([row])
-        return row
+            request.deadline = time.monotonic() + deadline_seconds
+        self.enqueue([request])
+        return request
 
-    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Row:
-        """A row to `enqueue`; arguments and errors as in `submit`."""
-        return make_row(self.reader, prompt, params, number=self.next_number())
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """A request to `enqueue`; arguments and errors as in `submit`."""
+        return make_request(self.reader, prompt, params, number=self.next_number())
 
-    def enqueue(self, rows: Sequence[Row]) -> None:
-        """Takes on all rows of a request, or none; raises as `submit` does."""
-        self.admission.check(rows)
+    def enqueue(self, requests: Sequence[Request]) -> None:
+        """Takes on all of them, or none; raises as `submit` does."""
+        self.admission.check(requests)
         with self._work:
             if self.is_closed:
                 raise StoppedError("the engine has stopped; nothing is worked on any more.")
-            self.admission.add(rows, num_in_work=len(self.batch.rows) + len(self._reading))
+            self.admission.add(requests, num_in_work=len(self.batch.requests) + len(self._reading))
             self._work.notify()
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, request: Request) -> None:
         """Ends a request at the next round with `finish_reason="cancelled"`, unless it has ended."""
         with self._work:
-            row.is_cancelled = True
+            request.is_cancelled = True
             self._work.notify()
 
     def close(self) -> None:
         """Ends every request at once and takes on no more; only where no round is under way."""
         with self._work:
             self.is_closed = True
-            for row in [*self.admission, *self._reading, *self.batch.rows]:
-                row.is_cancelled = True
+            for request in [*self.admission, *self._reading, *self.batch.requests]:
+                request.is_cancelled = True
         self._drop()
 
     @property
     def has_work(self) -> bool:
         """Whether a round would do anything."""
-        return bool(self.admission or self._reading or self.batch.rows)
+        return bool(self.admission or self._reading or self.batch.requests)
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
         """Blocks until there is work; False after `timeout` seconds without."""
@@ -136,7 +136,7 @@ class Scheduler:
             return SchedulerStats(
                 waiting=len(self.admission),
                 reading=len(self._reading),
-                running=len(self.batch.rows),
+                running=len(self.batch.requests),
                 cache_bytes=self._held_bytes(),
                 rounds=self._rounds,
                 prompt_tokens=self._prompt_tokens,
@@ -145,9 +145,9 @@ class Scheduler:
                 finished=dict(self._finished),
             )
 
-    def completion(self, row: Row) -> Completion:
-        """What came of a row that has ended."""
-        return row.completion(self.reader.sentence_end)
+    def completion(self, request: Request) -> Completion:
+        """What came of a request that has ended."""
+        return request.completion(self.reader.sentence_end)
 
     def round(self) -> list[StreamEvent]:
         """One round; returns its events in order, which `on_event`s have been told of.
@@ -159,77 +159,77 @@ class Scheduler:
         events: list[StreamEvent] = []
         try:
             events += self._drop()
-            # Before reading, so that a new row's first token doesn't wait for a step.
-            if self.batch.rows:
-                events += self._accept(self.batch.step(), self.batch.rows)
+            # Before reading, so that a new request's first token doesn't wait for a step.
+            if self.batch.requests:
+                events += self._accept(self.batch.step(), self.batch.requests)
             events += self._read()
         except Exception as error:
             events += self._fail(error)
         return events
 
     def next_number(self) -> int:
-        """A number that no other row has."""
+        """A number that no other request has."""
         with self._lock:
             self._next_number += 1
             return self._next_number - 1
 
     def _held_bytes(self) -> int:
-        alone = sum(row.held.num_bytes() for row in self._reading if row.held is not None)
+        alone = sum(request.cache.num_bytes() for request in self._reading if request.cache is not None)
         return self.batch.num_bytes() + alone
 
-    def _tell(self, events: Sequence[tuple[Row, StreamEvent]]) -> list[StreamEvent]:
-        """Counts events and tells those who wait; a row that has ended has left the batch by now."""
-        for row, event in events:
+    def _tell(self, events: Sequence[tuple[Request, StreamEvent]]) -> list[StreamEvent]:
+        """Counts events and tells those who wait; a request that has ended has left the batch by now."""
+        for request, event in events:
             if event.token is not None:
                 self._new_tokens += 1
             if event.finish_reason is not None:
-                row.is_told = True
+                request.is_told = True
                 self._finished[event.finish_reason] = self._finished.get(event.finish_reason, 0) + 1
-            if row.on_event is not None:
-                row.on_event(event)
+            if request.on_event is not None:
+                request.on_event(event)
         return [event for _, event in events]
 
     def _drop(self) -> list[StreamEvent]:
         """Ends what was cancelled or is late."""
         now = time.monotonic()
 
-        def reason(row: Row) -> FinishReason | None:
-            if row.is_cancelled:
+        def reason(request: Request) -> FinishReason | None:
+            if request.is_cancelled:
                 return "cancelled"
-            return "deadline" if row.deadline is not None and now >= row.deadline else None
+            return "deadline" if request.deadline is not None and now >= request.deadline else None
 
         with self._lock:
             ended = self.admission.remove(reason)
-            ended += [row for row in self._reading if reason(row)]
-            self._reading = [row for row in self._reading if not reason(row)]
-        ended += [row for row in self.batch.rows if reason(row)]
-        events = [(row, row.end(reason(row) or "cancelled")) for row in ended]
+            ended += [request for request in self._reading if reason(request)]
+            self._reading = [request for request in self._reading if not reason(request)]
+        ended += [request for request in self.batch.requests if reason(request)]
+        events = [(request, request.end(reason(request) or "cancelled")) for request in ended]
         self.batch.drop_ended()
-        for row in ended:
-            row.held = row.origin = None
+        for request in ended:
+            request.cache = request.origin = None
         return self._tell(events)
 
     def _admit(self) -> None:
         """Moves who fits from those that wait to those that are read."""
         with self._lock:
-            while (row := self.admission.take([*self.batch.rows, *self._reading])) is not None:
-                self._reading.append(row)
-                self._prompt_tokens += row.num_prompt_tokens
+            while (request := self.admission.take([*self.batch.requests, *self._reading])) is not None:
+                self._reading.append(request)
+                self._prompt_tokens += request.num_prompt_tokens
 
     def _read(self) -> list[StreamEvent]:
         """Reads prompts: new ones together in one pass; in pieces those that are long, or hold something already."""
         self._admit()
         most = self.limits.max_prefill_tokens
         left = most or 0
-        together: list[Row] = []
-        apart: list[Row] = []
-        for row in self._reading:
-            if row.num_read or (most is not None and len(row.ids) > most):
-                apart.append(row)
+        together: list[Request] = []
+        apart: list[Request] = []
+        for request in self._reading:
+            if request.num_read or (most is not None and len(request.ids) > most):
+                apart.append(request)
                 continue
-            left -= len(row.ids)
+            left -= len(request.ids)
             if most is None or left >= 0:
-                together.append(row)
+                together.append(request)
         events: list[StreamEvent] = []
         if together:
             try:
@@ -239,32 +239,32 @@ class Scheduler:
             else:
                 events += self._join(together, logits, cache)
         left = 0 if most is None else max(left, most // 4, 1)  # something, however many short ones there are
-        for row in apart:
+        for request in apart:
             if most is not None and left <= 0:
                 break
-            piece = self.reader.piece(row.ids[row.num_read :], None if most is None else left)
+            piece = self.reader.piece(request.ids[request.num_read :], None if most is None else left)
             left -= piece
             try:
-                logits = self.batch.read_piece(row, piece)
+                logits = self.batch.read_piece(request, piece)
             except Exception as error:
-                events += self._fail_rows([row], error)
+                events += self._fail_requests([request], error)
                 continue
-            if row.num_read == len(row.ids):
-                assert row.held is not None
-                events += self._join([row], logits, row.held)
+            if request.num_read == len(request.ids):
+                assert request.cache is not None
+                events += self._join([request], logits, request.cache)
         return events
 
-    def _join(self, rows: list[Row], logits: torch.Tensor, cache: RowsCache) -> list[StreamEvent]:
+    def _join(self, requests: list[Request], logits: torch.Tensor, cache: RowsCache) -> list[StreamEvent]:
         with self._lock:
-            self._reading = [row for row in self._reading if row not in rows]
-        self._cached_tokens += sum(row.num_known for row in rows)
-        self.batch.join(rows, cache)
-        return self._accept(logits, rows)
+            self._reading = [request for request in self._reading if request not in requests]
+        self._cached_tokens += sum(request.num_known for request in requests)
+        self.batch.join(requests, cache)
+        return self._accept(logits, requests)
 
-    def _accept(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[StreamEvent]:
-        """Chooses a token for each row, and lets those go that have ended by it."""
-        rows = list(rows)
-        events = list(zip(rows, self.batch.choose(logits, rows), strict=True))
+    def _accept(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[StreamEvent]:
+        """Chooses a token for each request, and lets those go that have ended by it."""
+        requests = list(requests)
+        events = list(zip(requests, self.batch.choose(logits, requests), strict=True))
         self.batch.drop_ended()
         return self._tell(events)
 
@@ -272,15 +272,15 @@ class Scheduler:
         """Ends all requests in work: what they hold may be half written."""
         with self._lock:
             reading = list(self._reading)
-        return self._fail_rows([*self.batch.clear(), *reading], error)
+        return self._fail_requests([*self.batch.clear(), *reading], error)
 
-    def _fail_rows(self, rows: Sequence[Row], error: Exception) -> list[StreamEvent]:
+    def _fail_requests(self, requests: Sequence[Request], error: Exception) -> list[StreamEvent]:
         """Ends these requests; also those whose last token was chosen, but not told."""
         with self._lock:
-            self._reading = [row for row in self._reading if row not in rows]
+            self._reading = [request for request in self._reading if request not in requests]
         ended = []
-        for row in rows:
-            row.error, row.held, row.origin = error, None, None
-            if not row.is_told:
-                ended.append((row, row.end("error")))
+        for request in requests:
+            request.error, request.cache, request.origin = error, None, None
+            if not request.is_told:
+                ended.append((request, request.end("error")))
         return self._tell(ended)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import SamplingParams
-from thoughtformer.engine.rows import Row, make_row
+from thoughtformer.engine.request import Request, make_request
 from thoughtformer.errors import BusyError, CheckpointError, OutputError
 from thoughtformer.runners.base import Reader
 from thoughtformer.stores.session_files import SessionFiles, key_of
@@ -101,15 +101,15 @@ class Sessions:
         *,
         number: int = 0,
         closes_sentence: bool = False,
-    ) -> tuple[Session, Row]:
-        """A row that goes on from the named session with `prompt`, text or ids; end it with `finish`.
+    ) -> tuple[Session, Request]:
+        """A request that goes on from the named session with `prompt`, text or ids; end it with `finish`.
 
         With `closes_sentence` the session's open sentence ends before the prompt, as a turn of a conversation does.
 
         Raises:
             BusyError: another request on the session is under way.
             CheckpointError: its file is damaged, or another model's; or the model's weights have changed since.
-            InputError, ContextOverflowError: as `make_row`, counting the session's tokens.
+            InputError, ContextOverflowError: as `make_request`, counting the session's tokens.
         """
         key = key_of(name)
         weights = self.reader.weights_state()  # all of them are read: not while others wait for the lock
@@ -126,27 +126,27 @@ class Sessions:
             end = self.reader.sentence_end
             if closes_sentence and session.ids and end is not None:
                 new = new if session.ids[-1] in (end, *self.reader.end_ids) else [end, *new]
-            row = make_row(self.reader, [*session.ids, *new], params, number=number)
-            if session.cache is not None and row.num_prompt_tokens > session.num_read:
-                row.origin = session.cache
-                row.num_read = row.num_known = session.num_read
-            row.keeps_cache = True
+            request = make_request(self.reader, [*session.ids, *new], params, number=number)
+            if session.cache is not None and request.num_prompt_tokens > session.num_read:
+                request.origin = session.cache
+                request.num_read = request.num_known = session.num_read
+            request.keeps_cache = True
             session.is_busy, session.weights = True, weights
             self._held[key] = session
             self._held.move_to_end(key)
-        return session, row
+        return session, request
 
-    def finish(self, session: Session, row: Row) -> None:
-        """Takes over what a row came to, if it has ended by itself; else the session stays as it was before.
+    def finish(self, session: Session, request: Request) -> None:
+        """Takes over what a request came to, if it has ended by itself; else the session stays as it was before.
 
-        Call `make_room` some time after. A row still in work may be finished with as well: it goes on with a copy.
+        Call `make_room` some time after. A request still in work may be finished with as well: it goes on with a copy.
         """
         with self._lock:
             session.is_busy = False
             session.used = time.monotonic()
-            if row.has_ended_itself and row.held is not None:
-                ids = row.shown_ids  # what follows an end would be another document, which doesn't see this one
-                session.ids, session.cache, session.num_read = ids, row.held, min(row.num_read, len(ids))
+            if request.has_ended_itself and request.cache is not None:
+                ids = request.shown_ids  # what follows an end would be another document, which doesn't see this one
+                session.ids, session.cache, session.num_read = ids, request.cache, min(request.num_read, len(ids))
                 session.is_saved = False
             if session.cache is None:
                 self._held.pop(session.key, None)

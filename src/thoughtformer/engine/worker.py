@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from thoughtformer.engine.rows import Row
+from thoughtformer.engine.request import Request
 from thoughtformer.engine.scheduler import Scheduler
 
 __all__ = ["Worker"]
@@ -52,9 +52,9 @@ class Worker:
         if self._thread.is_alive():
             logger.error("a round takes longer than %g seconds: its requests are left to it", timeout)
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, request: Request) -> None:
         """See `Scheduler.cancel`."""
-        self.scheduler.cancel(row)
+        self.scheduler.cancel(request)
 
     def _run(self) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thoughtformer.runners.base import Reader, RowContext
+from thoughtformer.runners.base import Reader, RequestContext
 from thoughtformer.runners.opening import reader_of
 
-__all__ = ["Reader", "RowContext", "reader_of"]
+__all__ = ["Reader", "RequestContext", "reader_of"]

@@ -18,7 +18,7 @@ from thoughtformer.cache.rows import RowsCache
 from thoughtformer.models.fingerprint import base_weights, weights_state
 from thoughtformer.stores.model_sentences import StoredSentences
 
-__all__ = ["ContextFollower", "Reader", "RowContext", "end_ids_of", "identity_of"]
+__all__ = ["ContextFollower", "Reader", "RequestContext", "end_ids_of", "identity_of"]
 
 #: Characters of a text that is read whole at once, whatever the limit.
 SHORT_TEXT = 1 << 14
@@ -52,7 +52,7 @@ def end_ids_of(model: Any, tokenizer: Any, *, vocab_size: int, also: Iterable[in
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowContext:
+class RequestContext:
     """A row's context as the model holds it.
 
     Attributes:
@@ -76,7 +76,7 @@ class ContextFollower(ABC):
     """Tells of one request's context after each of its new tokens, in time that doesn't grow with the text."""
 
     @abstractmethod
-    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RowContext:
+    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RequestContext:
         """What `cache` holds of the request, its row number `index`, now that its ids are `ids`."""
 
 

@@ -16,7 +16,7 @@ from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.rules.schedule import RowProgress
-from thoughtformer.runners.base import ContextFollower, Reader, RowContext, end_ids_of, identity_of
+from thoughtformer.runners.base import ContextFollower, Reader, RequestContext, end_ids_of, identity_of
 from thoughtformer.text.plain import document_tokenizer
 
 __all__ = ["CompressedReader"]
@@ -153,7 +153,7 @@ class _Follower(ContextFollower):
         #: Where the text begins of which no fold was told; None before the first token.
         self.told: int | None = None
 
-    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RowContext:
+    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RequestContext:
         assert isinstance(cache, CompressedCache)
         model = self.reader.model
         closed, still_open = cache.store.counts(index)
@@ -161,7 +161,7 @@ class _Follower(ContextFollower):
         has_folded = self.told is not None and start > self.told
         folded = self.reader.decode(ids[self.told : start]) if has_folded else None
         self.told = start
-        return RowContext(
+        return RequestContext(
             closed_sentences=closed,
             open_tokens=still_open,
             held_bytes=model.cache_bytes(int(cache.num_entries[index]), 1),

@@ -14,7 +14,7 @@ from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.fingerprint import Followed, base_weights, exact_fingerprint
 from thoughtformer.models.gpthf.modeling import compile_steps
 from thoughtformer.models.packed_linear import pack_weights, unpack_weights, using_packed_weights
-from thoughtformer.runners.base import ContextFollower, Reader, RowContext, end_ids_of, identity_of
+from thoughtformer.runners.base import ContextFollower, Reader, RequestContext, end_ids_of, identity_of
 from thoughtformer.stores.model_sentences import StoredSentences
 from thoughtformer.text import SentenceTokenizer
 
@@ -157,7 +157,7 @@ class _Follower(ContextFollower):
         #: Where the open sentence begins.
         self.opened = 0
 
-    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RowContext:
+    def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RequestContext:
         assert isinstance(cache, GPTHFCache)
         for place in range(self.num_counted, len(ids)):
             is_end, is_start = ids[place] == self.reader.sentence_end, ids[place] in self.reader.start_ids
@@ -167,7 +167,7 @@ class _Follower(ContextFollower):
         model, config = self.reader.model, self.reader.model.config
         shape = config.layer_shape("decoder")
         entry = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
-        return RowContext(
+        return RequestContext(
             closed_sentences=self.num_sentences,
             open_tokens=len(ids) - self.opened,
             held_bytes=model.model.cache_bytes({stage.name: int(stage.lengths[index]) for stage in cache.stages}, 1),

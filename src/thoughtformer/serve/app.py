@@ -166,7 +166,7 @@ def _file(path: Path) -> Any:
 
 
 async def _all_ended(generation: Generation, request: Request) -> bool:
-    """Waits for all rows; False if the client goes away before."""
+    """Waits for all of its requests; False if the client goes away before."""
 
     async def finish() -> None:
         async for _ in generation.events():
@@ -194,11 +194,11 @@ async def _streamed(
     """Server-sent events, as text comes; a failure is told by a last one."""
     try:
         if shape.is_chat:
-            for index in range(len(generation.rows)):
+            for index in range(len(generation.requests)):
                 yield sse(shape.first(index))
         if body.return_context:
-            for index, row in enumerate(generation.rows):
-                parts = await generation.service.prepared(partial(generation.service.parts_of, row))
+            for index, one in enumerate(generation.requests):
+                parts = await generation.service.prepared(partial(generation.service.parts_of, one))
                 yield sse(shape.chunk(index, "", None, context=parts))
         async for index, event in generation.events():
             if event.finish_reason in ("cancelled", "deadline", "error"):
@@ -229,13 +229,13 @@ def _counts(body: GenerationRequest) -> bool:
 
 
 def _observe(metrics: Metrics, generation: Generation) -> None:
-    for row in generation.rows:
-        metrics.first_token.observe(row.first_token_seconds)
-        metrics.whole.observe(row.seconds)
+    for one in generation.requests:
+        metrics.first_token.observe(one.first_token_seconds)
+        metrics.whole.observe(one.seconds)
 
 
 def _failure(generation: Generation) -> Response | None:
-    if all(row.has_ended_itself for row in generation.rows):
+    if all(one.has_ended_itself for one in generation.requests):
         return None
     message, status, code = _told(generation)
     return error_response(message, status=status, code=code)
@@ -243,12 +243,12 @@ def _failure(generation: Generation) -> Response | None:
 
 def _told(generation: Generation) -> tuple[str, int, str]:
     """What to say of a request that didn't end by itself."""
-    reasons = [row.finish_reason for row in generation.rows]
+    reasons = [one.finish_reason for one in generation.requests]
     if "deadline" in reasons:
         seconds = generation.service.settings.request_seconds
         return f"the request took longer than {seconds:g} seconds: ask for fewer tokens.", 504, "deadline"
     if "error" in reasons:
-        failed = next((row.error for row in generation.rows if row.error is not None), None)
+        failed = next((one.error for one in generation.requests if one.error is not None), None)
         logger.error("the engine failed", exc_info=failed)
         return "the engine failed on this request; see the server's log.", 500, "engine_error"
     return "the server is stopping.", 503, "stopping"

@@ -1,4 +1,4 @@
-"""Requests to rows and back: the part of the server between HTTP and the engine's thread."""
+"""Bodies of HTTP to requests of the engine, and back: the part of the server between HTTP and the engine's thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from thoughtformer.decode import SamplingParams, row_seed
-from thoughtformer.engine import Completion, Row, Scheduler, Session, Sessions, StreamEvent, Worker
+from thoughtformer.engine import Completion, Request, Scheduler, Session, Sessions, StreamEvent, Worker
 from thoughtformer.errors import ContextOverflowError, InputError, TooLargeError
 from thoughtformer.runners.base import Reader
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
@@ -127,18 +127,18 @@ class Service:
         """What `work` returns, done where sessions are written: it may have to wait for a disk."""
         return await asyncio.get_running_loop().run_in_executor(self._saving, work)
 
-    async def finish(self, session: Session, row: Row) -> None:
-        """Gives a session what came of its row; memory is made room in beside that."""
+    async def finish(self, session: Session, request: Request) -> None:
+        """Gives a session what came of its request; memory is made room in beside that."""
 
         def finish() -> None:
-            self.sessions.finish(session, row)
+            self.sessions.finish(session, request)
             if self.sessions.num_bytes() > self.sessions.max_bytes:
                 with contextlib.suppress(RuntimeError):  # stopped meanwhile: all sessions are saved then
                     self._saving.submit(self.sessions.make_room)
 
         await self.prepared(finish)
 
-    async def begin(self, request: GenerationRequest, *, client: str = "") -> Generation:
+    async def begin(self, body: GenerationRequest, *, client: str = "") -> Generation:
         """Takes on a request; iterate over it, and close it whatever happens. Clients take turns.
 
         Raises:
@@ -146,70 +146,70 @@ class Service:
         """
         generation = Generation(self, asyncio.get_running_loop())
         try:
-            await self.prepared(lambda: self._submit(request, generation, client))
+            await self.prepared(lambda: self._submit(body, generation, client))
         except BaseException:
             await generation.close()
             raise
         return generation
 
-    def _submit(self, request: GenerationRequest, generation: Generation, client: str) -> None:
+    def _submit(self, body: GenerationRequest, generation: Generation, client: str) -> None:
         settings = self.settings
-        if isinstance(request, CompletionRequest):
-            asked, default = request.max_tokens, 16  # OpenAI's default
-            prompts: list[str | list[int]] = request.prompts
+        if isinstance(body, CompletionRequest):
+            asked, default = body.max_tokens, 16  # OpenAI's default
+            prompts: list[str | list[int]] = body.prompts
         else:
-            assert isinstance(request, ChatRequest)
-            asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+            assert isinstance(body, ChatRequest)
+            asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
             default = settings.default_new_tokens or settings.max_new_tokens
-            prompts = [self._chat(request)]
+            prompts = [self._chat(body)]
         new_tokens = min(default, settings.max_new_tokens) if asked is None else asked
-        count = len(prompts) * request.number_of_choices
+        count = len(prompts) * body.number_of_choices
         if not prompts:
             raise InputError("prompt is an empty list: give one prompt or more.")
         if count > settings.max_choices:
             raise InputError(
-                f"{len(prompts)} prompts with n={request.number_of_choices} are {count} completions, but one request "
+                f"{len(prompts)} prompts with n={body.number_of_choices} are {count} completions, but one request "
                 f"may ask for {settings.max_choices}."
             )
         if new_tokens > settings.max_new_tokens:
             raise InputError(f"max_tokens={new_tokens}, but this server writes {settings.max_new_tokens} at most.")
-        if request.session is not None and len(prompts) > 1:
+        if body.session is not None and len(prompts) > 1:
             raise InputError("a session takes one prompt at a time.")
         # What nobody asked for is no demand: it gives way to the room that there is.
-        params = _params(request, new_tokens, fits_room=asked is None)
+        params = _params(body, new_tokens, fits_room=asked is None)
         for index in range(count):
-            place = divmod(index, request.number_of_choices)
+            place = divmod(index, body.number_of_choices)
             own = params if params.seed is None else replace(params, seed=row_seed(params.seed, *place))
-            self._prepare(prompts[place[0]], own, request, generation)
-        for row in generation.rows:
-            row.client = client
-        self.scheduler.enqueue(generation.rows)
+            self._prepare(prompts[place[0]], own, body, generation)
+        for request in generation.requests:
+            request.client = client
+        self.scheduler.enqueue(generation.requests)
 
     def _prepare(
-        self, prompt: str | list[int], params: SamplingParams, request: GenerationRequest, generation: Generation
+        self, prompt: str | list[int], params: SamplingParams, body: GenerationRequest, generation: Generation
     ) -> None:
         session = None
         if isinstance(prompt, str):
             self._refuse_much_too_long(prompt)
-        if request.session is None:
-            row = self.scheduler.prepare(prompt, params)
+        if body.session is None:
+            request = self.scheduler.prepare(prompt, params)
         else:
-            session, row = self.sessions.begin(
-                request.session,
+            session, request = self.sessions.begin(
+                body.session,
                 prompt,
                 params,
                 number=self.scheduler.next_number(),
-                closes_sentence=isinstance(request, ChatRequest),
+                closes_sentence=isinstance(body, ChatRequest),
             )
-        generation.add(row, session)
+        generation.add(request, session)
         most = self.most_prompt_tokens
-        if most is not None and row.num_prompt_tokens > most:
+        if most is not None and request.num_prompt_tokens > most:
             raise TooLargeError(
-                f"the prompt has {row.num_prompt_tokens} tokens, a session's context included; this server reads "
+                f"the prompt has {request.num_prompt_tokens} tokens, a session's context included; this server reads "
                 f"{most} at most."
             )
-        row.follower = self.reader.new_follower() if request.return_context else None
-        row.deadline = time.monotonic() + self.settings.request_seconds
+        request.follower = self.reader.new_follower() if body.return_context else None
+        request.deadline = time.monotonic() + self.settings.request_seconds
 
     def _refuse_much_too_long(self, text: str) -> None:
         """Refuses a text without reading all of it, so that nobody waits while millions of characters are read."""
@@ -223,13 +223,13 @@ class Service:
             f"{'this server reads' if limit == most else 'the model was trained for'} at most. Shorten it."
         )
 
-    def parts_of(self, row: Row) -> dict[str, Any]:
+    def parts_of(self, request: Request) -> dict[str, Any]:
         """A prompt as it is held: what is kept of its start, its folded sentences or spans, and the rest, as text."""
-        kept, closed, rest = self.reader.parts(row.ids[: row.num_prompt_tokens])
+        kept, closed, rest = self.reader.parts(request.ids[: request.num_prompt_tokens])
         return {"kept": kept, "sentences": closed, "open": rest}
 
-    def _chat(self, request: ChatRequest) -> list[int]:
-        messages = [message.for_template() for message in request.messages]
+    def _chat(self, body: ChatRequest) -> list[int]:
+        messages = [message.for_template() for message in body.messages]
         # All at once: many short messages are as much to read as a long one.
         contents = (message.get("content") for message in messages)
         self._refuse_much_too_long("".join(content for content in contents if isinstance(content, str)))
@@ -239,40 +239,40 @@ class Service:
             # role that the model has never seen.
             if message["role"] == "developer" and "developer" not in template:
                 message["role"] = "system"
-        is_new = request.session is None or not self.sessions.has(request.session)
+        is_new = body.session is None or not self.sessions.has(body.session)
         return encode_chat(self.reader.tokenizer, messages, start=is_new)
 
 
 class Generation:
-    """The rows of one request, as events in the order in which they come.
+    """The requests of one body, as events in the order in which they come.
 
     Closing it before the end cancels what is left; that is what a client who goes away amounts to.
     """
 
     def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
         self.service = service
-        self.rows: list[Row] = []
+        self.requests: list[Request] = []
         self.session: Session | None = None
         self._loop = loop
         self._events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self._unfinished = 0
 
-    def add(self, row: Row, session: Session | None = None) -> None:
-        """Follows a row, before it is enqueued, and its session."""
-        index, self.session = len(self.rows), session
-        self.rows.append(row)
+    def add(self, request: Request, session: Session | None = None) -> None:
+        """Follows a request, before it is enqueued, and its session."""
+        index, self.session = len(self.requests), session
+        self.requests.append(request)
         self._unfinished += 1
 
         def tell(event: StreamEvent) -> None:
             try:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
             except RuntimeError:  # the loop has closed: nobody waits any more
-                self.service.scheduler.cancel(row)
+                self.service.scheduler.cancel(request)
 
-        row.on_event = tell
+        request.on_event = tell
 
     async def events(self) -> AsyncIterator[tuple[int, StreamEvent]]:
-        """Each row's index and event, until all have ended."""
+        """Each request's index and event, until all have ended."""
         while self._unfinished:
             index, event = await self._events.get()
             if event.finish_reason is not None:
@@ -282,36 +282,36 @@ class Generation:
             yield index, event
 
     def completions(self) -> Sequence[Completion]:
-        """What came of the rows, once all have ended."""
-        return [self.service.scheduler.completion(row) for row in self.rows]
+        """What came of the requests, once all have ended."""
+        return [self.service.scheduler.completion(request) for request in self.requests]
 
     async def close(self) -> None:
         """Cancels what hasn't ended."""
-        for row in self.rows:
-            if row.finish_reason is None:
-                self.service.scheduler.cancel(row)
+        for request in self.requests:
+            if request.finish_reason is None:
+                self.service.scheduler.cancel(request)
         await self._end_session()
 
     async def _end_session(self) -> None:
         session, self.session = self.session, None
         if session is not None:
-            await asyncio.shield(self.service.finish(session, self.rows[0]))
+            await asyncio.shield(self.service.finish(session, self.requests[0]))
 
 
-def _params(request: GenerationRequest, new_tokens: int, *, fits_room: bool) -> SamplingParams:
+def _params(body: GenerationRequest, new_tokens: int, *, fits_room: bool) -> SamplingParams:
     chosen = {
-        "top_k": request.top_k,
-        "top_p": request.top_p,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "stop_token_ids": request.stop_token_ids,
+        "top_k": body.top_k,
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "stop_token_ids": body.stop_token_ids,
     }
     return SamplingParams(
         max_new_tokens=new_tokens,
-        temperature=1.0 if request.temperature is None else request.temperature,  # OpenAI's default
-        seed=request.seed,
-        stop=request.stop_strings,
-        ignore_end_of_text=request.ignore_eos,
+        temperature=1.0 if body.temperature is None else body.temperature,  # OpenAI's default
+        seed=body.seed,
+        stop=body.stop_strings,
+        ignore_end_of_text=body.ignore_eos,
         fits_room=fits_room,
         **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import Ends, FinishReason, RowSampler, SamplingParams, TextStream, ends_of
 from thoughtformer.errors import ContextOverflowError, InputError
-from thoughtformer.runners.base import ContextFollower, Reader, RowContext
+from thoughtformer.runners.base import ContextFollower, Reader, RequestContext
 
-__all__ = ["Completion", "Row", "StreamEvent", "Usage", "make_row"]
+__all__ = ["Completion", "Request", "StreamEvent", "Usage", "make_request"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,17 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamEvent:
-    """One token of one row: `text` is what it adds to the shown text, perhaps nothing.
+    """One token of one request: `text` is what it adds to the shown text, perhaps nothing.
 
-    `token` is None where a row ends without one: cancelled, late, or failed. `context` is there if asked for.
+    `row` is the request's number; of `Engine`, the place of its prompt. `token` is None where a request ends without
+    one: cancelled, late, or failed. `context` is there if asked for.
     """
 
     row: int
     token: int | None
     text: str
     finish_reason: FinishReason | None
-    context: RowContext | None = None
+    context: RequestContext | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,9 @@ class Completion:
         ids: the new tokens, sentence ends and a final end or stop token included.
         finish_reason: why it ended.
         usage: token counts.
-        first_token_seconds: from the call to this row's first token.
-        seconds: from the call to this row's last token.
-        cache_bytes: held by the whole batch when this row ended.
+        first_token_seconds: from the call to this request's first token.
+        seconds: from the call to this request's last token.
+        cache_bytes: held by the whole batch when this request ended.
     """
 
     text: str
@@ -66,7 +67,7 @@ class Completion:
 
 
 @dataclass(eq=False)
-class Row:
+class Request:
     """A request from its submission to its end.
 
     Attributes:
@@ -74,16 +75,16 @@ class Row:
         ids: prompt and what was written.
         num_prompt_tokens: of these, the prompt's.
         num_read: of these, how many `held` has.
-        held: what the row alone holds: before it joined the batch, or, with `keeps_cache`, after it left.
-        origin: where to go on from, copied once the row is admitted; `num_read` counts it already.
-        keeps_cache: take the row's cache out of the batch when it ends.
+        cache: its own: before it joined the batch, or, with `keeps_cache`, after it left.
+        origin: where to go on from, copied once the request is admitted; `num_read` counts it already.
+        keeps_cache: take the request's cache out of the batch when it ends.
         ends: where its text ends.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
         deadline: on the monotonic clock; it ends then, wherever it stands.
         is_told: its last event has been told.
         follower: tells of its context, for its events; None: they say nothing of it.
-        on_event: told of every event of this row, in the scheduler's thread.
+        on_event: told of every event of this request, in the scheduler's thread.
     """
 
     number: int
@@ -100,7 +101,7 @@ class Row:
     on_event: Callable[[StreamEvent], None] | None = None
     num_read: int = 0
     num_known: int = 0
-    held: RowsCache | None = None
+    cache: RowsCache | None = None
     origin: RowsCache | None = None
     keeps_cache: bool = False
     is_cancelled: bool = False
@@ -135,7 +136,7 @@ class Row:
         self.most_entries = reader.most_entries(self.ids, max_new_tokens)
 
     def accept(self, token: int) -> StreamEvent:
-        """Adds a chosen token; the row may have ended then."""
+        """Adds a chosen token; the request may have ended then."""
         self.ids.append(token)
         reason = self.ends.reasons.get(token)
         self._is_end_unshown = reason is not None
@@ -181,8 +182,8 @@ class Row:
         )
 
 
-def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams, *, number: int) -> Row:
-    """A row for a prompt: text, or token ids, which start as the model's texts do.
+def make_request(reader: Reader, prompt: str | Sequence[int], params: SamplingParams, *, number: int) -> Request:
+    """A request for a prompt: text, or token ids, which start as the model's texts do.
 
     Raises:
         InputError: no ids, or ids that the model can't read.
@@ -194,7 +195,7 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
         params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
     check_prompt(reader, ids, params, number)
     ends = ends_of(params, end_ids=reader.end_ids, special_tokens=reader.special_tokens, vocab_size=reader.vocab_size)
-    return Row(
+    return Request(
         number=number,
         ids=ids,
         num_prompt_tokens=len(ids),
@@ -207,7 +208,7 @@ def make_row(reader: Reader, prompt: str | Sequence[int], params: SamplingParams
 
 
 def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, number: int) -> None:
-    """Raises what `make_row` does."""
+    """Raises what `make_request` does."""
     if not ids:
         raise InputError(f"prompt {number} has no tokens: start it as a text, with the tokenizer's own start token.")
     if min(ids) < 0 or max(ids) >= reader.vocab_size:
