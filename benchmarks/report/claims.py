@@ -66,6 +66,13 @@ class Claim:
     headline: bool = False
 
 
+Measure = Callable[[dict[str, Record]], Spread | None]
+
+
+def _times(figure: Spread, factor: float) -> Spread:
+    return replace(figure, median=figure.median * factor, low=figure.low * factor, high=figure.high * factor)
+
+
 def _divided(top: Spread | None, bottom: Spread | None) -> Spread | None:
     """The ratio of two figures, with the worst range that both allow."""
     if top is None or bottom is None:
@@ -75,87 +82,32 @@ def _divided(top: Spread | None, bottom: Spread | None) -> Spread | None:
     )
 
 
-def _ratio(over: tuple[str, str], under: tuple[str, str]) -> Callable[[dict[str, Record]], Spread | None]:
+def _ratio(metric: str, over: str, under: str) -> Measure:
     """One peer's figure by another's."""
 
     def measure(records: dict[str, Record]) -> Spread | None:
-        return _divided(*(records[peer].metrics.get(name) if peer in records else None for peer, name in (over, under)))
+        return _divided(*(records[peer].metrics.get(metric) if peer in records else None for peer in (over, under)))
 
     return measure
 
 
-def _of_limit(peer: str) -> Callable[[dict[str, Record]], Spread | None]:
+def _of_limit(peer: str) -> Measure:
     """Tokens a second by what the memory's rate would allow, were nothing read but the weights."""
 
     def measure(records: dict[str, Record]) -> Spread | None:
         if peer not in records or "memory" not in records or not records[peer].metrics:
             return None
         rate, weights = records["memory"].metrics["bytes_per_second"], records[peer].workload["weight_bytes"]
-        speed = records[peer].metrics["tokens_per_second"]
-        return Spread(
-            median=speed.median * weights / rate.median,
-            low=speed.low * weights / rate.high,
-            high=speed.high * weights / rate.low,
-            runs=speed.runs,
-        )
+        return _divided(records[peer].metrics["tokens_per_second"], _times(rate, 1 / weights))
 
     return measure
 
 
-def _off_formula(peer: str) -> Callable[[dict[str, Record]], Spread | None]:
-    def measure(records: dict[str, Record]) -> Spread | None:
-        if peer not in records:
-            return None
-        metrics = records[peer].metrics
-        off = abs(metrics["flops"].median / metrics["exact_incremental_flops"].median - 1)
-        return Spread.of([off])
-
-    return measure
-
-
-def _prefill(split: str, context: int, target: float) -> Claim:
-    return Claim(
-        text=f"prefill of {context // 1024}k tokens, {split} against the plain GPT",
-        theme="speed",
-        case="prefill",
-        target=target,
-        measure=_ratio(("gpt", "seconds"), (f"gpthf {split}", "seconds")),
-        workload={"context": context, "size": "full"},
-    )
-
-
-def _decode(context: int, target: float) -> Claim:
-    return Claim(
-        text=f"decoding 16 rows of {context // 1024}k tokens, 4+8 against the plain GPT's preallocated cache",
-        theme="speed",
-        case="decode",
-        target=target,
-        measure=_ratio(("gpthf 4+8", "tokens_per_second"), ("gpt", "tokens_per_second")),
-        workload={"context": context, "size": "full"},
-    )
-
-
-def _bytes(context: int, target: float) -> Claim:
-    return Claim(
-        text=f"KV bytes at {context // 1024}k tokens, 16+8 against 24 layers of plain GPT",
-        theme="memory",
-        case="kv_bytes",
-        target=target,
-        measure=_ratio(("gpt", "bytes"), ("gpthf 16+8", "bytes")),
-        workload={"context": context, "layers": 24},
-    )
-
-
-def _limit(peer: str, text: str, target: float) -> Claim:
-    return Claim(
-        text=text,
-        theme="speed",
-        case="batch1",
-        target=target,
-        unit="%",
-        measure=_of_limit(peer),
-        workload={"size": "full"},
-    )
+def _off_formula(records: dict[str, Record]) -> Spread | None:
+    """How far counted FLOPs are off the formula's."""
+    if (record := records.get("gpthf 16+8 fast")) is None:
+        return None
+    return Spread.of([abs(record.metrics["flops"].median / record.metrics["exact_incremental_flops"].median - 1)])
 
 
 def _against_generate(records: dict[str, Record]) -> Spread | None:
@@ -165,147 +117,152 @@ def _against_generate(records: dict[str, Record]) -> Spread | None:
     return _divided(speeds.get("gpt"), max(theirs, key=lambda speed: speed.median, default=None))
 
 
-def _deep(program: str, text: str, target: float, *, model: str = "", of_bytes: bool = False) -> Claim:
-    """The hourglass of 24 layers, or a `model` of its kind, against the plain GPT, both by the same program."""
-    fast, slow = f"hourglass 3+18+3{model}{program}", f"gpt{program}"
-    faster = _ratio((fast, "text_tokens_per_second"), (slow, "text_tokens_per_second"))
+def _of_bytes(fast: str, slow: str) -> Measure:
+    """By how much one is faster, in parts of the ratio of the bytes that a step of each touches."""
+    faster = _ratio("text_tokens_per_second", fast, slow)
 
     def measure(records: dict[str, Record]) -> Spread | None:
-        ratio = faster(records)
-        if ratio is None or not of_bytes:
-            return ratio
-        bytes_ratio = records[slow].metrics["touched_bytes"].median / records[fast].metrics["touched_bytes"].median
-        return Spread(
-            median=ratio.median / bytes_ratio,
-            low=ratio.low / bytes_ratio,
-            high=ratio.high / bytes_ratio,
-            runs=ratio.runs,
-        )
+        if (ratio := faster(records)) is None:
+            return None
+        fewer = records[fast].metrics["touched_bytes"].median / records[slow].metrics["touched_bytes"].median
+        return _times(ratio, fewer)
 
+    return measure
+
+
+def _claim(
+    case: str,
+    text: str,
+    target: float,
+    measure: Measure,
+    *,
+    theme: str = "speed",
+    unit: str = "x",
+    at_most: bool = False,
+    headline: bool = False,
+    **workload: Any,
+) -> Claim:
     return Claim(
         text=text,
-        theme="speed",
-        case="architectures",
+        theme=theme,
+        case=case,
         target=target,
-        unit="%" if of_bytes else "x",
         measure=measure,
-        workload={"size": "deep", "layers": 24, "batch": 1},
+        workload=workload,
+        unit=unit,
+        at_most=at_most,
+        headline=headline,
     )
 
 
-def _hourglass_bytes(peer: str, text: str) -> Claim:
-    return Claim(
-        text=f"KV bytes at 4k tokens, {text} against 12 layers of plain GPT",
-        theme="speed",
-        case="architectures",
-        target=20,
-        measure=_ratio(("gpt", "kv_bytes"), (peer, "kv_bytes")),
-        workload={"size": "full", "context": 4096, "batch": 1},
-    )
+def _prefill(split: str, context: int, target: float, *, headline: bool = False) -> Claim:
+    text = f"prefill of {context // 1024}k tokens, {split} against the plain GPT"
+    measure = _ratio("seconds", "gpt", f"gpthf {split}")
+    return _claim("prefill", text, target, measure, headline=headline, context=context, size="full")
+
+
+def _decode(context: int, target: float, *, headline: bool = False) -> Claim:
+    text = f"decoding 16 rows of {context // 1024}k tokens, 4+8 against the plain GPT's preallocated cache"
+    measure = _ratio("tokens_per_second", "gpthf 4+8", "gpt")
+    return _claim("decode", text, target, measure, headline=headline, context=context, size="full")
+
+
+def _bytes(context: int, target: float, *, headline: bool = False) -> Claim:
+    text = f"KV bytes at {context // 1024}k tokens, 16+8 against 24 layers of plain GPT"
+    measure = _ratio("bytes", "gpt", "gpthf 16+8")
+    return _claim("kv_bytes", text, target, measure, theme="memory", headline=headline, context=context, layers=24)
+
+
+def _limit(peer: str, text: str, target: float, *, headline: bool = False) -> Claim:
+    text = f"{text}: of the memory's limit"
+    return _claim("batch1", text, target, _of_limit(peer), unit="%", headline=headline, size="full")
+
+
+def _deep(
+    program: str, text: str, target: float, *, model: str = "", of_bytes: bool = False, headline: bool = False
+) -> Claim:
+    """The hourglass of 24 layers, or a `model` of its kind, against the plain GPT, both by the same program."""
+    fast, slow = f"hourglass 3+18+3{model}{program}", f"gpt{program}"
+    measure = _of_bytes(fast, slow) if of_bytes else _ratio("text_tokens_per_second", fast, slow)
+    unit = "%" if of_bytes else "x"
+    return _claim("architectures", text, target, measure, unit=unit, headline=headline, size="deep", layers=24, batch=1)
+
+
+def _hourglass_bytes(kind: str, text: str, *, headline: bool = False) -> Claim:
+    text = f"KV bytes at 4k tokens, hourglass 2+8+2{text} against 12 layers of plain GPT"
+    measure = _ratio("kv_bytes", "gpt", f"hourglass 2+8+2{kind}")
+    return _claim("architectures", text, 20, measure, headline=headline, size="full", context=4096, batch=1)
 
 
 def _packed(peer: str, text: str, target: float) -> Claim:
-    return Claim(
-        text=f"32 prompts of 8 to 512 tokens, plain GPT: packed prefill against {text}",
-        theme="speed",
-        case="packed",
-        target=target,
-        measure=_ratio((peer, "seconds"), ("gpt, packed", "seconds")),
-        workload={"size": "full"},
-    )
+    text = f"32 prompts of 8 to 512 tokens, plain GPT: packed prefill against {text}"
+    return _claim("packed", text, target, _ratio("seconds", peer, "gpt, packed"), size="full")
 
 
-def _known(peer: str, text: str) -> Claim:
-    return Claim(
-        text=f"prefill of 32k tokens, {text}, every sentence in the store, against the plain GPT",
-        theme="speed",
-        case="known",
-        target=100,
-        measure=_ratio(("gpt", "seconds"), (f"{peer}, known", "seconds")),
-        workload={"size": "full", "context": 32768},
-    )
+def _known(peer: str, text: str, *, headline: bool = False) -> Claim:
+    text = f"prefill of 32k tokens, {text}, every sentence in the store, against the plain GPT"
+    measure = _ratio("seconds", "gpt", f"{peer}, known")
+    return _claim("known", text, 100, measure, headline=headline, size="full", context=32768)
 
 
-def _requests(over: str, under: str, text: str) -> Claim:
-    return Claim(
-        text=f"16 requests of mixed length: {text}",
-        theme="speed",
-        case="requests",
-        target=3,
-        measure=_ratio((over, "new_tokens_per_second"), (under, "new_tokens_per_second")),
-        workload={"size": "full"},
-    )
+def _requests(over: str, under: str, text: str, *, headline: bool = False) -> Claim:
+    text = f"16 requests of mixed length: {text}"
+    return _claim("requests", text, 3, _ratio("new_tokens_per_second", over, under), headline=headline, size="full")
 
 
-def _headline(claim: Claim) -> Claim:
-    return replace(claim, headline=True)
-
-
-TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT"
-WINDOW = "decoding one row, the same hourglass with a window of eight sentences against that GPT"
+BATCH8 = "plain GPT through the engine, 8 rows of 1k tokens, against transformers.generate (its faster cache)"
+DEEP = "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled"
+TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT, both compiled"
+WINDOW = "decoding one row, the same hourglass with a window of eight sentences against that GPT, both compiled"
+OF_BYTES = "of the ratio of bytes touched"
+GENERATE = "transformers.generate with its plain twin one at a time"
 
 CLAIMS = (
-    _headline(_prefill("4+8", 4096, 3.5)),
-    _headline(_prefill("4+8", 32768, 10)),
+    _prefill("4+8", 4096, 3.5, headline=True),
+    _prefill("4+8", 32768, 10, headline=True),
     _prefill("2+10", 32768, 15),
-    _headline(_decode(4096, 3.3)),
+    _decode(4096, 3.3, headline=True),
     _decode(16384, 10),
-    _headline(_bytes(4096, 50)),
+    _bytes(4096, 50, headline=True),
     _bytes(32768, 70),
     *(
-        Claim(
-            text=f"FLOPs of {prompt} + {new} tokens, 16+8: off the exact incremental cost",
+        _claim(
+            "pairs",
+            f"FLOPs of {prompt} + {new} tokens, 16+8: off the exact incremental cost",
+            0.05,
+            _off_formula,
             theme="flops",
-            case="pairs",
-            target=0.05,
             unit="%",
             at_most=True,
-            measure=_off_formula("gpthf 16+8 fast"),
-            workload={"prompt": prompt, "new": new, "size": "full"},
+            prompt=prompt,
+            new=new,
+            size="full",
         )
         for prompt, new in PAIRS
     ),
-    _headline(_limit("gpt", "plain GPT through the engine, batch 1: of the memory's limit", 0.7)),
-    _limit("gpt, compiled", "plain GPT through the engine, batch 1, compiled: of the memory's limit", 0.85),
-    _limit("gpthf 4+8, compiled", "4+8 through the engine, batch 1, compiled: of the memory's limit", 0.8),
-    Claim(
-        text="plain GPT through the engine, 8 rows of 1k tokens, against transformers.generate (its faster cache)",
-        theme="speed",
-        case="batch8",
-        target=1.5,
-        measure=_against_generate,
-        workload={"size": "full"},
-    ),
-    _headline(
-        _deep(", compiled", "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled", 2.5)
-    ),
+    _limit("gpt", "plain GPT through the engine, batch 1", 0.7, headline=True),
+    _limit("gpt, compiled", "plain GPT through the engine, batch 1, compiled", 0.85),
+    _limit("gpthf 4+8, compiled", "4+8 through the engine, batch 1, compiled", 0.8),
+    _claim("batch8", BATCH8, 1.5, _against_generate, size="full"),
+    _deep(", compiled", DEEP, 2.5, headline=True),
     _deep("", "the same, neither compiled", 2.5),
-    _deep(", compiled", "the same, both compiled: of the ratio of bytes touched", 0.9, of_bytes=True),
-    _deep(", compiled", f"{TWO}, both compiled", 2.5, model=", 2 summaries"),
-    _deep(
-        ", compiled",
-        f"{TWO}, both compiled: of the ratio of bytes touched",
-        0.9,
-        model=", 2 summaries",
-        of_bytes=True,
-    ),
-    _headline(_deep(", compiled", f"{WINDOW}, both compiled", 2.5, model=", window of 8")),
-    _deep(
-        ", compiled",
-        f"{WINDOW}, both compiled: of the ratio of bytes touched",
-        0.9,
-        model=", window of 8",
-        of_bytes=True,
-    ),
-    _hourglass_bytes("hourglass 2+8+2", "hourglass 2+8+2"),
-    _hourglass_bytes("hourglass 2+8+2, 2 summaries", "hourglass 2+8+2 with two summaries a sentence"),
-    _headline(_hourglass_bytes("hourglass 2+8+2, window of 8", "hourglass 2+8+2 with a window of eight sentences")),
+    _deep(", compiled", f"the same, both compiled: {OF_BYTES}", 0.9, of_bytes=True),
+    _deep(", compiled", TWO, 2.5, model=", 2 summaries"),
+    _deep(", compiled", f"{TWO}: {OF_BYTES}", 0.9, model=", 2 summaries", of_bytes=True),
+    _deep(", compiled", WINDOW, 2.5, model=", window of 8", headline=True),
+    _deep(", compiled", f"{WINDOW}: {OF_BYTES}", 0.9, model=", window of 8", of_bytes=True),
+    _hourglass_bytes("", ""),
+    _hourglass_bytes(", 2 summaries", " with two summaries a sentence"),
+    _hourglass_bytes(", window of 8", " with a window of eight sentences", headline=True),
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
-    _headline(_known("gpthf 4+8", "4+8")),
+    _known("gpthf 4+8", "4+8", headline=True),
     _known("hourglass 2+8+2", "hourglass 2+8+2"),
-    _headline(
-        _requests("gpt, continuous", "gpt, one at a time", "plain GPT, continuous batching against one at a time")
+    _requests(
+        "gpt, continuous",
+        "gpt, one at a time",
+        "plain GPT, continuous batching against one at a time",
+        headline=True,
     ),
     _requests("hybrid, continuous", "hybrid, one at a time", "hybrid 4+8, the same"),
     _requests("hourglass, continuous", "hourglass, one at a time", "hourglass 2+8+2, the same"),
@@ -314,17 +271,16 @@ CLAIMS = (
         "transformers Llama, one at a time",
         "plain GPT, continuous batching against transformers.generate one at a time",
     ),
-    _headline(
-        _requests(
-            "hybrid, continuous",
-            "transformers Llama, one at a time",
-            "hybrid 4+8, continuous batching, against transformers.generate with its plain twin one at a time",
-        )
+    _requests(
+        "hybrid, continuous",
+        "transformers Llama, one at a time",
+        f"hybrid 4+8, continuous batching, against {GENERATE}",
+        headline=True,
     ),
     _requests(
         "hourglass, continuous",
         "transformers Llama, one at a time",
-        "hourglass 2+8+2, continuous batching, against transformers.generate with its plain twin one at a time",
+        f"hourglass 2+8+2, continuous batching, against {GENERATE}",
     ),
     _requests(
         "gpt, continuous",
