@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from thoughtformer.attention.blocks import AttentionPlan, PlanBuilder
-from thoughtformer.rules.plans import BLOCK_QUERIES
+from thoughtformer.attention.blocks import AttentionPlan
+from thoughtformer.rules.plans import BLOCK_QUERIES, plan_of_runs
 
 __all__ = ["FOREVER", "OPEN", "PADDING", "TOKEN", "Entries", "entries_mask", "entries_plan"]
 
@@ -98,21 +98,15 @@ def entries_mask(query: Entries, key: Entries, *, see_earlier: bool = False) -> 
 def entries_plan(entries: Entries, *, see_earlier: bool = False, block_queries: int = BLOCK_QUERIES) -> AttentionPlan:
     """The same as `entries_mask(entries, entries)` by gathered blocks, over the entries of all rows laid end to end."""
     num_rows, num_entries = entries.order.shape
-    queries = entries.map(lambda field: field.unsqueeze(-1))
-    keys = entries.map(lambda field: field.unsqueeze(-2))
-    padding = queries.order == PADDING
-    mask = visible(queries, keys, see_earlier=see_earlier)
-    # A padded query reads itself, so that its row is not empty, and nothing more has to be gathered for it.
-    mask |= padding & torch.eye(num_entries, dtype=torch.bool)
-    width = min(block_queries, num_entries)
-    num_blocks = -(-num_entries // width)
-    padded = torch.nn.functional.pad(mask, (0, 0, 0, num_blocks * width - num_entries))
-    blocks = padded.view(num_rows * num_blocks, width, num_entries)
-    first_entry = torch.arange(num_rows).repeat_interleave(num_blocks) * num_entries
-    column = (torch.arange(num_blocks) * width)[:, None] + torch.arange(width)
-    column = column.repeat(num_rows, 1)
-    valid = column < num_entries
-    builder = PlanBuilder(num_rows * num_entries)
-    keys = first_entry[:, None] + torch.arange(num_entries)
-    builder.add_read(first_entry[:, None] + torch.where(valid, column, 0), valid, keys, blocks)
-    return builder.build()
+    flat = entries.map(torch.flatten)
+
+    def reads(
+        query: Int[Tensor, "blocks queries"], key: Int[Tensor, "blocks keys"]
+    ) -> Bool[Tensor, "blocks queries keys"]:
+        query, key = query.unsqueeze(2), key.unsqueeze(1)
+        queries = flat[query]
+        # A padded query reads itself, so that its row is not empty, and nothing more has to be gathered for it.
+        return visible(queries, flat[key], see_earlier=see_earlier) | ((queries.order == PADDING) & (query == key))
+
+    length = torch.full((num_rows,), num_entries)
+    return plan_of_runs(torch.arange(num_rows) * num_entries, length, reads, block_queries=block_queries)

@@ -1,6 +1,7 @@
 """From who may read whom to blocks of gathered keys: for any rule, and shorter ways for those that follow structure.
 
-`masked_plan` looks at the whole mask, a part at a time, and gathers for each block of queries what any of them reads.
+`plan_of_runs` looks at the whole mask, a part at a time, and gathers for each block of queries what any of them reads;
+`masked_plan` is that for rules among tokens, `entries_plan` (`rules/entries.py`) for entries of compressed texts.
 The special plans know from structure what that is; docs/log.md says what that saves.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from thoughtformer.attention.blocks import MAX_GATHERED_KEYS, AttentionPlan, PlanBuilder, grouped, padded, runs
 from thoughtformer.rules.structure import TokenStructure, document_ordinal, sentence_ordinal
 
-__all__ = ["BLOCK_QUERIES", "causal_plan", "masked_plan", "recent_start", "sentence_plan"]
+__all__ = ["BLOCK_QUERIES", "causal_plan", "masked_plan", "plan_of_runs", "recent_start", "sentence_plan"]
 
 
 #: Queries that share one gather of keys.
@@ -27,21 +28,44 @@ MAX_MASK = 1 << 24
 Visible = Callable[[TokenStructure, TokenStructure], Bool[Tensor, "..."]]
 
 
-def masked_plan(tokens: TokenStructure, visible: Visible, *, block_queries: int = BLOCK_QUERIES) -> AttentionPlan:
-    """Any rule's plan, from its mask: blocks of neighbouring queries, and what any of a block's reads.
+def masked_plan(tokens: TokenStructure, visible: Visible) -> AttentionPlan:
+    """Any rule's plan, from its mask, document by document."""
 
-    Time grows with the square of a document's length, memory doesn't.
+    def reads(
+        query: Int[Tensor, "blocks queries"], key: Int[Tensor, "blocks keys"]
+    ) -> Bool[Tensor, "blocks queries keys"]:
+        return visible(
+            tokens[query].map(lambda field: field.unsqueeze(2)), tokens[key].map(lambda field: field.unsqueeze(1))
+        )
+
+    return plan_of_runs(*runs(document_ordinal(tokens)), reads)
+
+
+def plan_of_runs(
+    start: Int[Tensor, " runs"],
+    length: Int[Tensor, " runs"],
+    reads: Callable[[Tensor, Tensor], Bool[Tensor, "blocks queries keys"]],
+    *,
+    block_queries: int = BLOCK_QUERIES,
+) -> AttentionPlan:
+    """Attention inside runs that make up the whole: blocks of neighbouring queries, and what any of a block's reads.
+
+    Time grows with the square of a run's length, memory doesn't.
+
+    Args:
+        start, length: of each run.
+        reads: whether queries, by index, read keys of their run, by index.
+        block_queries: of a block, at most.
     """
-    builder = PlanBuilder(len(tokens))
-    for start, length in zip(*(part.tolist() for part in runs(document_ordinal(tokens))), strict=True):
-        width = min(block_queries, length)
-        first = torch.arange(start, start + length, width)
-        keys = tokens[start : start + length].map(lambda field: field[None, None])
-        key_index = torch.arange(start, start + length)
-        for part in first.split(max(1, MAX_MASK // (width * length))):
-            query_index, is_query = padded(part, (start + length - part).clamp(max=width), width)
-            mask = visible(tokens[query_index].map(lambda field: field.unsqueeze(2)), keys)
-            builder.add_read(query_index, is_query, key_index.expand(len(part), -1), mask & is_query.unsqueeze(2))
+    builder = PlanBuilder(int(length.sum()))
+    for number in length.unique().tolist():
+        width = min(block_queries, number)
+        places, of_runs = torch.arange(0, number, width), start[length == number]
+        first, place = of_runs.repeat_interleave(len(places)), places.repeat(len(of_runs))
+        for part in torch.arange(len(first)).split(max(1, MAX_MASK // (width * number))):
+            query, is_query = padded((first + place)[part], (number - place[part]).clamp(max=width), width)
+            key = first[part, None] + torch.arange(number)
+            builder.add_read(query, is_query, key, reads(query, key) & is_query.unsqueeze(2))
     return builder.build()
 
 
