@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
+from thoughtformer.cache.rows import RowsCache, check_accepted, distinct_storage_bytes
 from thoughtformer.cache.slots import RowSlots
 from thoughtformer.errors import UnsupportedError
-from thoughtformer.rules.entries import OPEN, TOKEN, Entries
-from thoughtformer.rules.schedule import Chunk, RowProgress
+from thoughtformer.rules.entries import FOREVER, OPEN, TOKEN, Entries
+from thoughtformer.rules.schedule import Chunk, RowProgress, RowReading
 
 __all__ = ["BLOCK_ENTRIES", "ENTRY_FIELDS", "CompressedCache", "EntrySlots", "Store"]
 
@@ -29,6 +29,10 @@ class Store(ABC):
     """Where a compressed model's keys and values are."""
 
     lengths: Int[Tensor, " rows"]
+    #: What is dropped can wait for a commit.
+    can_wait: ClassVar[bool] = False
+    #: It does now: entries that nothing may read any more are masked.
+    waits: bool = False
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -76,7 +80,14 @@ class Store(ABC):
 
 
 class EntrySlots(RowSlots, Store):
-    """Slots of entries that all layers and heads hold alike."""
+    """Slots of entries that all layers and heads hold alike.
+
+    While it waits, nothing is moved: what was written since the last commit lies behind the entries of then.
+    """
+
+    can_wait = True
+    #: Entries are held that no new token may read.
+    has_unreadable = False
 
     def held(self, chunk: Chunk) -> Entries:
         """The entries of each row's first `longest` slots, with what `chunk`'s events change of them."""
@@ -102,6 +113,62 @@ class EntrySlots(RowSlots, Store):
         self.keep(
             (self.field("until")[:, :longest] >= next_position[:, None]) & (self.field("order")[:, :longest] != OPEN)
         )
+        self.has_unreadable = False
+
+    def finish(self, next_position: Int[Tensor, " rows"] | None) -> None:
+        """Ends a pass: drops what can't be read from `next_position` on, or notes it; None: no event changed that."""
+        if self.waits:
+            self.has_unreadable |= next_position is not None
+        elif next_position is not None:
+            self.drop_unreadable(next_position)
+        else:
+            self.fit()
+
+    def commit(self, next_position: Int[Tensor, " rows"]) -> None:
+        """Ends waiting for all that was written: as if each pass had dropped what it made unreadable."""
+        if self.has_unreadable:
+            self.drop_unreadable(next_position)
+        else:
+            self.fit()
+
+    def mark(self) -> tuple[Int[Tensor, " rows"], Int[Tensor, "rows slots"]]:
+        """What `back_to` needs: how much is held, and until when it may be read."""
+        return self.lengths, self.field("until").clone()
+
+    def back_to(self, mark: tuple[Int[Tensor, " rows"], Int[Tensor, "rows slots"]]) -> None:
+        """Forgets what was written since the mark."""
+        self.lengths, until = mark
+        self.field("until")[:, : until.shape[1]] = until
+        self.has_unreadable = False
+        self.fit()
+
+    def commit_first(
+        self,
+        mark: tuple[Int[Tensor, " rows"], Int[Tensor, "rows slots"]],
+        readings: Sequence[RowReading],
+    ) -> None:
+        """Of what was written since the mark, keeps what came of these first tokens, and drops what they drop.
+
+        A token's own entry depends on nothing behind it, and a summary on its span alone, so that both stay as they
+        are; until when they may be read does depend on what was accepted, and is found anew.
+        """
+        lengths, before = mark
+        longest = self.longest
+        next_position = torch.tensor([reading.first_position + len(reading.ids) for reading in readings])
+        position, order, since = (self.field(name)[:, :longest] for name in ("position", "order", "since"))
+        is_new = torch.arange(longest) >= lengths[:, None]
+        until = torch.full_like(position, FOREVER)
+        until[:, : before.shape[1]] = before[:, :longest]
+        until = torch.where(is_new, FOREVER, until)
+        for row, reading in enumerate(readings):
+            for event in reading.events:
+                in_span = (order[row] == TOKEN) & (position[row] >= event.start) & (position[row] <= event.end)
+                until[row] = torch.where(in_span, until[row].clamp(max=event.at), until[row])
+        self.field("until")[:, :longest] = until
+        # A summary may be read since the token behind the one at which its span was folded.
+        is_accepted = torch.where(order == TOKEN, position < next_position[:, None], since <= next_position[:, None])
+        self.keep((~is_new | is_accepted) & (until >= next_position[:, None]) & (order != OPEN))
+        self.has_unreadable = False
 
     def fork_rows(self, rows: Int[Tensor, " selected"]) -> EntrySlots:
         """A store of the given rows, in storage of its own."""
@@ -137,6 +204,7 @@ class EntrySlots(RowSlots, Store):
     def clear(self) -> None:
         """Forgets everything; the rows stay."""
         self.lengths = torch.zeros_like(self.lengths)
+        self.has_unreadable = False
         self.fit()
 
 
@@ -150,8 +218,74 @@ class CompressedCache(RowsCache):
         super().__init__()
         self.store = store
         self.rows = rows
+        #: Each row's uncommitted ids, what was committed, and what reads ids; None where nothing is uncommitted.
+        self._pending: list[list[int]] | None = None
+        self._committed: Any = None
+        self._read: Any = None
         #: Which model, adapter and method wrote it: it can be read by no other.
         self.identity = identity
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether `autocommit` can be turned off."""
+        return self.store.can_wait
+
+    @property
+    def written_by(self) -> str:
+        """The method."""
+        return f"the method {self.identity['method']!r}"
+
+    def record(
+        self,
+        rows: list[RowProgress],
+        ids: Sequence[Sequence[int]],
+        num_columns: int,
+        read: Callable[[RowProgress, list[int]], RowReading],
+    ) -> None:
+        """Moves the rows past new ids, to `rows`; with `autocommit`, commits them. `read` reads a row's ids anew."""
+        if self._pending is not None or not self.autocommit:
+            self._pending = [[*old, *new] for old, new in zip(self._pending or [[]] * len(ids), ids, strict=True)]
+            self._read = read
+        self.rows = rows
+        self.num_columns += num_columns
+        if self._pending is not None and self.autocommit:
+            self.commit()
+
+    def begin(self) -> None:
+        """Called before each pass: marks where to go back to, if the pass is the first that isn't committed."""
+        self.store.waits = not self.autocommit
+        if self._pending is None and not self.autocommit:
+            assert isinstance(self.store, EntrySlots)
+            self._committed = (self.store.mark(), self.rows, self.num_columns)
+
+    def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
+        pending = self._pending or [[] for _ in self.rows]
+        counts = torch.tensor([len(ids) for ids in pending], dtype=torch.long)
+        if num_tokens is not None:
+            check_accepted(num_tokens, counts)
+        if self._pending is None:
+            return
+        assert isinstance(self.store, EntrySlots)
+        if num_tokens is None or torch.equal(num_tokens, counts):
+            self.store.commit(self.num_tokens)
+        else:
+            mark, rows, num_columns = self._committed
+            self.rows = [row.copy() for row in rows]
+            accepted = [ids[:count] for ids, count in zip(pending, num_tokens.tolist(), strict=True)]
+            self.store.commit_first(mark, [self._read(row, ids) for row, ids in zip(self.rows, accepted, strict=True)])
+            self.num_columns = min(self.num_columns, num_columns + int(num_tokens.max()))
+        self._forget_pending()
+
+    def rollback(self) -> None:
+        if self._pending is None:
+            return
+        assert isinstance(self.store, EntrySlots)
+        mark, self.rows, self.num_columns = self._committed
+        self.store.back_to(mark)
+        self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self._pending = self._committed = self._read = None
 
     @property
     def num_rows(self) -> int:
@@ -188,6 +322,7 @@ class CompressedCache(RowsCache):
 
     def select(self, rows: Int[Tensor, " selected"] | Sequence[int]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once."""
+        self._check_committed("select", is_committed=self._pending is None)
         rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
         self.store.select(rows)
         self.rows = [self.rows[row].copy() for row in rows.tolist()]
@@ -198,6 +333,7 @@ class CompressedCache(RowsCache):
         Raises:
             UnsupportedError: a store whose rows can't be joined, or another model's.
         """
+        self._check_committed("join", is_committed=self._pending is None and other._pending is None)
         if self.identity != other.identity:
             raise UnsupportedError("caches that different models, adapters or methods wrote can't be joined.")
         self.store.join(other.store)
@@ -206,6 +342,7 @@ class CompressedCache(RowsCache):
 
     def fork_rows(self, rows: Int[Tensor, " selected"]) -> CompressedCache:
         """A cache of the given rows, in storage of their own."""
+        self._check_committed("fork_rows", is_committed=self._pending is None)
         rows = torch.as_tensor(rows).to(device="cpu", dtype=torch.long)
         copied = copy.copy(self)
         copied.store = self.store.fork_rows(rows)
@@ -214,6 +351,7 @@ class CompressedCache(RowsCache):
 
     def saved(self) -> dict[str, Tensor]:
         """Everything held, by name, and how far each row is."""
+        self._check_committed("saving", is_committed=self._pending is None)
         held = self.store.saved()
         for number, row in enumerate(self.rows):
             held[f"progress.{number}"] = torch.tensor([row.num_tokens, row.num_held, row.next_start])
@@ -237,6 +375,7 @@ class CompressedCache(RowsCache):
         num_columns = int(held["num_columns"])
         self.store.restore_saved(held)
         self.rows, self.num_columns = rows, num_columns
+        self._forget_pending()
 
     def snapshot(self, *, whole: bool) -> Any:
         """What `restore` needs to undo a forward pass, or, if `whole`, several."""
@@ -253,4 +392,5 @@ class CompressedCache(RowsCache):
         """Forgets everything; the rows stay."""
         self.rows = [RowProgress() for _ in self.rows]
         self.num_columns = 0
+        self._forget_pending()
         self.store.clear()

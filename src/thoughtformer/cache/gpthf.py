@@ -15,27 +15,21 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from thoughtformer.cache.rows import RowsCache, distinct_storage_bytes
+from thoughtformer.cache.rows import RowsCache, check_accepted, distinct_storage_bytes
 from thoughtformer.cache.stage import StageCache
-from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.rules import RowCounters, TokenStructure
 
 __all__ = ["GPTHFCache"]
 
 
 class GPTHFCache(RowsCache):
-    """The generation state of some rows.
-
-    A forward pass commits what it wrote, unless `autocommit` is off: then steps pile up, masked instead of dropped,
-    until `commit` (of all, or of each row's first few tokens) or `rollback`. `num_tokens` counts each row's own tokens.
-    """
+    """The generation state of some rows; `num_tokens` counts each row's own tokens."""
 
     def __init__(self, stages: list[StageCache], num_rows: int) -> None:
         super().__init__()
         self.stages = stages
         self.counters = RowCounters.zeros(num_rows)
         self.num_tokens = torch.zeros(num_rows, dtype=torch.long)
-        self.autocommit = True
         self._pending: list[TokenStructure] = []
         self._committed = (self.counters, self.num_tokens, self.num_columns)
 
@@ -80,13 +74,6 @@ class GPTHFCache(RowsCache):
             self.commit()
 
     def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
-        """Makes uncommitted tokens final: all of them, or each row's first `num_tokens`, forgetting the rest.
-
-        What `get_seq_length` says goes back to the row that keeps most.
-
-        Raises:
-            InputError: more tokens than are uncommitted.
-        """
         if num_tokens is not None:
             self._keep_first(num_tokens)
         # While no sentence closes and no document starts, most rules drop nothing of what was held.
@@ -100,7 +87,6 @@ class GPTHFCache(RowsCache):
         self._committed = (self.counters, self.num_tokens, self.num_columns)
 
     def rollback(self) -> None:
-        """Returns to the last commit."""
         self.counters, self.num_tokens, self.num_columns = self._committed
         for stage in self.stages:
             stage.rollback()
@@ -119,8 +105,7 @@ class GPTHFCache(RowsCache):
 
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in that order; a row may be named more than once. Nothing may be uncommitted."""
-        if self._pending:
-            raise UnsupportedError("select needs a committed cache: call commit() or rollback() first.")
+        self._check_committed("select", is_committed=not self._pending)
         rows = rows.to(device="cpu", dtype=torch.long)
         for stage in self.stages:
             stage.select(rows)
@@ -130,8 +115,7 @@ class GPTHFCache(RowsCache):
 
     def join(self, other: GPTHFCache) -> None:
         """Adds another cache's rows behind these; it is used up by that. Nothing may be uncommitted in either."""
-        if self._pending or other._pending:
-            raise UnsupportedError("join needs committed caches: call commit() or rollback() first.")
+        self._check_committed("join", is_committed=not self._pending and not other._pending)
         theirs = other.by_name()
         for name, stage in self.by_name().items():
             stage.join(theirs[name])
@@ -147,8 +131,7 @@ class GPTHFCache(RowsCache):
 
     def fork_rows(self, rows: Int[Tensor, " selected"]) -> GPTHFCache:
         """A cache of the given rows, in storage of their own. Nothing may be uncommitted."""
-        if self._pending:
-            raise UnsupportedError("fork_rows needs a committed cache: call commit() or rollback() first.")
+        self._check_committed("fork_rows", is_committed=not self._pending)
         copied = copy.copy(self)
         copied.stages, copied._pending = [copy.copy(stage) for stage in self.stages], []
         copied.select(rows)
@@ -156,8 +139,7 @@ class GPTHFCache(RowsCache):
 
     def saved(self) -> dict[str, Tensor]:
         """Everything held, by name; for `restore_saved`. Nothing may be uncommitted."""
-        if self._pending:
-            raise UnsupportedError("saving needs a committed cache: call commit() or rollback() first.")
+        self._check_committed("saving", is_committed=not self._pending)
         held = {f"counters.{field.name}": getattr(self.counters, field.name) for field in fields(RowCounters)}
         held |= {"num_tokens": self.num_tokens}
         for name, stage in self.by_name().items():
@@ -194,10 +176,7 @@ class GPTHFCache(RowsCache):
     def _keep_first(self, num_tokens: Int[Tensor, " rows"]) -> None:
         counters, before, columns = self._committed
         pending = self.num_tokens - before
-        if bool((num_tokens > pending).any()) or bool((num_tokens < 0).any()):
-            raise InputError(
-                f"commit(num_tokens={num_tokens.tolist()}), but {pending.tolist()} tokens are uncommitted in the rows."
-            )
+        check_accepted(num_tokens, pending)
         if torch.equal(num_tokens, pending):
             return
         tokens = self._all_pending()

@@ -12,9 +12,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
 
-from thoughtformer.errors import UnsupportedError
+from thoughtformer.errors import InputError, UnsupportedError
 
-__all__ = ["RowsCache", "distinct_storage_bytes"]
+__all__ = ["RowsCache", "check_accepted", "distinct_storage_bytes"]
 
 
 RowsCacheKind = TypeVar("RowsCacheKind", bound="RowsCache")
@@ -26,10 +26,22 @@ def distinct_storage_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
+def check_accepted(num_tokens: Int[Tensor, " rows"], pending: Int[Tensor, " rows"]) -> None:
+    """Raises `InputError` unless each row has as many uncommitted tokens as are to be committed."""
+    if num_tokens.shape != pending.shape or bool(((num_tokens > pending) | (num_tokens < 0)).any()):
+        raise InputError(
+            f"commit(num_tokens={num_tokens.tolist()}), but {pending.tolist()} tokens are uncommitted in the rows."
+        )
+
+
 class RowsCache(Cache):
     """The generation state of some rows, of which entries are dropped for good.
 
     `get_seq_length` is the logical length, columns given to the model with padding, as transformers expects.
+
+    A forward pass commits what it wrote, unless `autocommit` is off: then passes pile up, masked instead of dropped,
+    until `commit` (of all, or of each row's first few tokens) or `rollback`. While some are uncommitted, rows can't be
+    selected, joined, forked or saved.
 
     transformers derives what a cache is from its list of layers. Here that list is empty, since entries aren't kept by
     layer as transformers does, so that everything it asks a cache is answered here or refused: tests/contract compares
@@ -39,6 +51,7 @@ class RowsCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.num_columns = 0
+        self._autocommit = True
 
     @property
     @abstractmethod
@@ -72,6 +85,48 @@ class RowsCache(Cache):
         Raises:
             KeyError, ValueError: something is missing, or of another shape.
         """
+
+    @property
+    def autocommit(self) -> bool:
+        """Whether a pass commits what it wrote.
+
+        Raises:
+            UnsupportedError: turned off, where no token can be taken back.
+        """
+        return self._autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        if not value and not self.can_speculate:
+            raise UnsupportedError(
+                f"{self.written_by} overwrites what it drops, at each token, so that none can be taken back: leave "
+                "autocommit on."
+            )
+        self._autocommit = value
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether `autocommit` can be turned off."""
+        return True
+
+    @property
+    def written_by(self) -> str:
+        """What decides who may read it, for errors."""
+        return type(self).__name__
+
+    @abstractmethod
+    def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
+        """Makes uncommitted tokens final: all of them, or each row's first `num_tokens`, forgetting the rest.
+
+        What `get_seq_length` says goes back to the row that keeps most.
+
+        Raises:
+            InputError: more tokens than are uncommitted.
+        """
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Returns to the last commit."""
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for rows of so many tokens, where every token is held."""
@@ -140,8 +195,12 @@ class RowsCache(Cache):
         """Refused: what was dropped can't come back."""
         raise UnsupportedError(
             f"crop({tokens_to_remove}) on a {type(self).__name__}: what was dropped or folded is gone. fork() it "
-            "before instead, or, where it has autocommit, turn that off and use rollback() or commit(num_tokens)."
+            "before instead, or turn autocommit off and use rollback() or commit(num_tokens)."
         )
+
+    def _check_committed(self, what: str, *, is_committed: bool) -> None:
+        if not is_committed:
+            raise UnsupportedError(f"{what} needs a committed cache: call commit() or rollback() first.")
 
     def _refused(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a `RowsCache` is read and written by its own kind of model alone."""

@@ -206,7 +206,8 @@ class Method(ABC):
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
         """The attention of a pass over new entries, which extends the store if there is one."""
         assert store is None or isinstance(store, EntrySlots)
-        if store is None or store.longest == 0:
+        # That writes only what is kept: of no use where some of it may be taken back.
+        if store is None or (store.longest == 0 and not store.waits):
             return AttendAtOnce(
                 chunk.entries,
                 store,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, cast
@@ -335,6 +336,8 @@ class CompressedModel(GeneratingView):
         width = max((len(new) for new in ids), default=0)
         step = self.prefill_tokens if cache is not None and has_events else max(width, 1)
         backup = None if cache is None else cache.snapshot(whole=width > step)
+        if cache is not None:
+            cache.begin()
         parts: list[list[Tensor]] = [[] for _ in range(batch)]
         token_wanted = [row_wanted[row_real] for row_wanted, row_real in zip(wanted, real, strict=True)]
         try:
@@ -350,8 +353,7 @@ class CompressedModel(GeneratingView):
                 cache.restore(backup)
             raise
         if cache is not None:
-            cache.rows = rows
-            cache.num_columns += input_ids.shape[1]
+            cache.record(rows, ids, input_ids.shape[1], partial(read_ids, self.method))
         flat = [part for row_parts in parts for part in row_parts]
         return torch.cat(flat) if flat else self.backbone.embed(input_ids[:, :0].to(self.device)).flatten(0, 1)
 

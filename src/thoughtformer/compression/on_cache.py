@@ -43,6 +43,7 @@ class AttendOnCache:
         self.mask: OnDevices[Tensor] | None = None
         is_step = entries.order.shape[1] == 1 and not chunk.has_events
         reads_all = bool((slots.lengths == slots.longest).all()) and not chunk.has_events and (is_step or was_empty)
+        reads_all = reads_all and not slots.has_unreadable
         if reads_all and not self.always_masks:
             return
         cached = slots.held(chunk)
@@ -68,10 +69,7 @@ class AttendOnCache:
 
     def finish(self) -> None:
         """Drops what no later token may read."""
-        if self.next_position is None:
-            self.slots.fit()
-        else:
-            self.slots.drop_unreadable(self.next_position)
+        self.slots.finish(self.next_position)
 
     def __call__(
         self,
