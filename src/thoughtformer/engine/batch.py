@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
+from thoughtformer.decode import Drafter
 from thoughtformer.engine.request import Request, StreamEvent
 from thoughtformer.runners.base import Reader
 
 __all__ = ["Batch"]
+
+logger = logging.getLogger(__name__)
 
 
 class Batch:
@@ -21,10 +26,12 @@ class Batch:
 
     Args:
         reader: the model.
+        drafter: proposes tokens, which are verified together; None: one token a step.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, drafter: Drafter | None = None) -> None:
         self.reader = reader
+        self.drafter = drafter
         self.requests: list[Request] = []
         self.cache: RowsCache | None = None
 
@@ -59,13 +66,57 @@ class Batch:
         return self._choices(logits, [request])
 
     @torch.inference_mode()
-    def step(self) -> Float[Tensor, "rows vocab"]:
-        """Every request's last token, through the model."""
-        assert self.cache is not None
-        logits = self.reader.step([request.ids[-1] for request in self.requests], self.cache)
+    def step(self) -> list[tuple[Request, StreamEvent]]:
+        """Every request's last token and what was drafted behind it, through the model; what is chosen then.
+
+        Of a draft as many tokens stay as are chosen anyway, and one more is chosen behind them.
+        """
+        cache = self.cache
+        assert cache is not None
+        drafts = [self._draft(request, cache) for request in self.requests]
+        new = [[request.ids[-1], *draft] for request, draft in zip(self.requests, drafts, strict=True)]
+        cache.autocommit = not any(drafts)
+        logits = self.reader.verify(new, cache)
         for request in self.requests:
             request.num_read = len(request.ids)
-        return self._choices(logits, self.requests)
+        of_each = [request for request, ids in zip(self.requests, new, strict=True) for _ in ids]
+        logits = self._choices(logits, of_each)
+        if cache.autocommit:
+            return list(zip(self.requests, self.choose(logits, self.requests), strict=True))
+        events, accepted, start = [], [], 0
+        for request, draft in zip(self.requests, drafts, strict=True):
+            chosen = list(self._chosen(request, draft, logits[start : start + len(draft) + 1]))
+            events += [(request, event) for event in chosen]
+            accepted.append(len(chosen))
+            request.num_read = len(request.ids) - 1
+            start += len(draft) + 1
+        cache.commit(torch.tensor(accepted))
+        cache.autocommit = True
+        return events
+
+    def _draft(self, request: Request, cache: RowsCache) -> list[int]:
+        """What is proposed behind a request's ids, as far as it can be verified."""
+        # The token behind the draft is chosen, too. Who wants to be told of each token's context gets one at a time.
+        most = request.most_tokens - len(request.ids) - 1
+        if self.drafter is None or most < 1 or not request.takes_drafts or request.follower or not cache.can_speculate:
+            return []
+        try:
+            draft = list(self.drafter.propose(request.ids, most))[:most]
+        except Exception:
+            request.takes_drafts = False
+            logger.warning("nothing is drafted any more for request %d", request.number, exc_info=True)
+            return []
+        ends, size = (*self.reader.end_ids, *self.reader.start_ids), self.reader.vocab_size
+        return list(takewhile(lambda token: 0 <= token < size and token not in ends, draft))
+
+    def _chosen(
+        self, request: Request, draft: Sequence[int], logits: Float[Tensor, "tokens vocab"]
+    ) -> Iterator[StreamEvent]:
+        """A request's tokens, until one isn't what was drafted."""
+        for index, drafted in enumerate([*draft, None]):
+            yield from self.choose(logits[index : index + 1], [request])
+            if request.finish_reason is not None or request.ids[-1] != drafted:
+                return
 
     def choose(self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> list[StreamEvent]:
         """Each request's next token, taken up by it."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from thoughtformer.compression import CompressedModel
-from thoughtformer.decode import SamplingParams, row_seed
+from thoughtformer.decode import Drafter, SamplingParams, row_seed
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
@@ -29,6 +29,7 @@ class Engine:
         pack: on CPUs, give the weights a second copy that is 2 to 3 times as fast to read for few rows.
         compile: compile decoding of a single row; its first step then takes many seconds.
         store: sentences known from before; those that prompts bring anew are added.
+        drafter: proposes tokens, which are verified together: never changes a text.
 
     Raises:
         InputError: `max_rows` below 1.
@@ -46,11 +47,13 @@ class Engine:
         pack: bool = True,
         compile: bool = False,
         store: SentenceStore | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model
         self.max_rows = max_rows
+        self.drafter = drafter
         sentences = None if store is None else store.of(model)
         self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
 
@@ -80,7 +83,7 @@ class Engine:
         yield from self._run(self._requests(prompts, params))
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
-        scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows))
+        scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows), drafter=self.drafter)
         scheduler.enqueue(requests)
         while scheduler.has_work:
             yield from scheduler.round()

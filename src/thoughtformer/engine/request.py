@@ -78,6 +78,7 @@ class Request:
         cache: its own: before it joined the batch, or, with `keeps_cache`, after it left.
         origin: where to go on from, copied once the request is admitted; `num_read` counts it already.
         keeps_cache: take the request's cache out of the batch when it ends.
+        takes_drafts: several of its tokens may be read in one step.
         ends: where its text ends.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
@@ -104,6 +105,7 @@ class Request:
     cache: RowsCache | None = None
     origin: RowsCache | None = None
     keeps_cache: bool = False
+    takes_drafts: bool = True
     is_cancelled: bool = False
     is_told: bool = False
     error: BaseException | None = None

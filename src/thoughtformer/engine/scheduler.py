@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import FinishReason, SamplingParams
+from thoughtformer.decode import Drafter, FinishReason, SamplingParams
 from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
@@ -47,12 +47,13 @@ class Scheduler:
     Args:
         reader: the model; see `reader_of`.
         limits: what is taken on.
+        drafter: proposes tokens, which are verified together; None: one token a step.
     """
 
-    def __init__(self, reader: Reader, limits: Limits = Limits()) -> None:
+    def __init__(self, reader: Reader, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
         self.reader = reader
         self.limits = limits
-        self.batch = Batch(reader)
+        self.batch = Batch(reader, drafter)
         self.admission = Admission(reader, limits)
         self._reading: list[Request] = []
         self._lock = threading.Lock()
@@ -161,7 +162,7 @@ class Scheduler:
             events += self._drop()
             # Before reading, so that a new request's first token doesn't wait for a step.
             if self.batch.requests:
-                events += self._accept(self.batch.step(), self.batch.requests)
+                events += self._settle(self.batch.step())
             events += self._read()
         except Exception as error:
             events += self._fail(error)
@@ -262,9 +263,11 @@ class Scheduler:
         return self._accept(logits, requests)
 
     def _accept(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[StreamEvent]:
-        """Chooses a token for each request, and lets those go that have ended by it."""
-        requests = list(requests)
-        events = list(zip(requests, self.batch.choose(logits, requests), strict=True))
+        """Chooses a token for each request."""
+        return self._settle(list(zip(requests, self.batch.choose(logits, requests), strict=True)))
+
+    def _settle(self, events: Sequence[tuple[Request, StreamEvent]]) -> list[StreamEvent]:
+        """Lets those go that have ended, and tells what came."""
         self.batch.drop_ended()
         return self._tell(events)
 

@@ -161,6 +161,19 @@ class Reader(ABC):
     def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
         """One more token of every row."""
 
+    def verify(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> Float[Tensor, "tokens vocab"]:
+        """New tokens of every row, one or more: logits after each of them, row by row.
+
+        Where every row has one, it is `step`. Else the cache's `autocommit` should be off, so that what turns out to be
+        wrong can be taken back.
+        """
+        if all(len(new) == 1 for new in ids):
+            return self.step([new[0] for new in ids], cache)
+        return self._verify(ids, cache)
+
+    @abstractmethod
+    def _verify(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> Float[Tensor, "tokens vocab"]: ...
+
     @abstractmethod
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
         """The most entries that a row holds between steps, by kind; for `most_bytes`."""

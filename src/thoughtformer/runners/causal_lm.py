@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from thoughtformer.cache.entries import CompressedCache
 from thoughtformer.cache.rows import RowsCache
@@ -84,16 +85,28 @@ class CompressedReader(Reader):
         self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
     ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
         held: RowsCache = self.model.new_cache(1) if cache is None else cache
-        return self._logits(torch.tensor([ids]), held), held, 0
+        wanted = torch.zeros(1, len(ids), dtype=torch.bool)
+        wanted[:, -1] = True
+        return self._logits(torch.tensor([ids]), torch.ones_like(wanted), wanted, held), held, 0
 
     def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
-        return self._logits(torch.tensor(ids)[:, None], cache)
+        new = torch.tensor(ids)[:, None]
+        real = torch.ones_like(new, dtype=torch.bool)
+        return self._logits(new, real, real, cache)
 
-    def _logits(self, ids: Int[Tensor, "rows new"], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
+    def _verify(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> Float[Tensor, "tokens vocab"]:
+        new = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+        real = torch.arange(new.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+        return self._logits(new, real, real, cache)
+
+    def _logits(
+        self,
+        ids: Int[Tensor, "rows new"],
+        real: Bool[Tensor, "rows new"],
+        wanted: Bool[Tensor, "rows new"],
+        cache: RowsCache,
+    ) -> Float[Tensor, "wanted vocab"]:
         assert isinstance(cache, CompressedCache)
-        real = torch.ones_like(ids, dtype=torch.bool)
-        wanted = torch.zeros_like(real)
-        wanted[:, -1] = True
         return self.model.backbone.head()(self.model.read(ids, real, cache, wanted=wanted))
 
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:

@@ -113,6 +113,13 @@ class GPTHFReader(Reader):
         with using_packed_weights():
             return self.model.ragged_logits(new, torch.arange(len(ids)), cache, num_columns=1)[0]
 
+    def _verify(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> Float[Tensor, "tokens vocab"]:
+        assert isinstance(cache, GPTHFCache)
+        new = torch.tensor([token for row in ids for token in row], device=self.device)
+        row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(row) for row in ids]))
+        with using_packed_weights():
+            return self.model.ragged_logits(new, row, cache)[0]
+
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
         return self.model.model.most_entries(prompt, num_new_tokens)
 

@@ -1,0 +1,180 @@
+"""Drafts never change a text: not right ones, not wrong ones, not those that fail, whoever shares the batch."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+
+from lms import SERVED, random_ids, served_pair, tiny_lm
+from prose import KINDS, PAGE, prose, tiny_pair
+from thoughtformer.compression import HeavyHitters, compress
+from thoughtformer.decode import Drafter, SamplingParams
+from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, reader_of
+from thoughtformer.engine.request import Request
+from thoughtformer.errors import UnsupportedError
+
+
+@pytest.fixture(params=[*KINDS, *SERVED])
+def pair(request: pytest.FixtureRequest):
+    return tiny_pair(**KINDS[request.param]) if request.param in KINDS else served_pair(request.param)
+
+
+class Adversary(Drafter):
+    """Random ids, repeated ones, ends everywhere, and ids that there aren't; more than may be."""
+
+    def __init__(self, ends: list[int], vocab_size: int) -> None:
+        self.chooser, self.ends, self.vocab_size = random.Random(7), ends, vocab_size
+
+    def propose(self, ids, most):
+        kinds = (
+            lambda: self.chooser.randrange(self.vocab_size),
+            lambda: self.chooser.choice(ids),
+            lambda: self.chooser.choice(self.ends),
+            lambda: self.chooser.choice([self.vocab_size, -1, 10**9]),
+        )
+        weights = self.chooser.choice([(1, 0, 0, 0), (1, 1, 1, 0), (5, 5, 5, 1), (0, 0, 1, 0)])
+        return [chosen() for chosen in self.chooser.choices(kinds, weights, k=self.chooser.randint(0, most + 2))]
+
+
+class Oracle(Drafter):
+    """Knows the texts; errs now and then, if it is to."""
+
+    def __init__(self, texts: list[list[int]], *, size: int = 4, errs: float = 0.0) -> None:
+        self.texts, self.size, self.errs, self.chooser = texts, size, errs, random.Random(3)
+
+    def propose(self, ids, most):
+        known = next((text for text in self.texts if text[: len(ids)] == ids), ids)
+        draft = known[len(ids) : len(ids) + min(self.size, most)]
+        return [token if self.chooser.random() >= self.errs else self.chooser.choice(ids) for token in draft]
+
+
+def requests_of(count: int) -> list[tuple[str, SamplingParams, str]]:
+    chooser = random.Random(11)
+    asked = []
+    for number in range(count):
+        params = SamplingParams(
+            max_new_tokens=chooser.choice([1, 2, 9, 25]),
+            temperature=chooser.choice([0.0, 0.0, 1.0]),
+            seed=number,
+            stop=chooser.choice([(), ("e", "a"), ("ing",)]),
+            repetition_penalty=chooser.choice([1.0, 1.3]),
+            ignore_end_of_text=chooser.random() < 0.5,
+        )
+        asked.append((prose(chooser.choice([5, 80, 200]), seed=number), params, str(chooser.randint(0, 2))))
+    return asked
+
+
+def answered(reader, asked, drafter: Drafter | None, *, max_rows: int) -> tuple[list[Request], int]:
+    """The requests once they have ended, which came at different times, and how many rounds that took."""
+    scheduler, chooser = Scheduler(reader, Limits(max_rows=max_rows), drafter=drafter), random.Random(5)
+    requests, waiting = [], list(asked)
+    while waiting or scheduler.has_work:
+        while waiting and chooser.random() < 0.5:
+            prompt, params, client = waiting.pop(0)
+            requests.append(scheduler.submit(prompt, params, client=client))
+        scheduler.round()
+        assert scheduler.batch.cache is None or scheduler.batch.cache.autocommit
+        assert scheduler.batch.num_bytes() <= scheduler.admission.most_bytes(scheduler.batch.requests)
+    return requests, scheduler.stats().rounds
+
+
+def told(requests: list[Request]) -> list[tuple]:
+    return [(request.ids, "".join(request.text), request.finish_reason) for request in requests]
+
+
+@pytest.mark.parametrize("max_rows", [1, 4])
+def test_texts_are_those_without_drafts(pair, max_rows):
+    reader, asked = reader_of(*pair), requests_of(10)
+    plain, rounds = answered(reader, asked, None, max_rows=max_rows)
+    expected = told(plain)
+    ends = [*reader.end_ids, *([] if reader.sentence_end is None else [reader.sentence_end])] or [0]
+    texts = [request.ids for request in plain]
+    for drafter in (Adversary(ends, reader.vocab_size), Oracle(texts), Oracle(texts, size=9, errs=0.3)):
+        drafted, fewer = answered(reader, asked, drafter, max_rows=max_rows)
+        assert told(drafted) == expected
+        if isinstance(drafter, Oracle):
+            assert fewer < rounds
+
+
+def test_a_right_draft_takes_one_step(pair):
+    """So many tokens as were drafted, and one more."""
+    model, tokenizer = pair
+    params = SamplingParams(max_new_tokens=21, ignore_end_of_text=True)
+    reader = reader_of(model, tokenizer)
+    (plain,), rounds = answered(reader, [(PAGE[:120], params, "")], None, max_rows=1)
+    assert rounds >= 21
+    scheduler = Scheduler(reader, drafter=Oracle([plain.ids], size=4))
+    request = scheduler.submit(PAGE[:120], params)
+    tokens = []
+    while scheduler.has_work:
+        tokens.append(sum(event.token is not None for event in scheduler.round()))
+    assert request.ids == plain.ids
+    assert tokens == [1, 5, 5, 5, 5]
+
+
+def test_what_is_held_is_what_was_accepted(pair):
+    """A session goes on from a text that ended inside a draft, as from one written token by token."""
+    model, tokenizer = pair
+    reader = reader_of(model, tokenizer)
+    for length in (3, 4, 6):
+        params = SamplingParams(max_new_tokens=length, ignore_end_of_text=True)
+        ids = {}
+        for drafts in (False, True):
+            sessions, drafter = Sessions(reader), None
+            for number, prompt in enumerate((PAGE[:150], " And then", " She laughed.")):
+                if drafts:
+                    drafter = Oracle([ids[False, number] + [5, 6, 7]], size=5)
+                scheduler = Scheduler(reader, drafter=drafter)
+                session, request = sessions.begin("a", prompt, params)
+                scheduler.enqueue([request])
+                while scheduler.has_work:
+                    scheduler.round()
+                sessions.finish(session, request)
+                ids[drafts, number] = request.ids
+                assert session.num_read == len(session.ids) - 1
+                reader.check_history(session.cache, session.ids[: session.num_read])
+            assert drafts is False or [ids[True, n] for n in range(3)] == [ids[False, n] for n in range(3)]
+
+
+def test_a_drafter_that_fails_costs_nothing_else(pair, caplog):
+    class Failing(Drafter):
+        def propose(self, ids, most):
+            raise ZeroDivisionError("no draft")
+
+    params = SamplingParams(max_new_tokens=9)
+    expected = Engine(*pair).generate([PAGE[:80], "The ferry"], params)
+    with caplog.at_level(logging.WARNING):
+        drafted = Engine(*pair, drafter=Failing()).generate([PAGE[:80], "The ferry"], params)
+    assert [(one.ids, one.text) for one in drafted] == [(one.ids, one.text) for one in expected]
+    assert len([record for record in caplog.records if "drafted" in record.message]) == 2, "once a request"
+
+
+def test_who_is_told_of_each_token_gets_one_at_a_time(pair):
+    reader = reader_of(*pair)
+    params = SamplingParams(max_new_tokens=12, ignore_end_of_text=True)
+    (plain,), _ = answered(reader, [(PAGE[:120], params, "")], None, max_rows=1)
+    scheduler = Scheduler(reader, drafter=Oracle([plain.ids]))
+    request = scheduler.prepare(PAGE[:120], params)
+    request.follower = reader.new_follower()
+    scheduler.enqueue([request])
+    while scheduler.has_work:
+        events = scheduler.round()
+        assert len(events) <= 1
+        assert all(event.context is not None for event in events)
+    assert request.ids == plain.ids
+
+
+@torch.no_grad()
+def test_heavy_hitters_refuse_by_name():
+    compressed = compress(tiny_lm(), HeavyHitters(max_entries=8))
+    cache = compressed.new_cache(1)
+    assert not cache.can_speculate
+    with pytest.raises(UnsupportedError, match="'h2o' overwrites what it drops"):
+        cache.autocommit = False
+    compressed(random_ids(1, 12), cache=cache)
+    cache.commit()
+    cache.rollback()
+    assert cache.get_seq_length() == 12
