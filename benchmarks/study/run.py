@@ -28,7 +28,7 @@ from thoughtformer.evaluate import BitsReport, document_bits
 from thoughtformer.evaluate.profile import LossProfile, sentence_places
 from thoughtformer.files import new_file, read_json
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.loading import load, load_tokenizer
+from thoughtformer.models.loading import load_gpthf, load_tokenizer
 from thoughtformer.text import SentenceTokenizer
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import PackedRows, TokenisedCorpus
@@ -177,7 +177,7 @@ def _run(row: Row, settings: StudySettings, folder: Path) -> Record:
         settings.on_progress(f"{row.name}: trained by a checkout with uncommitted changes, and the row will say so")
     _enough_text(recipe, settings)
     result = _train(recipe, settings, folder)
-    model, tokenizer = load(folder)
+    model, tokenizer = load_gpthf(folder)
     metrics = {
         "parameters": float(result.parameters),
         "layer_parameters": float(sum(p.numel() for p in model.model.stages.parameters())),

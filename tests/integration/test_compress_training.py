@@ -20,7 +20,7 @@ from thoughtformer.compression import AdapterConfig, Sentinel, compress
 from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.errors import CheckpointError, ConfigError, ContextOverflowError, CorpusError, OutputError
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.loading import load_causal_lm
+from thoughtformer.models.loading import load
 from thoughtformer.rules.schedule import RowReading
 from thoughtformer.train.adapter_rows import AdapterRecipe, FoldingCollator
 from thoughtformer.train.compress import AdapterTraining, train_adapter
@@ -202,7 +202,7 @@ def test_learns_resumes_and_loads(place):
     assert "base_model_name_or_path" in (place / "whole" / "adapter_config.json").read_text()
     assert str(place) not in (place / "whole" / "adapter_config.json").read_text()
 
-    model, _ = load_causal_lm(place / "llama")
+    model, _ = load(place / "llama")
     ids = random_ids(1, 90)
     with torch.no_grad(), compress(model, "sentinel", adapter=place / "whole", policy=policy()) as compressed:
         cache = compressed.new_cache(1)

@@ -75,6 +75,7 @@ def test_beams_equal_beams_without_cache(visibility):
     assert cached.tolist() == recomputed.tolist()
 
 
+@torch.inference_mode()
 def test_sampling_follows_the_same_distribution():
     """The engine's scores are transformers' scores, for all settings together; so is a seeded choice."""
     model, tokenizer = tiny_pair()
@@ -84,14 +85,12 @@ def test_sampling_follows_the_same_distribution():
         ids, do_sample=True, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **settings
     )
     reader = reader_of(model, tokenizer)
-    row = make_request(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
-    batch = Batch(reader)
-    logits, cache = batch.read([row])
-    batch.join([row], cache)
+    request = make_request(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
+    logits, cache = Batch(reader).read([request])
     for scores, token in zip(generated.scores, generated.sequences[0, ids.shape[1] :].tolist()):
-        torch.testing.assert_close(row.sampler.scores(row.ids, logits[0]), scores[0], rtol=1e-5, atol=1e-5)
-        row.ids.append(token)
-        logits = batch.step()
+        torch.testing.assert_close(request.sampler.scores(request.ids, logits[0]), scores[0], rtol=1e-5, atol=1e-5)
+        request.ids.append(token)
+        logits = reader.step([token], cache).float()
 
 
 def test_sampled_rows_do_not_depend_on_neighbours():

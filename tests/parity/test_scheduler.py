@@ -526,8 +526,6 @@ def test_what_a_compressed_session_belongs_to():
     model.config.allow_extrapolation = True
     names.add(reader_of(model, tokenizer).identity())
     assert len(names) == 4
-    with pytest.raises(UnsupportedError, match=r"thoughtformer\.compress\(model, 'full'\)"):
-        Engine(tiny_lm("llama"), tokenizer)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="learned positions, none beyond 200"):
         tiny_compressed(tiny_lm("gpt2"), TINY_METHODS["streaming"], allow_extrapolation=True)
 

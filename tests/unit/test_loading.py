@@ -7,13 +7,16 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import thoughtformer
+from lms import tiny_lm
 from prose import tiny_pair
+from thoughtformer import Engine, SamplingParams
 from thoughtformer.errors import ArgumentError, CheckpointError, ConfigError, TokenizerError, UnsupportedError
 from thoughtformer.models import GPTHFConfig
-from thoughtformer.models.loading import load, load_tokenizer
+from thoughtformer.models.loading import load, load_gpthf, load_tokenizer
 from thoughtformer.registration import AutoModel
 from thoughtformer.text import SentenceTokenizer
 
@@ -70,7 +73,32 @@ def test_pickles_are_never_loaded(folder):
 def test_another_architecture(folder):
     edit_config(folder, model_type="llama")
     with pytest.raises(CheckpointError, match="holds a 'llama', not a 'gpthf'"):
+        load_gpthf(folder)
+    with pytest.raises(CheckpointError, match=r"don't fit its config\.json: the file lacks"):
         load(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_any_causal_lm_of_transformers(tmp_path, tied):
+    """Loaded, written with and compressed as it was; refused where a weight is missing."""
+    model, backend = tiny_lm("llama", vocab_size=400), tiny_pair()[1].backend_tokenizer
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    loaded, tokenizer = thoughtformer.load(tmp_path, dtype=torch.float64)
+    ids = torch.randint(3, 400, (1, 12))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-9)
+    text = "The ferry left."
+    expected = model.generate(torch.tensor([tokenizer(text).input_ids]), max_new_tokens=9, do_sample=False)
+    params = SamplingParams(max_new_tokens=9, ignore_end_of_text=True)
+    assert Engine(loaded, tokenizer).generate([text], params)[0].ids == expected[0, -9:].tolist()
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the file lacks model\.layers\.0\.mlp\.up_proj\.weight"):
+        thoughtformer.load(tmp_path)
 
 
 @pytest.mark.parametrize(

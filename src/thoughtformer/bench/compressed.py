@@ -15,7 +15,7 @@ from thoughtformer.cache import distinct_storage_bytes
 from thoughtformer.compression import AdapterConfig, RemovedFraction, Sentinel, SentinelAdapter, compress
 from thoughtformer.compression.solving import span_for
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.loading import load_causal_lm
+from thoughtformer.models.loading import load
 from thoughtformer.models.transformers_api import CACHE_NAME
 
 __all__ = ["compressed"]
@@ -51,8 +51,8 @@ def _case(options: Options, name: str, *, context: int, batch: int) -> Iterator[
     policy = RemovedFraction(removed=REMOVED, span_tokens=span_for(REMOVED, 1, context))
     adapter: Any
     if name == "tiny-gpt":
-        base: Any = load_causal_lm(name)[0]
-        twin: Any = load_causal_lm(name)[0]
+        base: Any = load(name)[0]
+        twin: Any = load(name)[0]
         adapter = "tiny-gpt-sentinel"
     else:
         base, twin = _random_llama(context), _random_llama(context)

@@ -22,7 +22,7 @@ from thoughtformer.evaluate.compression import Blocks, MethodScore, sample_block
 from thoughtformer.evaluate.planted_facts import plant_facts, score_recall
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.loading import BUNDLED_ADAPTERS, load, load_causal_lm, resolve
+from thoughtformer.models.loading import BUNDLED_ADAPTERS, load, load_gpthf, resolve
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.plain import document_tokenizer
 
@@ -95,7 +95,7 @@ def bits(options: QualityOptions) -> Iterator[Record]:
     """Bits per byte of the original text, all bits counted."""
     for name in options.models:
         options.on_progress(f"bits per byte: {name}")
-        model, tokenizer = load(name)
+        model, tokenizer = load_gpthf(name)
         context, stride = window_sizes(model, options.context_tokens, None)
         report = BitsReport.from_scores(
             score_documents(model, tokenizer, options.corpus(), context_tokens=context, stride_tokens=stride),
@@ -113,7 +113,7 @@ def bits(options: QualityOptions) -> Iterator[Record]:
 
 
 def _base(options: QualityOptions) -> tuple[Any, Any, int]:
-    model, tokenizer = load_causal_lm(options.base)
+    model, tokenizer = load(options.base)
     return model, document_tokenizer(tokenizer), options.context_tokens or int(model.config.max_position_embeddings)
 
 
@@ -201,7 +201,7 @@ def _kvpress(
         )
         return
     with tempfile.TemporaryDirectory() as folder:
-        export_llama(*load(options.base), Path(folder) / "llama")
+        export_llama(*load_gpthf(options.base), Path(folder) / "llama")
         with PeerProcess(python, PEERS["kvpress"].worker, threads=torch.get_num_threads()) as peer:
             version = peer.ask(ask="load", path=str(Path(folder) / "llama"), threads=torch.get_num_threads())
             entry_bytes = backbone_of(model).kv_bytes_per_entry()

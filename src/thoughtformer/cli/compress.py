@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thoughtformer.cli.opening import (
+    Adapter,
+    Compression,
+    Every,
+    MaxBytes,
+    MaxEntries,
+    MethodName,
+    MethodSettings,
+    Removed,
+    Span,
+    open_model,
+)
 from thoughtformer.cli.options import (
     AsJson,
     Column,
@@ -20,7 +32,6 @@ from thoughtformer.cli.options import (
     Threads,
     TrainingStatus,
     Working,
-    check_adapter,
     check_methods,
     check_model,
     check_source,
@@ -31,10 +42,9 @@ from thoughtformer.cli.options import (
 from thoughtformer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from thoughtformer.compression import CompressedModel
     from thoughtformer.evaluate.compression import MethodScore
 
-__all__ = ["compress_app", "open_compressed"]
+__all__ = ["compress_app"]
 
 compress_app = typer.Typer(help="Fold the context of a causal LM: train sentinels, compare methods, keep contexts.")
 
@@ -42,17 +52,6 @@ Base = Annotated[
     str,
     typer.Option("--model", "-m", help="tiny-gpt, or a folder with a causal LM of transformers.", callback=check_model),
 ]
-Adapter = Annotated[
-    str | None,
-    typer.Option(help="tiny-gpt-sentinel, or a folder that `compress train` wrote.", callback=check_adapter),
-]
-Removed = Annotated[
-    float | None,
-    typer.Option(help="Fraction of the tokens seen that is not held; default: 0.9.", min=0.0, max=0.99),
-]
-Span = Annotated[int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)]
-Every = Annotated[bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")]
-MaxBytes = Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)]
 
 
 @compress_app.command("train")
@@ -147,7 +146,7 @@ def evaluate(
 
     from thoughtformer.compression import METHODS
     from thoughtformer.evaluate.compression import sample_blocks, summarise
-    from thoughtformer.models.loading import load_causal_lm
+    from thoughtformer.models.loading import load
     from thoughtformer.text.corpus import Corpus
     from thoughtformer.text.plain import document_tokenizer
 
@@ -164,7 +163,7 @@ def evaluate(
             raise InputError(f"--removed {fraction}: fractions lie between 0 and 1.")
     set_threads(threads)
     corpus = Corpus(sources=data, column=column, max_bytes=max_bytes, encoding=encoding)
-    loaded, tokenizer = load_causal_lm(model)
+    loaded, tokenizer = load(model)
     samples = sample_blocks(
         corpus,
         document_tokenizer(tokenizer),
@@ -276,82 +275,20 @@ def _scores(
             injected.remove()
 
 
-def open_compressed(
-    model: str,
-    adapter: str | None,
-    *,
-    removed: float | None = None,
-    span_tokens: int | None = None,
-    sentences: bool = False,
-    max_bytes: int | None = None,
-    allow_extrapolation: bool,
-    context: Path | None = None,
-) -> tuple[CompressedModel, Any]:
-    """A compressed model as the command line describes it, and its tokenizer; a context says itself how it was made."""
-    from thoughtformer.compression import ByteBudget, RemovedFraction, SentenceEnds, Sentinel, compress
-    from thoughtformer.compression.adapter import read_adapter_manifest
-    from thoughtformer.compression.context import read_manifest
-    from thoughtformer.compression.method import Method
-    from thoughtformer.compression.registry import method_from
-    from thoughtformer.compression.solving import span_for
-    from thoughtformer.models.loading import BUNDLED_ADAPTERS, load_causal_lm, resolve
-
-    options = {"--removed": removed, "--span-tokens": span_tokens, "--max-bytes": max_bytes}
-    given = [name for name, value in options.items() if value is not None]
-    if context is not None and (given or sentences):
-        wrong = ", ".join([*given, *["--sentences"] * sentences])
-        raise InputError(f"{context} goes on being folded as it was: leave out {wrong}, or make another context.")
-    if sentences and given:
-        raise InputError(f"--sentences folds each sentence as it ends: leave out {', '.join(given)}.")
-    if max_bytes is not None and removed is not None:
-        raise InputError("--max-bytes says how much is held: leave out --removed.")
-    removed = 0.9 if removed is None else removed
-    loaded, tokenizer = load_causal_lm(model)
-    if getattr(loaded.config, "num_encoder_layers", 0):
-        raise InputError(
-            f"{model} is a GPTHF, which folds its sentences itself: --adapter and --context are for plain models, e.g. "
-            "--model tiny-gpt."
-        )
-    if context is not None:
-        manifest = read_manifest(context)
-        method: Method = method_from(manifest["method"], manifest["settings"])
-        if method.needs_adapter and adapter is None:
-            raise InputError(f"{context} was folded with sentinels: give the --adapter that it was made with.")
-    else:
-        if adapter is None:
-            raise InputError("give the sentinels' --adapter, e.g. --adapter tiny-gpt-sentinel with --model tiny-gpt.")
-        trained = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
-        count = trained["num_sentinels"]
-        span = (
-            span_tokens if span_tokens is not None else span_for(removed, count, loaded.config.max_position_embeddings)
-        )
-        if sentences:
-            policy: Any = SentenceEnds.for_tokenizer(tokenizer)
-        elif max_bytes is not None:
-            policy = ByteBudget(max_bytes=max_bytes, span_tokens=span)
-        else:
-            policy = RemovedFraction(removed=removed, span_tokens=span)
-        method = Sentinel(policy=policy, num_sentinels=count, see_earlier=trained["see_earlier"])
-    compressed = compress(
-        loaded,
-        method,
-        adapter=adapter if method.needs_adapter else None,
-        allow_extrapolation=allow_extrapolation,
-    )
-    return compressed, tokenizer
-
-
 @compress_app.command("context")
 def context(
     file: Annotated[Path, typer.Option("--file", "-f", help="UTF-8 text to read.")],
     out: Annotated[Path, typer.Option(help="File for the context, e.g. book.ctx.")],
     model: Base = "tiny-gpt",
     adapter: Adapter = None,
+    method: MethodName = None,
     append: Annotated[Path | None, typer.Option(help="Read on from this context instead of anew.")] = None,
     removed: Removed = None,
+    max_entries: MaxEntries = None,
     span_tokens: Span = None,
     sentences: Every = False,
     max_bytes: MaxBytes = None,
+    settings: MethodSettings = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     allow_extrapolation: Extrapolate = False,
     encoding: Encoding = "utf-8",
@@ -364,23 +301,28 @@ def context(
     """
     from thoughtformer.errors import OutputError
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
-    text = read_text(file, encoding)
-    from thoughtformer.compression.context import Context
-    from thoughtformer.text.plain import document_tokenizer
-
-    set_threads(threads)
-    compressed, tokenizer = open_compressed(
-        model,
-        adapter,
+    asked = Compression(
+        method=method,
+        adapter=adapter,
+        context=append,
         removed=removed,
+        max_entries=max_entries,
         span_tokens=span_tokens,
         sentences=sentences,
         max_bytes=max_bytes,
-        allow_extrapolation=allow_extrapolation,
-        context=append,
+        settings=settings,
     )
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
+    if not asked.is_asked:
+        raise InputError("say how the context is kept: give a --method, or the sentinels' --adapter.")
+    text = read_text(file, encoding)
+    from thoughtformer.compression import CompressedModel, Context
+    from thoughtformer.text.plain import document_tokenizer
+
+    set_threads(threads)
+    compressed, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
+    assert isinstance(compressed, CompressedModel)
     with compressed, Working(f"reading {file}"):
         ids = document_tokenizer(tokenizer).encode_document(text, complete=False, start=append is None).tolist()
         if append is None:

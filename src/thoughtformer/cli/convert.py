@@ -46,10 +46,10 @@ def llama(
     Example: thoughtformer convert llama --model tiny-gpt --out tiny-llama
     """
     from thoughtformer.convert.llama import export_llama
-    from thoughtformer.models.loading import load
+    from thoughtformer.models.loading import load_gpthf
 
     with Working(f"exporting {model}"):
-        export_llama(*load(model), out)
+        export_llama(*load_gpthf(model), out)
     print(f"{out}: a Llama of transformers")
 
 
@@ -63,8 +63,8 @@ def gguf(
     Example: thoughtformer convert gguf --model tiny-gpt --out tiny-gpt.gguf
     """
     from thoughtformer.convert.gguf import write_gguf
-    from thoughtformer.models.loading import load
+    from thoughtformer.models.loading import load_gpthf
 
     with Working(f"exporting {model}"):
-        write_gguf(*load(model), out)
+        write_gguf(*load_gpthf(model), out)
     print(f"{out}: a model of llama.cpp")

@@ -34,14 +34,14 @@ def demo(
     """
     from thoughtformer.bench import compare, split_prompt
     from thoughtformer.decode import SamplingParams
-    from thoughtformer.models.loading import ASSETS, BUNDLED, load
+    from thoughtformer.models.loading import ASSETS, BUNDLED, load_gpthf
 
     set_threads(threads)
     if max_new_tokens is None:
         max_new_tokens = 32 if quick else 128
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
     page = read_text(ASSETS / "page.txt") if file is None else read_text(file, encoding)
-    models = [(name, *load(name)) for name in BUNDLED]
+    models = [(name, *load_gpthf(name)) for name in BUNDLED]
     limit = min(model.config.max_position_embeddings for _, model, _ in models)
     prompt = split_prompt(page, [tokenizer for _, _, tokenizer in models], max_tokens=limit - max_new_tokens)
 

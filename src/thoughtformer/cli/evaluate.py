@@ -50,12 +50,12 @@ def evaluate(
 
     from thoughtformer.evaluate import BitsReport, document_bits, window_sizes
     from thoughtformer.evaluate.profile import LossProfile, sentence_places
-    from thoughtformer.models.loading import load, load_tokenizer
+    from thoughtformer.models.loading import load_gpthf, load_tokenizer
     from thoughtformer.text.corpus import Corpus
 
     set_threads(threads)
     corpus = Corpus(sources=data, column=column, max_bytes=max_bytes, encoding=encoding)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_gpthf(model)
     loaded.config.allow_extrapolation = allow_extrapolation
     context, stride = window_sizes(loaded, context_tokens, stride_tokens)
     # Sentences are told by one that writes their ends, also for a model that reads none.

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.options import (
-    AsJson,
-    Encoding,
-    Extrapolate,
-    Model,
-    Threads,
-    check_adapter,
-    read_text,
-    set_threads,
+from thoughtformer.cli.opening import (
+    Adapter,
+    Compression,
+    Every,
+    MaxBytes,
+    MaxEntries,
+    MethodName,
+    MethodSettings,
+    Removed,
+    Span,
+    open_model,
 )
+from thoughtformer.cli.options import AsJson, Encoding, Extrapolate, Model, Threads, read_text, set_threads
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
+    from thoughtformer.compression import Context
     from thoughtformer.decode import SamplingParams
-    from thoughtformer.engine import Engine
+    from thoughtformer.engine import Request, Scheduler
 
 __all__ = ["generate"]
 
@@ -64,21 +68,19 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Never choose an end of the model's own: write on to the limit.")
     ] = False,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Fold the context of a plain model with these sentinels.", callback=check_adapter),
-    ] = None,
+    method: MethodName = None,
+    adapter: Adapter = None,
+    removed: Removed = None,
+    max_entries: MaxEntries = None,
+    span_tokens: Span = None,
+    sentences: Every = False,
+    max_bytes: MaxBytes = None,
+    method_settings: MethodSettings = None,
     context: Annotated[Path | None, typer.Option(help="Continue after a context of `compress context`.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Sentence store: sentences in it needn't be read again, others are added.")
     ] = None,
     context_file: Annotated[Path | None, typer.Option(help="UTF-8 text that comes before the prompt.")] = None,
-    removed: Annotated[
-        float | None,
-        typer.Option(
-            help="With --adapter: fraction of the tokens seen that is not held; default 0.9.", min=0.0, max=0.99
-        ),
-    ] = None,
     allow_extrapolation: Extrapolate = False,
     encoding: Encoding = "utf-8",
     threads: Threads = None,
@@ -93,14 +95,25 @@ def generate(
     Example: thoughtformer generate --store sentences --context-file book.txt --prompt "The end of it was that"
 
     Example: thoughtformer generate --model tiny-gpt --adapter tiny-gpt-sentinel --context book.ctx --prompt "He said"
+
+    Example: thoughtformer generate --model my-llama --method streaming --max-entries 256 < prompt.txt
     """
     was_asked = prompt is not None or file is not None
     if prompt == "-" or (not was_asked and not sys.stdin.isatty()):
         prompt, file = None, Path("-")
     if (prompt is None) == (file is None):
         raise InputError(NO_PROMPT)
-    if removed is not None and adapter is None and context is None:
-        raise InputError("--removed says how an --adapter folds what it reads: name one.")
+    asked = Compression(
+        method=method,
+        adapter=adapter,
+        context=context,
+        removed=removed,
+        max_entries=max_entries,
+        span_tokens=span_tokens,
+        sentences=sentences,
+        max_bytes=max_bytes,
+        settings=method_settings,
+    )
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file, encoding).removesuffix("\n").removesuffix("\r")
     assert text is not None
@@ -125,39 +138,59 @@ def generate(
     )
 
     set_threads(threads)
-    if adapter is not None or context is not None:
-        if store is not None:
-            raise InputError("--store keeps sentences of a GPTHF; --adapter and --context compress other models.")
-        _generate_compressed(text, params, model, adapter, context, removed, allow_extrapolation, as_json)
-        return
+    if store is not None and asked.is_asked:
+        raise InputError("--store keeps sentences of a GPTHF; --method, --adapter and --context compress other models.")
 
-    from thoughtformer.engine import Engine, SentenceStore
-    from thoughtformer.models.loading import load
-    from thoughtformer.stores.sentences import storable
+    from thoughtformer.compression import CompressedModel, Context
+    from thoughtformer.engine import Limits, Scheduler, SentenceStore, reader_of
 
-    loaded, tokenizer = load(model)
-    loaded.config.allow_extrapolation = allow_extrapolation
-    if store is not None:
-        storable(loaded)
-    with nullcontext() if store is None else SentenceStore(store) as opened:
-        _generate(Engine(loaded, tokenizer, store=opened), text, params, as_json)
+    opened, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
+    with ExitStack() as stack:
+        known = None if store is None else stack.enter_context(SentenceStore(store)).of(opened)
+        scheduler = Scheduler(reader_of(opened, tokenizer, sentences=known), Limits(max_rows=1))
+        if context is None:
+            request = scheduler.prepare(text, params)
+        else:
+            assert isinstance(opened, CompressedModel)
+            request = _continued(scheduler, Context.load(opened, context), text, params)
+        request.keeps_cache = as_json
+        scheduler.enqueue([request])
+        while scheduler.has_work:
+            for event in scheduler.round():
+                if not as_json:
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+            if request.error is not None:
+                raise request.error
+        if as_json:
+            num_context = None if context is None else request.num_known
+            print(json.dumps(_result(scheduler, request, num_context=num_context), ensure_ascii=False))
+        else:
+            sys.stdout.write("\n")
 
 
-def _generate(engine: Engine, text: str, params: SamplingParams, as_json: bool) -> None:
-    if not as_json:
-        for event in engine.stream([text], params):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        return
-    completion = engine.generate([text], params)[0]
-    new_tokens = completion.usage.new_tokens
-    decode_seconds = completion.seconds - completion.first_token_seconds
+def _continued(scheduler: Scheduler, context: Context, text: str, params: SamplingParams) -> Request:
+    """A request that goes on from a context."""
+    new = scheduler.reader.encode(text, start=False)
+    if not new:
+        raise InputError("give at least one token of --prompt after the context.")
+    request = scheduler.prepare([*context.ids, *new], params)
+    request.go_on_from(context.cache, len(context.ids))
+    return request
+
+
+def _result(scheduler: Scheduler, request: Request, *, num_context: int | None) -> dict[str, Any]:
+    """What came of a request, for programs."""
+    completion, model = scheduler.completion(request), scheduler.reader.model
+    usage = dict(completion.usage.__dict__)
+    if num_context is not None:
+        usage |= {"context_tokens": num_context, "prompt_tokens": usage["prompt_tokens"] - num_context}
+    decode_seconds, new_tokens = completion.seconds - completion.first_token_seconds, usage["new_tokens"]
     result = {
         "text": completion.text,
         "ids": completion.ids,
         "finish_reason": completion.finish_reason,
-        "usage": completion.usage.__dict__,
+        "usage": usage,
         "timings": {
             "first_token_seconds": completion.first_token_seconds,
             "total_seconds": completion.seconds,
@@ -165,86 +198,8 @@ def _generate(engine: Engine, text: str, params: SamplingParams, as_json: bool) 
         },
         "bytes": {
             "kv_cache": completion.cache_bytes,
-            "weights": sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()),
+            "weights": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         },
     }
-    print(json.dumps(result, ensure_ascii=False))
-
-
-def _generate_compressed(
-    text: str,
-    params: SamplingParams,
-    model: str,
-    adapter: str | None,
-    context: Path | None,
-    removed: float | None,
-    allow_extrapolation: bool,
-    as_json: bool,
-) -> None:
-    """The same for a causal LM whose context is folded; transformers' own generate writes."""
-    import secrets
-    import time
-
-    import torch
-
-    from thoughtformer.cli.compress import open_compressed
-    from thoughtformer.compression.context import Context
-    from thoughtformer.decode import ends_of
-    from thoughtformer.engine import reader_of
-    from thoughtformer.text.plain import document_tokenizer
-
-    compressed, tokenizer = open_compressed(
-        model,
-        adapter,
-        removed=removed,
-        allow_extrapolation=allow_extrapolation,
-        context=context,
-    )
-    encoder = document_tokenizer(tokenizer)
-    ids = encoder.encode_document(text, complete=False, start=context is None).tolist()
-    settings: dict[str, Any] = {
-        "max_new_tokens": params.max_new_tokens,
-        "do_sample": not params.is_greedy,
-        "repetition_penalty": params.repetition_penalty,
-    }
-    if not params.is_greedy:
-        settings |= {"temperature": params.temperature, "top_k": max(params.top_k or 0, 0), "top_p": params.top_p}
-        settings |= {"min_p": params.min_p or None}
-    reader = reader_of(compressed, tokenizer)
-    ends = ends_of(params, end_ids=reader.end_ids, special_tokens=reader.special_tokens, vocab_size=reader.vocab_size)
-    settings["eos_token_id"] = sorted(ends.reasons) or None
-    if ends.never:
-        settings["suppress_tokens"] = list(ends.never)
-    if params.stop:
-        settings |= {"stop_strings": list(params.stop), "tokenizer": tokenizer}
-    torch.manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
-    started = time.monotonic()
-    with compressed, torch.inference_mode():
-        held = (
-            Context(compressed, compressed.new_cache(1), []) if context is None else Context.load(compressed, context)
-        )
-        num_context = len(held.ids)
-        cache = held.cache
-        whole = torch.tensor([[*held.ids, *ids]])
-        if len(ids) == 0:
-            raise InputError("give at least one token of --prompt after the context.")
-        output = compressed.generate(  # type: ignore[attr-defined]
-            whole.to(compressed.device), attention_mask=torch.ones_like(whole), cache=cache, **settings
-        )
-        new = output[0, whole.shape[1] :].tolist()
-        entries, num_bytes = int(cache.num_entries[0]), cache.num_bytes()
-    written = encoder.decode(new[:-1] if new and new[-1] in ends.reasons else new)
-    for stop in params.stop:
-        written = written.split(stop)[0]
-    if not as_json:
-        print(written)
-        return
-    result = {
-        "text": written,
-        "ids": new,
-        "usage": {"context_tokens": num_context, "prompt_tokens": len(ids), "new_tokens": len(new)},
-        "entries": entries,
-        "bytes": {"kv_cache": num_bytes},
-        "seconds": time.monotonic() - started,
-    }
-    print(json.dumps(result, ensure_ascii=False))
+    entries = getattr(request.cache, "num_entries", None)
+    return result if entries is None else result | {"entries": int(entries[0])}

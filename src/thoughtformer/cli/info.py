@@ -26,7 +26,7 @@ def info(
     import torch
 
     import thoughtformer
-    from thoughtformer.models.loading import BUNDLED, BUNDLED_ADAPTERS, load, resolve
+    from thoughtformer.models.loading import BUNDLED, BUNDLED_ADAPTERS, load_gpthf, resolve
     from thoughtformer.recipes import RECIPES
 
     facts: dict[str, object] = {
@@ -41,7 +41,7 @@ def info(
         "recipes": list(RECIPES),
     }
     if model is not None:
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = load_gpthf(model)
         config = loaded.config
         facts |= {
             "model": model,

@@ -29,6 +29,7 @@ __all__ = [
     "Working",
     "check_adapter",
     "check_cases",
+    "check_method",
     "check_methods",
     "check_model",
     "check_source",
@@ -68,6 +69,13 @@ def check_methods(names: str) -> str:
         if names != "all" and name not in METHOD_NAMES:
             raise InputError(f"--methods: unknown method {name!r}.{nearest_method(name)}")
     return names
+
+
+def check_method(name: str | None) -> str | None:
+    """A callback, the same for one method."""
+    if name is not None and name not in METHOD_NAMES:
+        raise InputError(f"--method: unknown method {name!r}.{nearest_method(name)}")
+    return name
 
 
 def check_cases(theme: str) -> Callable[[list[str] | None], list[str] | None]:

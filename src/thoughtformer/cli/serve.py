@@ -6,19 +6,26 @@ import os
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
-from thoughtformer.cli.compress import Adapter, Every, MaxBytes, Span, open_compressed
+from thoughtformer.cli.opening import (
+    Adapter,
+    Compression,
+    Every,
+    MaxBytes,
+    MaxEntries,
+    MethodName,
+    MethodSettings,
+    Removed,
+    Span,
+    open_model,
+)
 from thoughtformer.cli.options import Extrapolate, Threads, check_model, set_threads
 from thoughtformer.cli.store import parse_size
 from thoughtformer.errors import InputError
-
-if TYPE_CHECKING:
-    from thoughtformer.compression import CompressedModel
-    from thoughtformer.models import GPTHFForCausalLM
 
 __all__ = ["serve"]
 
@@ -33,12 +40,13 @@ def serve(
         ),
     ] = "tiny-gpthf",
     adapter: Adapter = None,
-    removed: Annotated[
-        float | None, typer.Option(help="With --adapter: fraction of the tokens seen not held; default: 0.9.", max=0.99)
-    ] = None,
+    method: MethodName = None,
+    removed: Removed = None,
+    max_entries: MaxEntries = None,
     span_tokens: Span = None,
     sentences: Every = False,
     max_bytes: MaxBytes = None,
+    method_settings: MethodSettings = None,
     store: Annotated[Path | None, typer.Option(help="Sentence store: known sentences needn't be read again.")] = None,
     session_folder: Annotated[
         Path | None, typer.Option("--sessions", help="Folder for idle sessions; without, they end with the server.")
@@ -89,6 +97,8 @@ def serve(
     Example: thoughtformer serve --model runs/mine --store sentences --sessions sessions --port 8000
 
     Example: thoughtformer serve --model tiny-gpt --adapter tiny-gpt-sentinel --removed 0.8
+
+    Example: thoughtformer serve --model my-llama --method streaming --max-entries 1024
     """
     try:
         import uvicorn
@@ -107,8 +117,16 @@ def serve(
             f"--host {host} lets other machines in: set {TOKEN_VARIABLE} to a bearer token that they must send, or "
             "listen at 127.0.0.1."
         )
-    if adapter is None and (removed is not None or span_tokens is not None or sentences or max_bytes is not None):
-        raise InputError("--removed, --span-tokens, --sentences and --max-bytes say how an --adapter folds: name one.")
+    asked = Compression(
+        method=method,
+        adapter=adapter,
+        removed=removed,
+        max_entries=max_entries,
+        span_tokens=span_tokens,
+        sentences=sentences,
+        max_bytes=max_bytes,
+        settings=method_settings,
+    )
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -131,19 +149,7 @@ def serve(
     )
     set_threads(threads)
     _check_free(host, port)  # before the model is read
-    served: GPTHFForCausalLM | CompressedModel
-    if adapter is not None:
-        served, tokenizer = open_compressed(
-            model,
-            adapter,
-            removed=removed,
-            span_tokens=span_tokens,
-            sentences=sentences,
-            max_bytes=max_bytes,
-            allow_extrapolation=allow_extrapolation,
-        )
-    else:
-        served, tokenizer = _uncompressed(model, allow_extrapolation)
+    served, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
     with ExitStack() as stack:
         known = None
         if store is not None:
@@ -180,16 +186,3 @@ def _check_free(host: str, port: int) -> None:
         raise InputError(
             f"can't listen at {host}, port {port} ({error.strerror or error}): choose another --host or --port."
         ) from None
-
-
-def _uncompressed(model: str, allow_extrapolation: bool) -> tuple[GPTHFForCausalLM | CompressedModel, Any]:
-    """A model that is served as it is: a GPTHF, or a causal LM of transformers of whose context nothing is dropped."""
-    from thoughtformer.compression import compress
-    from thoughtformer.models import GPTHFForCausalLM
-    from thoughtformer.models.loading import load_causal_lm
-
-    loaded, tokenizer = load_causal_lm(model)
-    if isinstance(loaded, GPTHFForCausalLM):
-        loaded.config.allow_extrapolation = allow_extrapolation
-        return loaded, tokenizer
-    return compress(loaded, "full", allow_extrapolation=allow_extrapolation), tokenizer

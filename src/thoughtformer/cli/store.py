@@ -82,14 +82,14 @@ def index(
         check_source(source)
 
     from thoughtformer.engine import SentenceStore, index_documents
-    from thoughtformer.models.loading import load
+    from thoughtformer.models.loading import load_gpthf
     from thoughtformer.stores.sentences import storable
     from thoughtformer.text.corpus import Corpus
 
     max_bytes = parse_size(max_size)
     set_threads(threads)
     corpus = Corpus(sources=list(data), column=column, encoding=encoding)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_gpthf(model)
     storable(loaded)
     started = time.monotonic()
     with SentenceStore(store, max_bytes=max_bytes) as opened, Working("reading") as status:

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from thoughtformer.compression import CompressedModel
 from thoughtformer.decode import Drafter, SamplingParams, row_seed
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
 from thoughtformer.errors import InputError
-from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.runners.opening import reader_of
 from thoughtformer.stores.sentences import SentenceStore
 
@@ -20,7 +18,7 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """Continues prompts with a GPTHF, its plain GPT, or a causal LM that `compress` was called on.
+    """Continues prompts with a GPTHF, its plain GPT, or any causal LM, `compress`ed or not.
 
     Args:
         model: in evaluation mode.
@@ -40,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPTHFForCausalLM | CompressedModel,
+        model: Any,
         tokenizer: Any,
         *,
         max_rows: int = 32,

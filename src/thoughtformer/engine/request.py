@@ -137,6 +137,11 @@ class Request:
         self.params = replace(self.params, max_new_tokens=max_new_tokens)
         self.most_entries = reader.most_entries(self.ids, max_new_tokens)
 
+    def go_on_from(self, cache: RowsCache, num_tokens: int) -> None:
+        """Has it read only what comes after its first `num_tokens`, which `cache`, of one row, has read already."""
+        self.origin = cache
+        self.num_read = self.num_known = num_tokens
+
     def accept(self, token: int) -> StreamEvent:
         """Adds a chosen token; the request may have ended then."""
         self.ids.append(token)

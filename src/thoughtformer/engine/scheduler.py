@@ -18,7 +18,7 @@ from thoughtformer.decode import Drafter, FinishReason, SamplingParams
 from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
-from thoughtformer.errors import StoppedError
+from thoughtformer.errors import StoppedError, UnsupportedError
 from thoughtformer.runners.base import Reader
 
 __all__ = ["Scheduler", "SchedulerStats"]
@@ -48,9 +48,17 @@ class Scheduler:
         reader: the model; see `reader_of`.
         limits: what is taken on.
         drafter: proposes tokens, which are verified together; None: one token a step.
+
+    Raises:
+        UnsupportedError: several rows of a method whose rows can't be joined, as H2O's.
     """
 
     def __init__(self, reader: Reader, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
+        if not reader.can_join and limits.max_rows > 1:
+            raise UnsupportedError(
+                f"the method {reader.model.method.name!r} can't be batched continuously, because its rows can't be "
+                "joined: choose another, or write one request at a time (max_rows=1; command line: --max-rows 1)."
+            )
         self.reader = reader
         self.limits = limits
         self.batch = Batch(reader, drafter)

@@ -128,8 +128,7 @@ class Sessions:
                 new = new if session.ids[-1] in (end, *self.reader.end_ids) else [end, *new]
             request = make_request(self.reader, [*session.ids, *new], params, number=number)
             if session.cache is not None and request.num_prompt_tokens > session.num_read:
-                request.origin = session.cache
-                request.num_read = request.num_known = session.num_read
+                request.go_on_from(session.cache, session.num_read)
             request.keeps_cache = True
             session.is_busy, session.weights = True, weights
             self._held[key] = session

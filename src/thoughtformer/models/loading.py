@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thoughtformer.errors import ArgumentError, CheckpointError, TokenizerError, nearest
 from thoughtformer.files import read_json
@@ -16,7 +17,7 @@ from thoughtformer.models.gpthf.configuration import GPTHFConfig
 from thoughtformer.names import ASSETS, BUNDLED, BUNDLED_ADAPTERS, resolve
 from thoughtformer.text.tokenizer import TOKENIZER_SETTINGS, SentenceTokenizer
 
-__all__ = ["ASSETS", "BUNDLED", "BUNDLED_ADAPTERS", "load", "load_causal_lm", "load_tokenizer", "resolve"]
+__all__ = ["ASSETS", "BUNDLED", "BUNDLED_ADAPTERS", "load", "load_gpthf", "load_tokenizer", "resolve"]
 
 #: What transformers raises for folders that it can't load.
 UNLOADABLE = (OSError, TypeError, LookupError, AttributeError, ValueError, SafetensorError, RuntimeError)
@@ -24,19 +25,17 @@ TOKENIZER_FILE = "tokenizer_config.json"
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "checkpoint.pt")
 
 
-def load(
+def load_gpthf(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[GPTHFForCausalLM, SentenceTokenizer]:
-    """A model in evaluation mode, and its tokenizer.
+    """A GPTHF, or its plain GPT, in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: `tiny-gpthf`, `tiny-gpt`, or a folder that `save_pretrained` or `thoughtformer train` wrote.
-        dtype: default: what config.json says, float32 for the bundled ones; on the CPU float32.
-        device: default: the CPU.
+        name_or_path: a bundled name, or a folder that `save_pretrained` or `thoughtformer train` wrote.
+        dtype, device: as for `load`.
 
     Raises:
-        CheckpointError: no such model; weights that are truncated, of another architecture, or pickled.
-        TokenizerError: no tokenizer, or one that doesn't fit the model.
+        CheckpointError, TokenizerError: as `load`.
     """
     folder = resolve(name_or_path)
     config = _config(folder)
@@ -57,32 +56,41 @@ def load(
     return model.eval(), tokenizer
 
 
-def load_causal_lm(
+def load(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """Any causal LM that compression may be asked for, in evaluation mode, and its tokenizer.
+) -> tuple[Any, Any]:
+    """A causal LM in evaluation mode, and its tokenizer: of this package, or any of transformers in safetensors.
 
     Args:
-        name_or_path: what `load` takes, or a folder with another causal LM of transformers in safetensors.
-        dtype, device: as for `load`.
+        name_or_path: `tiny-gpthf`, `tiny-gpt`, or a folder with a causal LM.
+        dtype: default: what config.json says, float32 for the bundled ones; on the CPU float32.
+        device: default: the CPU.
 
     Raises:
-        CheckpointError, TokenizerError: as `load`.
+        CheckpointError: no such model; weights that are truncated, of another architecture, or pickled.
+        TokenizerError: no tokenizer, or one that doesn't fit the model.
     """
     folder = resolve(name_or_path)
     values = _config_values(folder)
     if values.get("model_type") == GPTHFConfig.model_type:
-        return load(folder, dtype=dtype, device=device)
+        return load_gpthf(folder, dtype=dtype, device=device)
     _refuse_pickles(folder)
     device = torch.device(device or "cpu")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
+    # transformers draws weights at random that a folder lacks, and says so in its log alone.
+    _refuse_unfit(folder, {"lacks": found["missing_keys"], "has another shape of": found["mismatched_keys"]})
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise what they like for a missing or malformed file
@@ -134,7 +142,7 @@ def _config(folder: Path) -> GPTHFConfig:
     if values.get("model_type") != GPTHFConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {values.get('model_type', 'model of unknown type')!r}, not a {GPTHFConfig.model_type!r}."
-            " Causal LMs of transformers can be compressed and served; for other uses load them with transformers."
+            " Causal LMs of transformers can be compressed, written with and served: thoughtformer.load takes them."
         )
     try:
         return GPTHFConfig.from_dict(values)
@@ -172,12 +180,17 @@ def _check_weights(folder: Path, config: GPTHFConfig) -> None:
     missing = sorted(expected.keys() - found.keys())
     foreign = sorted(found.keys() - expected.keys() - {"lm_head.weight"})
     misshapen = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-    if missing or foreign or misshapen:
-        parts = [
-            f"{label} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            for label, names in (("lacks", missing), ("has a foreign", foreign), ("has another shape of", misshapen))
-            if names
-        ]
+    _refuse_unfit(folder, {"lacks": missing, "has a foreign": foreign, "has another shape of": misshapen})
+
+
+def _refuse_unfit(folder: Path, wrong: Mapping[str, Iterable[Any]]) -> None:
+    """Raises `CheckpointError` if names of weights are wrong, by what is wrong with them."""
+    parts = []
+    for label, names in wrong.items():
+        named = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)
+        if named:
+            parts.append(f"{label} {named[0]}" + (f" and {len(named) - 1} more" if len(named) > 1 else ""))
+    if parts:
         raise CheckpointError(f"the weights in {folder} don't fit its config.json: the file {'; '.join(parts)}.")
 
 

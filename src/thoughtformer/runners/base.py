@@ -91,6 +91,7 @@ class Reader(ABC):
         sentence_end: closes a sentence; None: nothing does.
         exempt_ids: from the repetition penalty.
         sentences: known from before.
+        can_join: caches of several rows can be one.
     """
 
     model: Any
@@ -102,6 +103,7 @@ class Reader(ABC):
     exempt_ids: tuple[int, ...]
     sentence_end: int | None = None
     sentences: StoredSentences | None = None
+    can_join: bool = True
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ from thoughtformer.cache.entries import CompressedCache
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
-from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.errors import InputError
 from thoughtformer.rules.schedule import RowProgress
 from thoughtformer.runners.base import ContextFollower, Reader, RequestContext, end_ids_of, identity_of
 from thoughtformer.text.plain import document_tokenizer
@@ -32,15 +32,11 @@ class CompressedReader(Reader):
     Args:
         model: what `thoughtformer.compress` gives.
         tokenizer: the model's own, a fast one.
-
-    Raises:
-        UnsupportedError: a method whose rows can't be joined, as H2O's: each head holds entries of its own.
     """
 
     def __init__(self, model: CompressedModel, tokenizer: Any) -> None:
-        if not model.method.can_join:
-            raise UnsupportedError(f"the method {model.method.name!r} can't be batched continuously: choose another.")
         self.model = model
+        self.can_join = model.method.can_join
         self.tokenizer = document_tokenizer(tokenizer)
         model.eval()
         self.vocab_size = model.backbone.vocab_size

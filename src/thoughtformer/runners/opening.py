@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from thoughtformer.compression import CompressedModel
+from thoughtformer.compression import CompressedModel, compress
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.runners.base import Reader
@@ -18,14 +18,14 @@ __all__ = ["reader_of"]
 
 
 def reader_of(
-    model: GPTHFForCausalLM | CompressedModel,
+    model: Any,
     tokenizer: Any,
     *,
     sentences: StoredSentences | None = None,
     pack: bool = True,
     compile: bool = False,
 ) -> Reader:
-    """The model's reader; arguments as for `Engine`.
+    """The model's reader; arguments as for `Engine`. A causal LM of transformers keeps its whole context.
 
     Raises:
         InputError: no model, but its name, say.
@@ -36,9 +36,7 @@ def reader_of(
     if isinstance(model, GPTHFForCausalLM):
         return GPTHFReader(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
     if not isinstance(model, CompressedModel):
-        raise UnsupportedError(
-            f"a {type(model).__name__} is read as it is by thoughtformer.compress(model, 'full'): give that."
-        )
+        model = compress(model, "full")
     if sentences is not None:
         raise UnsupportedError("a compressed model has no vectors of sentences: leave the store out.")
     if compile:

@@ -26,7 +26,7 @@ from thoughtformer.files import sealed_json
 from thoughtformer.models.backbone import Backbone, backbone_of
 from thoughtformer.models.chunked_loss import chunked_cross_entropy
 from thoughtformer.models.fingerprint import fingerprint
-from thoughtformer.models.loading import load_causal_lm
+from thoughtformer.models.loading import load
 from thoughtformer.rules.entries import Entries
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
@@ -229,7 +229,7 @@ def train_adapter(
 
     Args:
         recipe: the run.
-        base: the model, as `load_causal_lm` takes it.
+        base: the model, as `load` takes it.
         data: sources as `Corpus` takes them.
         out: a new or empty folder, unless `resume` or `overwrite` is set.
         resume: go on from the last checkpoint in `out`, with exactly the steps that would have followed.
@@ -244,7 +244,7 @@ def train_adapter(
     """
     out = Path(out)
     corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes, encoding=encoding)
-    model, tokenizer = load_causal_lm(base)
+    model, tokenizer = load(base)
     backbone = backbone_of(model)
     if recipe.row_tokens > backbone.max_tokens:
         raise ContextOverflowError(

@@ -1,0 +1,124 @@
+"""Any method on any causal LM, by the command line: written with by the one loop, as the library does it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import thoughtformer
+from lms import tiny_lm
+from prose import PAGE, tiny_pair
+from thoughtformer.compression import METHODS
+from thoughtformer.engine import Limits, Scheduler, reader_of
+from thoughtformer.errors import UnsupportedError
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "streaming": ("--max-entries", "40", "--set", "first_tokens=2"),
+    "h2o": ("--max-entries", "40", "--set", "recent_fraction=0.25"),
+    "truncation": ("--set", "piece_tokens=40"),
+    "random": ("--max-entries", "40"),
+    "combiner": ("--removed", "0.5", "--span-tokens", "4"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    place = tmp_path_factory.mktemp("methods") / "llama"
+    backend = tiny_pair()[1].backend_tokenizer
+    tiny_lm("llama", vocab_size=len(tiny_pair()[1]), max_position_embeddings=512).float().save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(place)
+    return place
+
+
+def answer(run, *arguments: object) -> dict:
+    code, out, err = run("generate", "--json", "--ignore-eos", "--max-new-tokens", 12, *arguments)
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"sentinel"}))
+def test_every_method_writes_as_the_library_does(run, llama, method):
+    told = answer(
+        run, "--model", llama, "--method", method, *SETTINGS.get(method, ("--removed", "0.5")), "--prompt", PAGE[:300]
+    )
+    model, tokenizer = thoughtformer.load(llama)
+    settings = {
+        "full": {},
+        "streaming": {"max_entries": 40, "first_tokens": 2},
+        "h2o": {"max_entries": 40, "recent_fraction": 0.25},
+        "truncation": {"piece_tokens": 40},
+        "random": {"max_entries": 40},
+        "combiner": {"removed": 0.5, "span_tokens": 4},
+    }.get(method, {"removed": 0.5})
+    with thoughtformer.compress(model, method, **settings) as compressed:
+        ids = tokenizer(PAGE[:300], return_tensors="pt").input_ids
+        expected = compressed.generate(ids, max_new_tokens=12, do_sample=False)
+    assert told["ids"] == expected[0, ids.shape[1] :].tolist()
+    assert told["finish_reason"] == "length"
+    assert told["usage"]["prompt_tokens"] == ids.shape[1]
+    assert told["bytes"]["kv_cache"] > 0
+    if method != "full":
+        assert told["entries"] < ids.shape[1]
+
+
+def test_a_model_of_transformers_as_it_is(run, llama):
+    told = answer(run, "--model", llama, "--prompt", "The ferry")
+    model, tokenizer = thoughtformer.load(llama)
+    ids = tokenizer("The ferry", return_tensors="pt").input_ids
+    assert told["ids"] == model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+def test_a_context_of_any_method(run, llama, tmp_path):
+    (tmp_path / "page.txt").write_text(PAGE[:400], encoding="utf-8")
+    where, method = ("--model", llama), ("--method", "streaming", "--max-entries", "40")
+    read = ("compress", "context", *where, "--file", tmp_path / "page.txt", "--out", tmp_path / "page.ctx", "--json")
+    code, out, err = run(*read, *method)
+    assert code == 0, err
+    assert json.loads(out)["entries"] < 40
+    told = answer(run, *where, "--context", tmp_path / "page.ctx", "--prompt", " The ferry")
+    whole = answer(run, *where, *method, "--prompt", PAGE[:400] + " The ferry")
+    assert told["usage"]["context_tokens"] == json.loads(out)["tokens"]
+    assert told["ids"] == whole["ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "snapkv"], "nearest to kvpress's snapkv"),
+        (["--method", "streaming", "--set", "first_token=3"], "Did you mean 'first_tokens'"),
+        (["--method", "streaming", "--set", "first_tokens"], "write name=value"),
+        (["--method", "streaming", "--removed", "0.5"], "streaming holds a number of entries"),
+        (["--method", "local", "--max-entries", "9"], "local has no setting 'max_entries'"),
+        (["--method", "local", "--sentences"], "local drops tokens"),
+        (["--method", "sentinel"], "give the sentinels' --adapter"),
+        (["--max-entries", "9"], "--max-entries says how an --adapter folds, or what a --method drops: name one"),
+        (["--method", "local", "--store", "store"], "compress other models"),
+    ],
+)
+def test_mistakes_are_named(run, llama, arguments, message):
+    code, _, err = run("generate", "--model", llama, "--prompt", "a", *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_gpthf_keeps_its_own_way(run):
+    code, _, err = run("generate", "--prompt", "a", "--method", "local", "--removed", "0.5")
+    assert code == 2
+    assert "folds its sentences itself" in err
+
+
+def test_heavy_hitters_are_written_one_at_a_time(llama):
+    model, tokenizer = thoughtformer.load(llama)
+    with thoughtformer.compress(model, "h2o", max_entries=40) as compressed:
+        reader = reader_of(compressed, tokenizer)
+        with pytest.raises(UnsupportedError, match=r"'h2o' can't be batched.*max_rows=1"):
+            Scheduler(reader)
+        scheduler = Scheduler(reader, Limits(max_rows=1))
+        requests = [scheduler.submit(PAGE[:200]) for _ in range(2)]
+        while scheduler.has_work:
+            scheduler.round()
+        assert requests[0].ids == requests[1].ids
