@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel, Context, compress
     from thoughtformer.decode import SamplingParams
-    from thoughtformer.engine import Completion, Engine
+    from thoughtformer.engine import Completion, Engine, SentenceStore, generate
     from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
     from thoughtformer.models.loading import load
     from thoughtformer.text import SentenceTokenizer
@@ -29,9 +29,11 @@ __all__ = [
     "GPTHFConfig",
     "GPTHFForCausalLM",
     "SamplingParams",
+    "SentenceStore",
     "SentenceTokenizer",
     "__version__",
     "compress",
+    "generate",
     "load",
 ]
 
@@ -43,8 +45,10 @@ _HOMES = {
     "GPTHFConfig": "thoughtformer.models",
     "GPTHFForCausalLM": "thoughtformer.models",
     "SamplingParams": "thoughtformer.decode",
+    "SentenceStore": "thoughtformer.engine",
     "SentenceTokenizer": "thoughtformer.text",
     "compress": "thoughtformer.compression",
+    "generate": "thoughtformer.engine",
     "load": "thoughtformer.models.loading",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thoughtformer.engine.admission import Limits
-from thoughtformer.engine.engine import Engine
+from thoughtformer.engine.engine import Engine, OpenSession, generate
 from thoughtformer.engine.request import Completion, Request, StreamEvent, Usage
 from thoughtformer.engine.scheduler import Scheduler, SchedulerStats
 from thoughtformer.engine.sessions import Session, Sessions
@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "IndexResult",
     "Limits",
+    "OpenSession",
     "Reader",
     "Request",
     "Scheduler",
@@ -30,6 +31,7 @@ __all__ = [
     "StreamEvent",
     "Usage",
     "Worker",
+    "generate",
     "index_documents",
     "reader_of",
 ]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from thoughtformer.decode import Drafter, SamplingParams, row_seed
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
-from thoughtformer.errors import InputError
+from thoughtformer.engine.sessions import Sessions
+from thoughtformer.errors import ArgumentError, InputError, nearest
 from thoughtformer.runners.opening import reader_of
 from thoughtformer.stores.sentences import SentenceStore
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "OpenSession", "generate"]
 
 
 class Engine:
@@ -28,6 +31,7 @@ class Engine:
         compile: compile decoding of a single row; its first step then takes many seconds.
         store: sentences known from before; those that prompts bring anew are added.
         drafter: proposes tokens, which are verified together: never changes a text.
+        session_folder: for sessions that are saved; made by the first call of `session`.
 
     Raises:
         InputError: `max_rows` below 1.
@@ -46,12 +50,15 @@ class Engine:
         compile: bool = False,
         store: SentenceStore | None = None,
         drafter: Drafter | None = None,
+        session_folder: str | Path = "sessions",
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model
         self.max_rows = max_rows
         self.drafter = drafter
+        self.session_folder = Path(session_folder)
+        self._sessions: Sessions | None = None
         sentences = None if store is None else store.of(model)
         self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
 
@@ -80,6 +87,17 @@ class Engine:
         """
         yield from self._run(self._requests(prompts, params))
 
+    @contextmanager
+    def session(self, name: str) -> Iterator[OpenSession]:
+        """A conversation that goes on where it was: in this engine, or on disk, where an engine of this model saved it.
+
+        Raises:
+            OutputError: the folder of sessions can't be written to.
+        """
+        if self._sessions is None:
+            self._sessions = Sessions(self.reader, folder=self.session_folder)
+        yield OpenSession(self, self._sessions, name)
+
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows), drafter=self.drafter)
         scheduler.enqueue(requests)
@@ -104,6 +122,62 @@ class Engine:
             make_request(self.reader, prompt, param, number=number)
             for number, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]
+
+
+class OpenSession:
+    """One session of an engine, for turns; `Engine.session` gives it."""
+
+    def __init__(self, engine: Engine, sessions: Sessions, name: str) -> None:
+        self.engine = engine
+        self.sessions = sessions
+        self.name = name
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
+        """What comes after the session's text and `prompt`, which both are part of it from then on.
+
+        Args:
+            prompt: text, or ids; what was read before isn't read again.
+            params: default: greedy.
+
+        Raises:
+            CheckpointError: the session's file is damaged or another model's; or the weights have changed since.
+            InputError, ContextOverflowError: as `Engine.stream`, the session's tokens counted.
+        """
+        session, request = self.sessions.begin(self.name, prompt, params or SamplingParams())
+        try:
+            for _ in self.engine._run([request]):
+                pass
+        finally:
+            self.sessions.finish(session, request)
+            self.sessions.make_room()
+        return request.completion(self.engine.reader.sentence_end)
+
+    def save(self) -> None:
+        """Writes the session to a file, for another process; see `Sessions.save`."""
+        self.sessions.save(self.name)
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt: str | Sequence[int], *, store: SentenceStore | None = None, **settings: Any
+) -> Completion:
+    """What a model writes after a prompt: one call, without an engine that stays.
+
+    Args:
+        model: as for `Engine`.
+        tokenizer: the model's own.
+        prompt: text, or token ids.
+        store: sentences known from before.
+        settings: those of `SamplingParams`.
+
+    Raises:
+        ArgumentError: a setting that there isn't.
+        InputError, ContextOverflowError, UnsupportedError: as `Engine`.
+    """
+    known = [field.name for field in fields(SamplingParams)]
+    for name in settings:
+        if name not in known:
+            raise ArgumentError(f"generate takes no argument {name!r}.{nearest(name, known)}")
+    return Engine(model, tokenizer, max_rows=1, store=store).generate([prompt], SamplingParams(**settings))[0]
 
 
 def _of_each(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.request import Request, make_request
-from thoughtformer.errors import BusyError, CheckpointError, OutputError
+from thoughtformer.errors import BusyError, CheckpointError, InputError, OutputError
 from thoughtformer.runners.base import Reader
 from thoughtformer.stores.session_files import SessionFiles, key_of
 
@@ -166,6 +166,30 @@ class Sessions:
             if self.files is not None:
                 self.files.remove(key)
         return existed
+
+    def save(self, name: str) -> None:
+        """Writes a session to its file now, as it was before a request under way; it stays in memory.
+
+        Raises:
+            InputError: there is no such session, or no folder for files.
+            OutputError: it can't be written.
+        """
+        key = key_of(name)
+        if self.files is None:
+            raise InputError("sessions of this engine have no folder: name one when it is made.")
+        with self._writing:
+            with self._lock:
+                session = self._held.get(key)
+                if session is None or session.cache is None:
+                    if self.files.has(key):
+                        return
+                    raise InputError(f"there is no session {name!r}: nothing was generated in it.")
+                ids, num_read, cache, weights = session.ids, session.num_read, session.cache, session.weights
+            if weights != self.reader.weights_state():
+                raise InputError(f"the model's weights have changed since session {name!r} was read.")
+            self._save(key, ids, num_read, cache)
+            with self._lock:
+                session.is_saved = session.cache is cache
 
     def num_bytes(self) -> int:
         """Held in memory."""

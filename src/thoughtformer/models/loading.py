@@ -79,7 +79,7 @@ def load(
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -87,6 +87,7 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, found = loaded
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
     # transformers draws weights at random that a folder lacks, and says so in its log alone.
