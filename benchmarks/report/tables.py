@@ -2,6 +2,7 @@
 
 <!-- bench:claims -->                                   goals, and what was measured
 <!-- bench:headlines -->                                a few of them
+<!-- bench:headlines 0,2 -->                            fewer still, by their places among these
 <!-- bench:compression books/valid.txt.xz local,h2o --> thousandths of a bit per byte above full attention
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
 <!-- bench:bits -->                                     bits per byte of checkpoints
@@ -61,12 +62,14 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def _headlines(records: Sequence[Record]) -> str:
+def _headlines(records: Sequence[Record], places: str = "") -> str:
+    """Those of README, or some of them by their places among these, from 0 on, with commas between."""
     verdicts = [verdict for verdict in judge(records) if verdict.claim.headline]
     missing = {claim.text for claim in CLAIMS if claim.headline} - {verdict.claim.text for verdict in verdicts}
     if missing:
         raise InputError(f"the results don't hold what README shows: {'; '.join(sorted(missing))}.")
-    lines = [_line(verdict, verdict.claim.text) for verdict in verdicts]
+    chosen = [verdicts[int(place)] for place in places.split(",")] if places else verdicts
+    lines = [_line(verdict, verdict.claim.text) for verdict in chosen]
     return "\n".join(["| | measured | goal |", "|---|---|---|", *lines])
 
 

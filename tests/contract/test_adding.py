@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,11 @@ import torch
 import twins
 from conftest import TEXTS, chunked_logits, close, full_logits, places_of, tiny_model
 from lms import random_ids, step_by_step, tiny_lm
+from prose import tiny_pair
 from thoughtformer.compression import METHODS, Method, compress
 from thoughtformer.compression.solving import Search
+from thoughtformer.decode import Drafter, SamplingParams
+from thoughtformer.engine import Scheduler, reader_of
 from thoughtformer.rules import BODY_RULES, BodyRule
 from thoughtformer.rules.schedule import Event, RowProgress
 from thoughtformer.rules.structure import in_current_document, is_earlier
@@ -25,8 +28,13 @@ PAGE = (Path(__file__).parent.parent.parent / "docs" / "adding.md").read_text(en
 #: What a file of the package, or a twin's, imports.
 IMPORTS = {
     each.__name__: each
-    for each in (dataclass, BodyRule, Event, Iterable, Iterator, Method, RowProgress, Search, in_current_document)
-} | {"is_earlier": is_earlier, "MethodTwin": twins.MethodTwin, "RuleTwin": twins.RuleTwin}
+    for each in (dataclass, BodyRule, Drafter, Event, Iterable, Iterator, Method, RowProgress, Search, Sequence)
+} | {
+    "in_current_document": in_current_document,
+    "is_earlier": is_earlier,
+    "MethodTwin": twins.MethodTwin,
+    "RuleTwin": twins.RuleTwin,
+}
 
 
 @pytest.fixture
@@ -66,3 +74,17 @@ def test_the_rule_shown_is_its_twin(shown):
     tokens = model.model._structure(text, torch.zeros_like(text), model.new_cache(1).counters)
     mask = rule.visible(tokens.map(lambda f: f[:, None]), tokens.map(lambda f: f[None]))
     assert mask.tolist() == [[j <= i and twin.reads(places, i, j) for j in range(len(text))] for i in range(len(text))]
+
+
+def test_the_drafter_shown_saves_steps(shown):
+    """On a text that repeats itself, as greedy ones of small models do; and changes nothing of it."""
+    reader, params, texts, rounds = reader_of(*tiny_pair()), SamplingParams(max_new_tokens=40), [], []
+    for drafter in (None, shown["Again"]()):
+        scheduler = Scheduler(reader, drafter=drafter)
+        request = scheduler.submit("The ferry left. The ferry left. The ferry", params)
+        while scheduler.has_work:
+            scheduler.round()
+        texts.append(request.ids)
+        rounds.append(scheduler.stats().rounds)
+    assert texts[0] == texts[1]
+    assert rounds[1] < rounds[0]

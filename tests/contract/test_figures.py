@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.report.claims import CLAIMS, judge
 from benchmarks.report.tables import renewed
+from benchmarks.report.visibility import draw
 from thoughtformer.bench.records import read_records
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,3 +37,9 @@ def test_every_result_says_where_it_comes_from():
         assert record.environment["commit"]
         assert record.environment["versions"]["torch"]
         assert record.environment["threads"] >= 1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_drawing_is_that_of_the_rules(theme):
+    """`python -m benchmarks.report.visibility` makes it; a rule that changes makes another."""
+    assert (ROOT / "docs" / "images" / f"visibility-{theme}.svg").read_text(encoding="utf-8") == draw(theme)
