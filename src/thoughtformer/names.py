@@ -5,6 +5,7 @@ What they stand for is elsewhere; tests/contract compares the two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import iter_modules
@@ -22,6 +23,8 @@ __all__ = [
     "resolve",
 ]
 
+#: How a hub names a repository.
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED = ("tiny-gpthf", "tiny-gpt")
 BUNDLED_ADAPTERS = ("tiny-gpt-sentinel",)
@@ -69,10 +72,10 @@ _KVPRESS = {
 
 
 def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
-    """The folder behind a bundled name or a path.
+    """The folder behind a bundled name, a path, or a hub's name of what was downloaded before.
 
     Raises:
-        CheckpointError: neither; names the closest of `bundled`.
+        CheckpointError: none of these; names the closest of `bundled`.
     """
     if str(name_or_path) in bundled:
         return ASSETS / str(name_or_path)
@@ -83,6 +86,17 @@ def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path
+    if HUB_NAME.fullmatch(str(name_or_path)) and not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(name_or_path), local_files_only=True))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+            raise CheckpointError(
+                f"{str(name_or_path)!r} is no folder, nor in the Hugging Face cache of this machine: download it "
+                f"(hf download {name_or_path})."
+            ) from None
     what = "is a file, not a folder" if path.is_file() else "is neither bundled nor a folder"
     raise CheckpointError(f"{str(name_or_path)!r} {what}.{nearest(str(name_or_path), bundled)}")
 

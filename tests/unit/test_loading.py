@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,20 @@ def test_another_architecture(folder):
         load_gpthf(folder)
     with pytest.raises(CheckpointError, match=r"don't fit its config\.json: the file lacks"):
         load(folder)
+
+
+def test_a_name_of_the_hub(folder, tmp_path, monkeypatch):
+    """What was downloaded is found by its name; what wasn't isn't asked for."""
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--someone--small.model" / "snapshots" / "0123"
+    shutil.copytree(folder, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    model, _ = load("someone/small.model")
+    assert model.num_parameters() == load(folder)[0].num_parameters()
+    with pytest.raises(CheckpointError, match=r"hf download someone/other"):
+        load("someone/other")
 
 
 @pytest.mark.parametrize("tied", [False, True])

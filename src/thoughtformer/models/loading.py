@@ -62,7 +62,7 @@ def load(
     """A causal LM in evaluation mode, and its tokenizer: of this package, or any of transformers in safetensors.
 
     Args:
-        name_or_path: `tiny-gpthf`, `tiny-gpt`, or a folder with a causal LM.
+        name_or_path: `tiny-gpthf`, `tiny-gpt`, a folder with a causal LM, or a hub's name of one that was downloaded.
         dtype: default: what config.json says, float32 for the bundled ones; on the CPU float32.
         device: default: the CPU.
 
