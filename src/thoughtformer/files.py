@@ -174,6 +174,20 @@ def is_draft(path: Path) -> bool:
     return path.name.startswith(".") and ".writing-" in path.name
 
 
+def is_being_written(draft: Path) -> bool:
+    """Whether the process that began a draft of `new_file`'s still runs; one of another machine is taken for ended."""
+    process = draft.name.rpartition(".writing-")[2].partition("-")[0]
+    if not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """The path of a file to write, which takes the name `out` at the end.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import thoughtformer
-from lms import served_pair
+from lms import served_pair, tiny_compressed
 from prose import KINDS, PAGE, tiny_pair
 from thoughtformer import Engine, SamplingParams, SentenceStore, generate
-from thoughtformer.errors import ArgumentError, BusyError, CheckpointError, InputError
+from thoughtformer.compression import Callback, Sentinel
+from thoughtformer.errors import ArgumentError, BusyError, CheckpointError, InputError, UnsupportedError
 
 PARAMS = SamplingParams(max_new_tokens=9, ignore_end_of_text=True)
 
@@ -72,8 +75,30 @@ def test_what_a_session_refuses(tmp_path):
         session.save()
         with torch.no_grad():
             model.lm_head.weight.add_(1)
-        with pytest.raises(InputError, match="weights have changed"):
+        with pytest.raises(CheckpointError, match="weights have changed"):
             session.save()
+
+
+def test_a_session_of_a_callback_is_not_written(tmp_path):
+    model, tokenizer = served_pair("sentinel_plain")
+    model.close()
+    policy = Callback(choose=lambda row, num_raw: 0)
+    compressed = tiny_compressed(model.model, Sentinel(policy=policy))
+    engine = Engine(compressed, tokenizer, session_folder=tmp_path)
+    with engine.session("a") as session:
+        session.generate(PAGE[:60], PARAMS)
+        with pytest.raises(UnsupportedError, match="can't be saved"):
+            session.save()
+    assert engine._sessions.has("a") and not list(tmp_path.iterdir())
+
+
+def test_what_another_process_writes_stays(tmp_path):
+    """Opening the folder of sessions removes what killed processes left, and nothing else."""
+    (tmp_path / f".a.session.writing-{os.getpid()}-1").write_bytes(b"half")
+    (tmp_path / ".b.session.writing-99999999-1").write_bytes(b"half")
+    with Engine(*tiny_pair(), session_folder=tmp_path).session("c"):
+        pass
+    assert [path.name[:3] for path in tmp_path.iterdir()] == [".a."]
 
 
 def test_what_the_package_offers():

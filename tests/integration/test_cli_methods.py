@@ -79,6 +79,11 @@ def test_a_context_of_any_method(run, llama, tmp_path):
     assert code == 0, err
     assert json.loads(out)["entries"] < 40
     told = answer(run, *where, "--context", tmp_path / "page.ctx", "--prompt", " The ferry")
+    code, _, err = run(
+        "generate", *where, "--context", tmp_path / "page.ctx", "-p", "a", "--adapter", "tiny-gpt-sentinel"
+    )
+    assert code == 2 and "takes no adapter" in err
+    assert told["usage"]["cached_prompt_tokens"] == 0
     whole = answer(run, *where, *method, "--prompt", PAGE[:400] + " The ferry")
     assert told["usage"]["context_tokens"] == json.loads(out)["tokens"]
     assert told["ids"] == whole["ids"]
@@ -93,6 +98,11 @@ def test_a_context_of_any_method(run, llama, tmp_path):
         (["--method", "streaming", "--removed", "0.5"], "streaming holds a number of entries"),
         (["--method", "local", "--max-entries", "9"], "local has no setting 'max_entries'"),
         (["--method", "local", "--sentences"], "local drops tokens"),
+        (["--method", "streaming", "--max-entries", "9", "--set", "max_entries=8"], "that is --max-entries's"),
+        (["--method", "combiner", "--set", "removed=0.5"], "that is --removed's"),
+        (["--method", "combiner", "--set", "policy=nonsense"], "that is --removed, --sentences or --max-bytes's"),
+        (["--method", "combiner", "--set", "recent_token=3"], "combiner has no setting 'recent_token'"),
+        (["--method", "local", "--adapter", "tiny-gpt-sentinel"], "takes no adapter"),
         (["--method", "sentinel"], "give the sentinels' --adapter"),
         (["--max-entries", "9"], "--max-entries says how an --adapter folds, or what a --method drops: name one"),
         (["--method", "local", "--store", "store"], "compress other models"),
@@ -122,3 +132,28 @@ def test_heavy_hitters_are_written_one_at_a_time(llama):
         while scheduler.has_work:
             scheduler.round()
         assert requests[0].ids == requests[1].ids
+
+
+@pytest.mark.parametrize("max_entries", [31, 32, 33, 64, 65])
+def test_heavy_hitters_stay_within_their_bound(llama, max_entries):
+    model, tokenizer = thoughtformer.load(llama)
+    with thoughtformer.compress(model, "h2o", max_entries=max_entries) as compressed:
+        scheduler = Scheduler(reader_of(compressed, tokenizer), Limits(max_rows=1))
+        request = scheduler.submit(PAGE[:250])
+        while scheduler.has_work:
+            scheduler.round()
+            held = scheduler.batch.num_bytes()
+            assert held <= scheduler.admission.most_bytes([request])
+            assert held or not scheduler.batch.requests
+
+
+def test_settings_of_a_policy(run, llama):
+    where = ("--model", llama, "--method", "combiner", "--removed", "0.9", "--prompt", PAGE[:200])
+    few, many = (answer(run, *where, "--set", f"recent_tokens={count}")["entries"] for count in (4, 30))
+    assert few < 30 <= many
+
+
+def test_a_refused_store_is_not_made(run, tmp_path):
+    code, _, err = run("generate", "--model", "tiny-gpt", "--prompt", "a", "--store", tmp_path / "store")
+    assert code == 2 and "causal" in err
+    assert not (tmp_path / "store").exists()

@@ -139,10 +139,13 @@ def test_what_is_held_is_what_was_accepted(pair):
             assert drafts is False or [ids[True, n] for n in range(3)] == [ids[False, n] for n in range(3)]
 
 
-def test_a_drafter_that_fails_costs_nothing_else(pair, caplog):
+@pytest.mark.parametrize("proposed", [ZeroDivisionError, [None], [5.5], 7], ids=str)
+def test_a_drafter_that_fails_costs_nothing_else(pair, caplog, proposed):
     class Failing(Drafter):
         def propose(self, ids, most):
-            raise ZeroDivisionError("no draft")
+            if proposed is ZeroDivisionError:
+                raise ZeroDivisionError("no draft")
+            return proposed
 
     params = SamplingParams(max_new_tokens=9)
     expected = Engine(*pair).generate([PAGE[:80], "The ferry"], params)
@@ -167,6 +170,23 @@ def test_who_is_told_of_each_token_gets_one_at_a_time(pair):
     assert request.ids == plain.ids
 
 
+def test_what_a_request_is_told_of_is_its_own(pair):
+    """Not what a neighbour's draft holds for a moment."""
+    reader, params, told = reader_of(*pair), SamplingParams(max_new_tokens=30, ignore_end_of_text=True), []
+    (neighbour,), _ = answered(reader, [(PAGE[:90], params, "")], None, max_rows=1)
+    for drafter in (None, Oracle([neighbour.ids])):
+        scheduler, events = Scheduler(reader, drafter=drafter), []
+        scheduler.submit(PAGE[:90], params)
+        request = scheduler.prepare(PAGE[40:160], params)
+        request.follower, request.on_event = reader.new_follower(), events.append
+        scheduler.enqueue([request])
+        while scheduler.has_work:
+            scheduler.round()
+        told.append([event.context for event in events])
+    assert told[0] == told[1]
+    assert None not in told[0]
+
+
 @torch.no_grad()
 def test_heavy_hitters_refuse_by_name():
     compressed = compress(tiny_lm(), HeavyHitters(max_entries=8))
@@ -178,3 +198,8 @@ def test_heavy_hitters_refuse_by_name():
     cache.commit()
     cache.rollback()
     assert cache.get_seq_length() == 12
+    _, tokenizer = tiny_pair()
+    with pytest.raises(UnsupportedError, match=r"'h2o' overwrites what it drops.*leave the drafter out"):
+        Engine(compressed, tokenizer, max_rows=1, drafter=Oracle([]))
+    with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
+        Engine(compressed, tokenizer)

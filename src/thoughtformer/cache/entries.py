@@ -149,8 +149,8 @@ class EntrySlots(RowSlots, Store):
     ) -> None:
         """Of what was written since the mark, keeps what came of these first tokens, and drops what they drop.
 
-        A token's own entry depends on nothing behind it, and a summary on its span alone, so that both stay as they
-        are; until when they may be read does depend on what was accepted, and is found anew.
+        A token's own entry depends on nothing behind it, and a summary on its span and on summaries before it, so that
+        both stay as they are; until when they may be read does depend on what was accepted, and is found anew.
         """
         lengths, before = mark
         longest = self.longest

@@ -41,7 +41,7 @@ class RowsCache(Cache):
 
     A forward pass commits what it wrote, unless `autocommit` is off: then passes pile up, masked instead of dropped,
     until `commit` (of all, or of each row's first few tokens) or `rollback`. While some are uncommitted, rows can't be
-    selected, joined, forked or saved.
+    selected, joined, saved, or forked by row.
 
     transformers derives what a cache is from its list of layers. Here that list is empty, since entries aren't kept by
     layer as transformers does, so that everything it asks a cache is answered here or refused: tests/contract compares

@@ -143,8 +143,11 @@ def generate(
 
     from thoughtformer.compression import CompressedModel, Context
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, reader_of
+    from thoughtformer.stores.sentences import storable
 
     opened, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
+    if store is not None:
+        storable(opened)  # before a store is made
     with ExitStack() as stack:
         known = None if store is None else stack.enter_context(SentenceStore(store)).of(opened)
         scheduler = Scheduler(reader_of(opened, tokenizer, sentences=known), Limits(max_rows=1))
@@ -184,7 +187,11 @@ def _result(scheduler: Scheduler, request: Request, *, num_context: int | None) 
     completion, model = scheduler.completion(request), scheduler.reader.model
     usage = dict(completion.usage.__dict__)
     if num_context is not None:
-        usage |= {"context_tokens": num_context, "prompt_tokens": usage["prompt_tokens"] - num_context}
+        usage |= {
+            "context_tokens": num_context,
+            "prompt_tokens": usage["prompt_tokens"] - num_context,
+            "cached_prompt_tokens": usage["cached_prompt_tokens"] - num_context,
+        }
     decode_seconds, new_tokens = completion.seconds - completion.first_token_seconds, usage["new_tokens"]
     result = {
         "text": completion.text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,16 @@ MaxBytes = Annotated[int | None, typer.Option(help="Hold at most so many bytes o
 MethodSettings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method: first_tokens=8; repeatable.")
 ]
+
+
+#: Settings that have an option of their own.
+OF_OPTIONS = {
+    "max_entries": "--max-entries",
+    "removed": "--removed",
+    "span_tokens": "--span-tokens",
+    "max_bytes": "--max-bytes",
+    "policy": "--removed, --sentences or --max-bytes",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,7 @@ def open_model(
         compress(
             loaded,
             method,
-            adapter=asked.adapter if method.needs_adapter or asked.context is None else None,
+            adapter=asked.adapter,
             tokenizer=tokenizer,
             allow_extrapolation=allow_extrapolation,
         ),
@@ -161,6 +171,9 @@ def _method(asked: Compression, tokenizer: Any, config: Any) -> Method:
         return method_from(manifest["method"], manifest["settings"])
     name = asked.method or "sentinel"
     settings = dict(map(_setting, asked.settings or ()))
+    for setting, option in OF_OPTIONS.items():
+        if setting in settings:
+            raise InputError(f"--set {setting}: that is {option}'s.")
     if asked.max_entries is not None:
         settings["max_entries"] = asked.max_entries
     if not issubclass(METHODS[name], Folding):
@@ -169,7 +182,10 @@ def _method(asked: Compression, tokenizer: Any, config: Any) -> Method:
             raise InputError(f"{', '.join(wrong)}: for methods that fold; {name} drops tokens.")
         return make_method(name, settings if asked.removed is None else settings | {"removed": asked.removed})
     trained = _trained(asked, name)
-    return make_method(name, trained | settings | {"policy": _policy(asked, tokenizer, config, trained)})
+    policy = _policy(asked, tokenizer, config, trained)
+    known = [field.name for field in fields(policy)]
+    of_policy = {setting: settings.pop(setting) for setting in list(settings) if setting in known}
+    return make_method(name, trained | settings | {"policy": replace(policy, **of_policy)})
 
 
 def _trained(asked: Compression, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The generation loop, its scheduler, and the sentence store."""
+"""The generation loop: requests, who is admitted, the batch, sessions; and what it is given."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import torch
 from jaxtyping import Float
@@ -73,7 +74,7 @@ class Batch:
         """
         cache = self.cache
         assert cache is not None
-        drafts = [self._draft(request, cache) for request in self.requests]
+        drafts = [self._draft(request) for request in self.requests]
         new = [[request.ids[-1], *draft] for request, draft in zip(self.requests, drafts, strict=True)]
         cache.autocommit = not any(drafts)
         logits = self.reader.verify(new, cache)
@@ -94,20 +95,20 @@ class Batch:
         cache.autocommit = True
         return events
 
-    def _draft(self, request: Request, cache: RowsCache) -> list[int]:
+    def _draft(self, request: Request) -> list[int]:
         """What is proposed behind a request's ids, as far as it can be verified."""
         # The token behind the draft is chosen, too. Who wants to be told of each token's context gets one at a time.
         most = request.most_tokens - len(request.ids) - 1
-        if self.drafter is None or most < 1 or not request.takes_drafts or request.follower or not cache.can_speculate:
+        if self.drafter is None or most < 1 or not request.takes_drafts or request.follower is not None:
             return []
+        ends, size = (*self.reader.end_ids, *self.reader.start_ids), self.reader.vocab_size
         try:
-            draft = list(self.drafter.propose(request.ids, most))[:most]
-        except Exception:
+            draft = [operator.index(token) for token in islice(self.drafter.propose(request.ids, most), most)]
+            return list(takewhile(lambda token: 0 <= token < size and token not in ends, draft))
+        except Exception:  # what isn't made of whole numbers, too
             request.takes_drafts = False
             logger.warning("nothing is drafted any more for request %d", request.number, exc_info=True)
             return []
-        ends, size = (*self.reader.end_ids, *self.reader.start_ids), self.reader.vocab_size
-        return list(takewhile(lambda token: 0 <= token < size and token not in ends, draft))
 
     def _chosen(
         self, request: Request, draft: Sequence[int], logits: Float[Tensor, "tokens vocab"]
@@ -130,15 +131,22 @@ class Batch:
                     else request.sampler.choose(request.ids, logits[index])
                 )
                 event = request.accept(token)
-                if request.follower is not None:
-                    assert self.cache is not None
-                    context = request.follower.after(request.ids, self.cache, self.requests.index(request))
-                    event = replace(event, context=context)
             except Exception as error:  # no distribution to draw from, say: this request's affair alone
                 request.error = error
                 event = request.end("error")
             events.append(event)
         return events
+
+    def with_contexts(self, events: Sequence[tuple[Request, StreamEvent]]) -> list[tuple[Request, StreamEvent]]:
+        """The events of tokens, with the request's context where it is asked for; once all is committed."""
+        told = []
+        for request, event in events:
+            if request.follower is not None and event.token is not None:
+                assert self.cache is not None
+                context = request.follower.after(request.ids, self.cache, self.requests.index(request))
+                event = replace(event, context=context)
+            told.append((request, event))
+        return told
 
     def join(self, requests: Sequence[Request], cache: RowsCache) -> None:
         """Takes in requests that have been read, with their cache, which is the batch's from now on."""

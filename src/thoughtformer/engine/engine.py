@@ -35,7 +35,8 @@ class Engine:
 
     Raises:
         InputError: `max_rows` below 1.
-        UnsupportedError: a store for a model without vectors of sentences.
+        UnsupportedError: a store for a model without vectors of sentences; several rows, drafts or compiled steps of a
+            model that can't have them.
 
     Packing and compiling belong to the model: of several engines on one model, the one that last read a prompt decides.
     """
@@ -61,6 +62,7 @@ class Engine:
         self._sessions: Sessions | None = None
         sentences = None if store is None else store.of(model)
         self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
+        self._scheduler()  # what doesn't go together is told now
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -91,6 +93,8 @@ class Engine:
     def session(self, name: str) -> Iterator[OpenSession]:
         """A conversation that goes on where it was: in this engine, or on disk, where an engine of this model saved it.
 
+        Leaving the block saves nothing; the engine keeps the session until it goes itself.
+
         Raises:
             OutputError: the folder of sessions can't be written to.
         """
@@ -99,13 +103,16 @@ class Engine:
         yield OpenSession(self, self._sessions, name)
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
-        scheduler = Scheduler(self.reader, Limits(max_rows=self.max_rows), drafter=self.drafter)
+        scheduler = self._scheduler()
         scheduler.enqueue(requests)
         while scheduler.has_work:
             yield from scheduler.round()
             failed = next((request.error for request in requests if request.error is not None), None)
             if failed is not None:
                 raise failed
+
+    def _scheduler(self) -> Scheduler:
+        return Scheduler(self.reader, Limits(max_rows=self.max_rows), drafter=self.drafter)
 
     def _requests(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
@@ -158,7 +165,13 @@ class OpenSession:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompt: str | Sequence[int], *, store: SentenceStore | None = None, **settings: Any
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    store: SentenceStore | None = None,
+    pack: bool = True,
+    **settings: Any,
 ) -> Completion:
     """What a model writes after a prompt: one call, without an engine that stays.
 
@@ -167,6 +180,7 @@ def generate(
         tokenizer: the model's own.
         prompt: text, or token ids.
         store: sentences known from before.
+        pack: as for `Engine`; the copy stays in the model.
         settings: those of `SamplingParams`.
 
     Raises:
@@ -177,7 +191,8 @@ def generate(
     for name in settings:
         if name not in known:
             raise ArgumentError(f"generate takes no argument {name!r}.{nearest(name, known)}")
-    return Engine(model, tokenizer, max_rows=1, store=store).generate([prompt], SamplingParams(**settings))[0]
+    engine = Engine(model, tokenizer, max_rows=1, store=store, pack=pack)
+    return engine.generate([prompt], SamplingParams(**settings))[0]
 
 
 def _of_each(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -50,7 +50,7 @@ class Scheduler:
         drafter: proposes tokens, which are verified together; None: one token a step.
 
     Raises:
-        UnsupportedError: several rows of a method whose rows can't be joined, as H2O's.
+        UnsupportedError: several rows, or drafts, of a method that can't have them, as H2O.
     """
 
     def __init__(self, reader: Reader, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
@@ -58,6 +58,11 @@ class Scheduler:
             raise UnsupportedError(
                 f"the method {reader.model.method.name!r} can't be batched continuously, because its rows can't be "
                 "joined: choose another, or write one request at a time (max_rows=1; command line: --max-rows 1)."
+            )
+        if drafter is not None and not reader.can_speculate:
+            raise UnsupportedError(
+                f"the method {reader.model.method.name!r} overwrites what it drops, so that no draft can be taken "
+                "back: leave the drafter out."
             )
         self.reader = reader
         self.limits = limits
@@ -276,6 +281,7 @@ class Scheduler:
 
     def _settle(self, events: Sequence[tuple[Request, StreamEvent]]) -> list[StreamEvent]:
         """Lets those go that have ended, and tells what came."""
+        events = self.batch.with_contexts(events)
         self.batch.drop_ended()
         return self._tell(events)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import SamplingParams
 from thoughtformer.engine.request import Request, make_request
-from thoughtformer.errors import BusyError, CheckpointError, InputError, OutputError
+from thoughtformer.errors import BusyError, CheckpointError, InputError, OutputError, UnsupportedError
 from thoughtformer.runners.base import Reader
 from thoughtformer.stores.session_files import SessionFiles, key_of
 
@@ -172,6 +172,8 @@ class Sessions:
 
         Raises:
             InputError: there is no such session, or no folder for files.
+            CheckpointError: the model's weights have changed since it was read.
+            UnsupportedError: no file can say how it goes on: a policy is a callback.
             OutputError: it can't be written.
         """
         key = key_of(name)
@@ -186,7 +188,7 @@ class Sessions:
                     raise InputError(f"there is no session {name!r}: nothing was generated in it.")
                 ids, num_read, cache, weights = session.ids, session.num_read, session.cache, session.weights
             if weights != self.reader.weights_state():
-                raise InputError(f"the model's weights have changed since session {name!r} was read.")
+                raise CheckpointError(f"the model's weights have changed since session {name!r} was read.")
             self._save(key, ids, num_read, cache)
             with self._lock:
                 session.is_saved = session.cache is cache
@@ -248,6 +250,10 @@ class Sessions:
                     del self._held[session.key]
 
     def _save(self, key: str, ids: Sequence[int], num_read: int, cache: RowsCache) -> None:
+        if self.files is not None and not self.reader.can_save:
+            raise UnsupportedError(
+                f"a session of {self.reader.model.method!r} can't be saved: no file can say how it goes on."
+            )
         if self.files is not None:
             self.files.write(key, self.reader.identity(), ids, num_read, cache)
 

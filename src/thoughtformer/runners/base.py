@@ -92,6 +92,8 @@ class Reader(ABC):
         exempt_ids: from the repetition penalty.
         sentences: known from before.
         can_join: caches of several rows can be one.
+        can_speculate: what was read can be taken back.
+        can_save: a file can say how what is held goes on.
     """
 
     model: Any
@@ -104,6 +106,8 @@ class Reader(ABC):
     sentence_end: int | None = None
     sentences: StoredSentences | None = None
     can_join: bool = True
+    can_speculate: bool = True
+    can_save: bool = True
 
     @property
     @abstractmethod

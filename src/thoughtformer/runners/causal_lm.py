@@ -36,7 +36,8 @@ class CompressedReader(Reader):
 
     def __init__(self, model: CompressedModel, tokenizer: Any) -> None:
         self.model = model
-        self.can_join = model.method.can_join
+        self.can_join, self.can_save = model.method.can_join, model.method.can_save
+        self.can_speculate = model.new_cache(1).can_speculate
         self.tokenizer = document_tokenizer(tokenizer)
         model.eval()
         self.vocab_size = model.backbone.vocab_size
@@ -110,15 +111,16 @@ class CompressedReader(Reader):
         most = 0
         for token in prompt:
             read_ids(method, row, [token])
-            most = max(most, row.num_held)
+            most = max(most, method.num_stored(row))
         if method.reads_ids:
             # Which tokens come isn't known. A fold makes the row no longer, unless it leaves several summaries.
             each = max(1, method.num_summaries)
-            most = max(most, row.num_held + num_new_tokens) if each == 1 else each * (len(prompt) + num_new_tokens)
+            longest = method.num_stored(row) + num_new_tokens
+            most = max(most, longest) if each == 1 else each * (len(prompt) + num_new_tokens)
         else:
             for _ in range(num_new_tokens):
                 read_ids(method, row, [0])
-                most = max(most, row.num_held)
+                most = max(most, method.num_stored(row))
         return {"entries": most}
 
     def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:

@@ -14,7 +14,8 @@ __all__ = ["SentenceStore", "storable"]
 def storable(model: GPTHFForCausalLM | CompressedModel) -> GPTHFForCausalLM:
     """The model, if it has vectors of sentences; raises `UnsupportedError`. To be asked before a store is made."""
     if not isinstance(model, GPTHFForCausalLM):
-        raise UnsupportedError("a sentence store keeps vectors of a GPTHF's encoder; a compressed model has none.")
+        kind = "compressed model" if isinstance(model, CompressedModel) else type(model).__name__
+        raise UnsupportedError(f"a sentence store keeps vectors of a GPTHF's encoder; a {kind} has none.")
     _ = model.model.sentence_vector_shape
     return model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.cache.saving import restore_cache, saved_cache, write_saved
 from thoughtformer.errors import CheckpointError, OutputError
+from thoughtformer.files import is_being_written, is_draft
 
 __all__ = ["SessionFiles", "key_of"]
 
@@ -30,8 +31,9 @@ class SessionFiles:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for draft in folder.glob(f".*{SUFFIX}.writing-*"):
-                draft.unlink(missing_ok=True)
+            for draft in folder.glob(f".*{SUFFIX}*"):
+                if is_draft(draft) and not is_being_written(draft):
+                    draft.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"can't keep sessions in {folder}: {error.strerror or error}.") from None
 
