@@ -55,7 +55,7 @@ class StoredSentences:
         digests = [_digest(sentence) for sentence in sentences]
         vectors: dict[bytes, bytes] = {}
         with self._tolerant():
-            vectors = self.store.find(fingerprint, list(dict.fromkeys(digests)))
+            vectors = self.store._find(fingerprint, list(dict.fromkeys(digests)))
         size = math.prod(self.shape) * self.model.dtype.itemsize
         vectors = {digest: vector for digest, vector in vectors.items() if len(vector) == size}
         found = [number for number, digest in enumerate(digests) if digest in vectors]
@@ -72,7 +72,7 @@ class StoredSentences:
         flat = vectors.detach().to("cpu", self.model.dtype).reshape(len(sentences), -1).contiguous().view(torch.uint8)
         kept = {_digest(sentence): row.tobytes() for sentence, row in zip(sentences, flat.numpy(), strict=True)}
         with self._tolerant():
-            self.store.add(fingerprint, str(self.model.dtype), self.shape, kept)
+            self.store._add(fingerprint, str(self.model.dtype), self.shape, kept)
             self.added += len(kept)
 
     @contextmanager

@@ -262,7 +262,7 @@ class VectorStore:
         )
         self._uses = {}
 
-    def find(self, fingerprint: str, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+    def _find(self, fingerprint: str, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         """The vectors that are there, by digest; a damaged one is as if it weren't."""
         found: dict[bytes, bytes] = {}
         now = _now()
@@ -284,7 +284,7 @@ class VectorStore:
                         self._uses[model, digest] = now  # written with the next sentences, or at the end
         return found
 
-    def add(self, fingerprint: str, dtype: str, shape: tuple[int, ...], vectors: Mapping[bytes, bytes]) -> None:
+    def _add(self, fingerprint: str, dtype: str, shape: tuple[int, ...], vectors: Mapping[bytes, bytes]) -> None:
         """Keeps vectors by digest, all or none.
 
         Args:
