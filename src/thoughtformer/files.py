@@ -179,6 +179,8 @@ def is_being_written(draft: Path) -> bool:
     process = draft.name.rpartition(".writing-")[2].partition("-")[0]
     if not process.isdigit():
         return False
+    if os.name == "nt":  # there a signal of number 0 would end it
+        return True
     try:
         os.kill(int(process), 0)
     except PermissionError:

@@ -187,6 +187,18 @@ def test_what_a_request_is_told_of_is_its_own(pair):
     assert None not in told[0]
 
 
+def test_a_follower_that_fails_ends_its_request_alone(pair):
+    scheduler, params = Scheduler(reader_of(*pair)), SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
+    other, request = scheduler.submit(PAGE[:60], params), scheduler.prepare(PAGE[40:99], params)
+    request.follower = scheduler.reader.new_follower()
+    request.follower.after = lambda *arguments: 1 // 0
+    scheduler.enqueue([request])
+    while scheduler.has_work:
+        scheduler.round()
+    assert (request.finish_reason, other.finish_reason) == ("error", "length")
+    assert isinstance(request.error, ZeroDivisionError)
+
+
 @torch.no_grad()
 def test_heavy_hitters_refuse_by_name():
     compressed = compress(tiny_lm(), HeavyHitters(max_entries=8))

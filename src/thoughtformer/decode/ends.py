@@ -1,4 +1,4 @@
-"""Where a row's text ends: tokens that end it, and why it has ended."""
+"""Where a request's text ends: tokens that end it, and why it has ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FinishReason = Literal["end_of_text", "stop_string", "stop_token", "length", "ca
 
 @dataclass(frozen=True, kw_only=True)
 class Ends:
-    """Of one row.
+    """Of one request.
 
     Attributes:
         reasons: by the tokens that end the text, which aren't shown, why it has ended then.

@@ -143,8 +143,12 @@ class Batch:
         for request, event in events:
             if request.follower is not None and event.token is not None:
                 assert self.cache is not None
-                context = request.follower.after(request.ids, self.cache, self.requests.index(request))
-                event = replace(event, context=context)
+                try:
+                    context = request.follower.after(request.ids, self.cache, self.requests.index(request))
+                    event = replace(event, context=context)
+                except Exception as error:  # this request's affair alone
+                    request.error = error
+                    event = request.end("error")
             told.append((request, event))
         return told
 
