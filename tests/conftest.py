@@ -19,7 +19,8 @@ ONE_IN = 12
 CHECKED = ["attention", "rules", "cache", "decode", "stores.model_sentences", "engine.batch", "text.packing"]
 CHECKED += [f"models.{name}" for name in ("backbone", "chunked_loss", "handed_in", "padding")]
 CHECKED += [
-    f"models.gpthf.{name}" for name in ("causal_lm", "encoding", "known_sentences", "layers", "modeling", "stages")
+    f"models.gpthf.{name}"
+    for name in ("causal_lm", "depths", "encoding", "known_sentences", "layers", "modeling", "stages")
 ]
 CHECKED += [f"runners.{name}" for name in ("base", "causal_lm", "gpthf")]
 CHECKED += ["compression.at_once", "compression.on_cache", "compression.model", "compression.methods"]

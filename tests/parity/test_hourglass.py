@@ -22,7 +22,7 @@ from conftest import (
 from thoughtformer.attention import Rotary, rotate
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
-from thoughtformer.models.gpthf.stages import with_depths
+from thoughtformer.models.gpthf.depths import with_depths
 
 
 def test_gathered_equals_dense_mask(switched_model):

@@ -35,12 +35,13 @@ from thoughtformer.models.gpthf.cache_sizes import (
     new_cache,
 )
 from thoughtformer.models.gpthf.configuration import GPTHFConfig
+from thoughtformer.models.gpthf.depths import DepthGains, with_depths
 from thoughtformer.models.gpthf.encoding import Encoded, Encoding
 from thoughtformer.models.gpthf.known_sentences import KnownSentences, SentenceSource, find_known
 from thoughtformer.models.gpthf.layers import Layer, residual_projections
 from thoughtformer.models.gpthf.outputs import RaggedOutput, SentenceVectors
 from thoughtformer.models.gpthf.stage_specs import stage_specs
-from thoughtformer.models.gpthf.stages import DecoderStage, DepthGains, Pass, Stage, Summaries, rows_at, with_depths
+from thoughtformer.models.gpthf.stages import DecoderStage, Pass, Stage, Summaries, rows_at
 from thoughtformer.rules import (
     BODY_RULES,
     RowCounters,

@@ -41,7 +41,7 @@ from thoughtformer.rules import (
     joint_plan,
 )
 
-__all__ = ["DecoderStage", "DepthGains", "Pass", "Stage", "Summaries", "rows_at", "with_depths"]
+__all__ = ["DecoderStage", "Pass", "Stage", "Summaries", "rows_at"]
 
 #: Given a layer's number, keys and values, keeps them.
 _Write = Callable[[int, Tensor, Tensor], None]
@@ -374,27 +374,6 @@ def _is_plain_step(held: StageCache, attention: CachedAttention, tokens: TokenSt
         and fewest <= attention.num_keys < held.capacity
         and not torch.is_grad_enabled()
     )
-
-
-class DepthGains(nn.ParameterList):
-    """A gain for each feature of the embeddings' and of every encoder layer's output but the last; 0 at first."""
-
-    def __init__(self, num_depths: int, hidden_size: int) -> None:
-        # Vectors, not one matrix: they are no linear map, and optimisers treat matrices as such.
-        super().__init__(torch.zeros(hidden_size) for _ in range(num_depths))
-
-    __call__ = nn.Module.__call__  # a plain list of parameters refuses to be called
-
-    def forward(self) -> list[Tensor]:
-        """The gains; by a call, so that hooks fetch what lies elsewhere."""
-        return list(self)
-
-
-def with_depths(
-    hidden_states: Float[Tensor, "entries hidden"], depths: list[Tensor], gains: Sequence[Tensor]
-) -> Float[Tensor, "entries hidden"]:
-    """The states with those of each depth added, weighted by feature; the last depth is the states themselves."""
-    return hidden_states + sum(gain * depth for gain, depth in zip(gains, depths[:-1], strict=True))
 
 
 def rows_at(states: Float[Tensor, "entries hidden"], index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen hidden"]:
