@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, reader_of
+from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, runner_of
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.serve import ServeSettings, Service, create_app
 from thoughtformer.text import SentenceTokenizer
@@ -45,10 +45,10 @@ def serving(
     """Serves a model as "tiny" at a free port."""
     model, tokenizer = pair
     scheduler = Scheduler(
-        reader_of(model, tokenizer, sentences=None if store is None else store.of(model)), limits or Limits()
+        runner_of(model, tokenizer, sentences=None if store is None else store.of(model)), limits or Limits()
     )
     service = Service(
-        scheduler, Sessions(scheduler.reader, folder=folder), ServeSettings(model_name="tiny", **settings)
+        scheduler, Sessions(scheduler.runner, folder=folder), ServeSettings(model_name="tiny", **settings)
     )
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", ws="none"))

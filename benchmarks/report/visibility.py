@@ -39,14 +39,14 @@ COLOURS = {
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One rule: `mask[i][j]` whether token i sees entry j, and the entries held after each token."""
+    """One rule: `mask[i][j]` whether token i sees entry j, and the entries cached after each token."""
 
     title: str
     note: str
     columns: Sequence[str]
     is_summary: Sequence[bool]
     mask: list[list[bool]]
-    held: list[int]
+    cached: list[int]
 
 
 def panels() -> list[Panel]:
@@ -71,12 +71,12 @@ def _of_rule(rule: BodyRule, title: str, note: str) -> Panel:
         start = RowCounters.zeros(1)
         return read_structure(tokens, row[: len(tokens)], start, sentence_end_token_id=END, document_start_token_id=0)
 
-    held = []
+    cached = []
     for count in range(1, len(ids) + 1):
         read = structure(ids[:count])
-        held.append(int(rule.keeps(read, RowCounters.zeros(1).after(read)).sum()))
+        cached.append(int(rule.keeps(read, RowCounters.zeros(1).after(read)).sum()))
     mask = dense_mask(rule, structure(ids)).tolist()
-    return Panel(title, note, TEXT, [word == "." and rule.name != "causal" for word in TEXT], mask, held)
+    return Panel(title, note, TEXT, [word == "." and rule.name != "causal" for word in TEXT], mask, cached)
 
 
 def _of_method(method: Method, title: str, note: str) -> Panel:
@@ -87,11 +87,11 @@ def _of_method(method: Method, title: str, note: str) -> Panel:
     mask = entries_mask(chunk.entries, chunk.entries)[0][chunk.token_column[0]][:, shown]
     words = iter(TEXT)
     columns = [next(words) if order[place] < OPEN else "…" for place in shown.tolist()]
-    held, row = [], RowProgress()
+    cached, row = [], RowProgress()
     for token in ids:
         read_ids(method, row, [token])
-        held.append(row.num_held)
-    return Panel(title, note, columns, [bool(order[place] > OPEN) for place in shown.tolist()], mask.tolist(), held)
+        cached.append(row.num_cached)
+    return Panel(title, note, columns, [bool(order[place] > OPEN) for place in shown.tolist()], mask.tolist(), cached)
 
 
 def draw(theme: str) -> str:
@@ -117,7 +117,7 @@ def draw(theme: str) -> str:
                 parts.append(_square(left + j * SIDE, TOP + i * SIDE, fill, 1.0 if sees else 0.35))
         parts += _cache(panel, left, TOP + rows * SIDE + 70, colours)
         left += len(panel.columns) * SIDE + GAP
-    parts.append(_text(LEFT - 8, TOP + rows * SIDE + 68, "held", colours["ink"], anchor="end"))
+    parts.append(_text(LEFT - 8, TOP + rows * SIDE + 68, "cached", colours["ink"], anchor="end"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left} {height}" width="{left}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12" role="img" '
@@ -128,14 +128,14 @@ def draw(theme: str) -> str:
 
 
 def _cache(panel: Panel, left: int, bottom: int, colours: dict[str, str]) -> list[str]:
-    """The entries held after each token, as a column each, and how many there are in the end."""
+    """The entries cached after each token, as a column each, and how many there are in the end."""
     parts = []
-    for number, count in enumerate(panel.held):
+    for number, count in enumerate(panel.cached):
         for level in range(count):
             fill = colours["new"] if level == count - 1 else colours["seen"]
             parts.append(_square(left + number * SIDE, bottom - 4 * level - 4, fill, 0.9, height=3))
-    end = left + len(panel.held) * SIDE
-    return [*parts, _text(end + 4, bottom, str(panel.held[-1]), colours["ink"])]
+    end = left + len(panel.cached) * SIDE
+    return [*parts, _text(end + 4, bottom, str(panel.cached[-1]), colours["ink"])]
 
 
 def _square(x: float, y: float, fill: str, opacity: float, height: int = SIDE - 2) -> str:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel, Context, compress
-    from thoughtformer.decode import SamplingParams
     from thoughtformer.engine import Completion, Engine, SentenceStore, generate
     from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
     from thoughtformer.models.loading import load
+    from thoughtformer.sampling import SamplingParams
     from thoughtformer.text import SentenceTokenizer
 
 __version__ = "0.2.0"
@@ -44,7 +44,7 @@ _HOMES = {
     "Engine": "thoughtformer.engine",
     "GPTHFConfig": "thoughtformer.models",
     "GPTHFForCausalLM": "thoughtformer.models",
-    "SamplingParams": "thoughtformer.decode",
+    "SamplingParams": "thoughtformer.sampling",
     "SentenceStore": "thoughtformer.engine",
     "SentenceTokenizer": "thoughtformer.text",
     "compress": "thoughtformer.compression",

@@ -18,11 +18,12 @@ from lms import random_ids, step_by_step, tiny_lm
 from prose import tiny_pair
 from thoughtformer.compression import METHODS, Method, compress
 from thoughtformer.compression.solving import Search
-from thoughtformer.decode import Drafter, SamplingParams
+from thoughtformer.decode import Drafter
 from thoughtformer.engine import Scheduler, reader_of
 from thoughtformer.rules import BODY_RULES, BodyRule
 from thoughtformer.rules.schedule import Event, RowProgress
 from thoughtformer.rules.structure import in_current_document, is_earlier
+from thoughtformer.sampling import SamplingParams
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "adding.md").read_text(encoding="utf-8")
 #: What a file of the package, or a twin's, imports.

@@ -35,10 +35,10 @@ from thoughtformer.compression import (
     Sentinel,
     StreamingLLM,
 )
-from thoughtformer.decode import SamplingParams
-from thoughtformer.engine import Engine, Scheduler, SentenceStore, Sessions, reader_of
+from thoughtformer.engine import Engine, Scheduler, SentenceStore, Sessions, runner_of
 from thoughtformer.evaluate.bits import document_bits
 from thoughtformer.models.fingerprint import fingerprint
+from thoughtformer.sampling import SamplingParams
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
 
@@ -150,12 +150,12 @@ def requests_of_h2o(pair: tuple[Any, Any]) -> list[dict[str, Any]]:
 
 def turns(pair: tuple[Any, Any], folder: Path | None = None) -> list[dict[str, Any]]:
     """Three turns of a session; with a folder, it leaves memory after each."""
-    reader = reader_of(*pair)
-    sessions = Sessions(reader, folder=folder, max_bytes=1 if folder else 1 << 30)
+    runner = runner_of(*pair)
+    sessions = Sessions(runner, folder=folder, max_bytes=1 if folder else 1 << 30)
     done = []
     for text in TEXTS[:3]:
         session, row = sessions.begin("golden", text, _params(None))
-        scheduler = Scheduler(reader)
+        scheduler = Scheduler(runner)
         scheduler.enqueue([row])
         while scheduler.has_work:
             scheduler.round()
@@ -275,7 +275,7 @@ def of_store() -> Any:
     ):
         engine = Engine(*read_model(), max_rows=3, store=store)
         done = [completion.ids for completion in engine.generate(TEXTS, _params(None))]
-        source = engine.reader.sentences
+        source = engine.runner.sentences
         assert source is not None
         return done, source.hits, source.misses
 

@@ -54,7 +54,7 @@ def test_a_session_goes_on(pair, tmp_path):
         with going_on.session("chat-1") as session:
             second = session.generate(" And then", PARAMS)
         assert second.usage.cached_prompt_tokens > 0
-        ids = [*engine.reader.encode(text), *first.ids, *engine.reader.encode(" And then", start=False)]
+        ids = [*engine.runner.encode(text), *first.ids, *engine.runner.encode(" And then", start=False)]
         assert second.ids == engine.generate([ids], PARAMS)[0].ids
     file.write_bytes(file.read_bytes()[:-9])
     damaged = Engine(model, tokenizer, session_folder=tmp_path / "kept")

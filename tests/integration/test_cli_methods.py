@@ -11,7 +11,7 @@ import thoughtformer
 from lms import tiny_lm
 from prose import PAGE, tiny_pair
 from thoughtformer.compression import METHODS
-from thoughtformer.engine import Limits, Scheduler, reader_of
+from thoughtformer.engine import Limits, Scheduler, runner_of
 from thoughtformer.errors import UnsupportedError
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -124,10 +124,10 @@ def test_a_gpthf_keeps_its_own_way(run):
 def test_heavy_hitters_are_written_one_at_a_time(llama):
     model, tokenizer = thoughtformer.load(llama)
     with thoughtformer.compress(model, "h2o", max_entries=40) as compressed:
-        reader = reader_of(compressed, tokenizer)
+        runner = runner_of(compressed, tokenizer)
         with pytest.raises(UnsupportedError, match=r"'h2o' can't be batched.*max_rows=1"):
-            Scheduler(reader)
-        scheduler = Scheduler(reader, Limits(max_rows=1))
+            Scheduler(runner)
+        scheduler = Scheduler(runner, Limits(max_rows=1))
         requests = [scheduler.submit(PAGE[:200]) for _ in range(2)]
         while scheduler.has_work:
             scheduler.round()
@@ -138,7 +138,7 @@ def test_heavy_hitters_are_written_one_at_a_time(llama):
 def test_heavy_hitters_stay_within_their_bound(llama, max_entries):
     model, tokenizer = thoughtformer.load(llama)
     with thoughtformer.compress(model, "h2o", max_entries=max_entries) as compressed:
-        scheduler = Scheduler(reader_of(compressed, tokenizer), Limits(max_rows=1))
+        scheduler = Scheduler(runner_of(compressed, tokenizer), Limits(max_rows=1))
         request = scheduler.submit(PAGE[:250])
         while scheduler.has_work:
             scheduler.round()

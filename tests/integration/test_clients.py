@@ -18,8 +18,8 @@ from lms import served_pair, tiny_lm
 from prose import PAGE, tiny_tokenizer
 from serving import Running, serving
 from thoughtformer.compression import Full, compress
-from thoughtformer.decode import SamplingParams
-from thoughtformer.engine import Engine, Limits, reader_of
+from thoughtformer.engine import Engine, Limits, runner_of
+from thoughtformer.sampling import SamplingParams
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.name is defined %}({{ m.name }}) {% endif %}"
@@ -54,13 +54,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def writing(running_reader: Any, *tokens: int) -> Iterator[None]:
+def writing(running_runner: Any, *tokens: int) -> Iterator[None]:
     """The model writes these tokens, one after the other, and the last for ever."""
-    step, read_on = running_reader.step, running_reader.read_on
+    step, read_on = running_runner.step, running_runner.read_on
     written = iter(tokens)
 
     def logits_of(rows: int) -> torch.Tensor:
-        logits = torch.zeros(rows, running_reader.vocab_size)
+        logits = torch.zeros(rows, running_runner.vocab_size)
         logits[:, next(written, tokens[-1])] = 100.0
         return logits
 
@@ -72,11 +72,11 @@ def writing(running_reader: Any, *tokens: int) -> Iterator[None]:
         _, held, known = read_on(ids, cache, most)
         return logits_of(1), held, known
 
-    running_reader.step, running_reader.read_on = stepped, read
+    running_runner.step, running_runner.read_on = stepped, read
     try:
         yield
     finally:
-        del running_reader.step, running_reader.read_on
+        del running_runner.step, running_runner.read_on
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ def post(server: Running, body: dict[str, Any], path: str = "chat/completions") 
 @pytest.mark.parametrize("end", ["</s>", "<|eot|>", "<|stop|>"])
 def test_every_end_that_is_named_ends(server, client, end):
     """By the tokenizer, the configuration, or the generation configuration."""
-    reader = server.service.reader
-    letter, token = reader.tokenizer.backend_ids("A")[0], reader.special_tokens[end]
-    with writing(reader, letter, token):
+    runner = server.service.runner
+    letter, token = runner.tokenizer.backend_ids("A")[0], runner.special_tokens[end]
+    with writing(runner, letter, token):
         done = client.completions.create(model="tiny", prompt="a", max_tokens=9)
     assert (done.choices[0].text, done.choices[0].finish_reason) == ("A", "stop")
     assert done.usage.completion_tokens == 2
-    with writing(reader, letter, token):
+    with writing(runner, letter, token):
         more = client.completions.create(model="tiny", prompt="a", max_tokens=9, extra_body={"ignore_eos": True})
     assert (more.usage.completion_tokens, more.choices[0].finish_reason) == (9, "length")
 
@@ -119,17 +119,17 @@ def test_every_end_that_is_named_ends(server, client, end):
     ],
 )
 def test_ends_by_wish(server, client, wish):
-    reader = server.service.reader
-    letter, token = reader.tokenizer.backend_ids("A")[0], reader.special_tokens["<|other|>"]
+    runner = server.service.runner
+    letter, token = runner.tokenizer.backend_ids("A")[0], runner.special_tokens["<|other|>"]
     assert token == 404
     for stream in (False, True):
-        with writing(reader, letter, token, letter):
+        with writing(runner, letter, token, letter):
             done = client.completions.create(model="tiny", prompt="a", max_tokens=9, stream=stream, **wish)
             choices = [chunk.choices[0] for chunk in done] if stream else [done.choices[0]]
         assert "".join(choice.text for choice in choices) == "A"
         assert choices[-1].finish_reason == "stop"
     engine = Engine(*ended_pair())
-    with writing(engine.reader, letter, letter):
+    with writing(engine.runner, letter, letter):
         params = SamplingParams(max_new_tokens=9, stop_token_ids=[letter])
         done = engine.generate(["a"], params)[0]
     assert (done.text, done.ids, done.finish_reason) == ("", [letter], "stop_token"), "an ordinary token isn't shown"
@@ -137,30 +137,30 @@ def test_ends_by_wish(server, client, wish):
 
 def test_a_session_goes_on_before_the_end(server, client):
     """What ended an answer is written once: by the template, as the next turn begins."""
-    reader = server.service.reader
-    letter, token = reader.tokenizer.backend_ids("A")[0], reader.special_tokens["<|stop|>"]
+    runner = server.service.runner
+    letter, token = runner.tokenizer.backend_ids("A")[0], runner.special_tokens["<|stop|>"]
     settings: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "extra_body": {"session": "ends"}}
     for turn, wish in enumerate(({}, {"stop": ["<|stop|>"]})):
-        with writing(reader, letter, token):
+        with writing(runner, letter, token):
             client.chat.completions.create(messages=[USER], **settings, **wish)
-        (session,) = server.service.sessions._held.values()
+        (session,) = server.service.sessions._cached.values()
         assert session.ids[-1] == letter
         assert session.ids.count(token) == 2 * turn + 1
-        assert session.ids.count(reader.special_tokens["<s>"]) == 1
-        assert reader.special_tokens["</s>"] not in session.ids
+        assert session.ids.count(runner.special_tokens["<s>"]) == 1
+        assert runner.special_tokens["</s>"] not in session.ids
     server.service.sessions.delete("ends")
 
 
 def test_prompts_do_not_end_in_the_end(server):
     """Which a post-processor puts behind a text; what somebody wrote stays; a start is put there once."""
-    reader = server.service.reader
-    start, end = reader.special_tokens["<s>"], reader.special_tokens["</s>"]
-    plain = reader.tokenizer
-    assert reader.encode("The ferry") == [start, *plain.backend_ids("The ferry")]
-    assert reader.encode("The ferry</s>") == [start, *plain.backend_ids("The ferry"), end]
-    assert reader.encode("<s>The ferry") == [start, *plain.backend_ids("The ferry")]
-    assert reader.encode("") == [start]
-    assert reader.encode(" left.", start=False) == plain.backend_ids(" left.")
+    runner = server.service.runner
+    start, end = runner.special_tokens["<s>"], runner.special_tokens["</s>"]
+    plain = runner.tokenizer
+    assert runner.encode("The ferry") == [start, *plain.backend_ids("The ferry")]
+    assert runner.encode("The ferry</s>") == [start, *plain.backend_ids("The ferry"), end]
+    assert runner.encode("<s>The ferry") == [start, *plain.backend_ids("The ferry")]
+    assert runner.encode("") == [start]
+    assert runner.encode(" left.", start=False) == plain.backend_ids(" left.")
     document = plain.encode_document("The ferry", complete=True).tolist()
     assert document == [start, *plain.backend_ids("The ferry"), end], "a document may end there"
     assert plain.encode_document("The ferry</s>", complete=True).tolist() == document
@@ -171,7 +171,7 @@ def test_messages_of_clients(server, client):
     scheduler = server.service.scheduler
     original = scheduler.prepare
     scheduler.prepare = lambda prompt, params: (seen.append(prompt), original(prompt, params))[1]
-    tokenizer = server.service.reader.tokenizer
+    tokenizer = server.service.runner.tokenizer
     try:
         answer = client.chat.completions.create(model="tiny", messages=[USER], max_tokens=3)
         verbatim = answer.choices[0].message.model_dump()
@@ -255,7 +255,7 @@ def test_greedy_however_it_is_said(server, settings):
 
 def test_defaults_are_no_demands(server):
     """Who names no number gets what there is room for: in the model, and in memory."""
-    reader, messages = server.service.reader, [USER | {"content": "The ferry. " * 8}]
+    runner, messages = server.service.runner, [USER | {"content": "The ferry. " * 8}]
     for extra in ({}, {"max_tokens": None}, {"max_completion_tokens": None}):
         done = httpx.post(
             f"{server.url}/v1/chat/completions",
@@ -266,21 +266,21 @@ def test_defaults_are_no_demands(server):
     prompt = "The ferry. " * 38
     chat = {"messages": [USER | {"content": prompt}], "ignore_eos": True}
     done = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", **chat}, timeout=60).json()
-    assert done["usage"]["total_tokens"] == reader.max_tokens
+    assert done["usage"]["total_tokens"] == runner.max_tokens
     room = done["usage"]["completion_tokens"]
     assert 0 < room < 100
     refused = post(server, chat | {"max_tokens": room + 1})
     assert refused.json()["error"]["code"] == "context_length_exceeded", "a demand that can't be met is told"
-    for words, expected in (("The ferry", 16), (_of_length(reader, reader.max_tokens - 5), 5)):
+    for words, expected in (("The ferry", 16), (_of_length(runner, runner.max_tokens - 5), 5)):
         body = {"model": "tiny", "prompt": words, "ignore_eos": True}
         done = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
         assert done["usage"]["completion_tokens"] == expected
-    body = {"model": "tiny", "prompt": _of_length(reader, reader.max_tokens)}
+    body = {"model": "tiny", "prompt": _of_length(runner, runner.max_tokens)}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 400
 
 
-def _of_length(reader: Any, tokens: int) -> list[int]:
-    return reader.encode(PAGE)[:tokens]
+def _of_length(runner: Any, tokens: int) -> list[int]:
+    return runner.encode(PAGE)[:tokens]
 
 
 def test_defaults_fit_the_memory():
@@ -301,7 +301,7 @@ def test_a_default_of_the_servers_own():
             body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "ignore_eos": True}
             done = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
             if expected is None:
-                room = running.service.reader.max_tokens - done.json()["usage"]["prompt_tokens"]
+                room = running.service.runner.max_tokens - done.json()["usage"]["prompt_tokens"]
                 expected = min(7, room)
             assert done.json()["usage"]["completion_tokens"] == expected
 
@@ -441,9 +441,9 @@ def test_gpthf_keeps_further_ends():
     model, tokenizer = tiny_pair()
     model.config.eos_token_id = [0, 7]
     model.generation_config.eos_token_id = 8
-    reader = reader_of(model, tokenizer)
-    assert reader.end_ids == (0, 7, 8)
-    assert reader.start_ids == (0,)
+    runner = runner_of(model, tokenizer)
+    assert runner.end_ids == (0, 7, 8)
+    assert runner.start_ids == (0,)
     compressed, other = served_pair("sentinel_plain")
     compressed.model.config.eos_token_id = [0, 9]
-    assert 9 in reader_of(compressed, other).end_ids
+    assert 9 in runner_of(compressed, other).end_ids

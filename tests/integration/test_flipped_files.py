@@ -24,13 +24,13 @@ from thoughtformer import compress
 from thoughtformer.cache import saving
 from thoughtformer.cache.saving import saved_cache
 from thoughtformer.compression import Context
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, SentenceStore, Sessions
 from thoughtformer.errors import CheckpointError, ThoughtformerError
 from thoughtformer.files import seal, sealed_json
 from thoughtformer.models.fingerprint import fingerprint
 from thoughtformer.recipes import recipe
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.packing import TokenisedCorpus
 from thoughtformer.train.folder import finished_result, prepare_output, same_data
@@ -92,10 +92,10 @@ def contexts(tmp_path: Path, name: str) -> Kind:
 def sessions(tmp_path: Path, **shape: Any) -> Kind:
     model, tokenizer = tiny_pair(**shape)
     folder = tmp_path / "sessions"
-    reader = reader_of(model, tokenizer)
-    written = Sessions(reader, folder=folder, max_bytes=1)
+    runner = runner_of(model, tokenizer)
+    written = Sessions(runner, folder=folder, max_bytes=1)
     session, row = written.begin("a", PAGE[:200], PARAMS)
-    scheduler = Scheduler(reader)
+    scheduler = Scheduler(runner)
     scheduler.enqueue([row])
     while scheduler.has_work:
         scheduler.round()
@@ -103,7 +103,7 @@ def sessions(tmp_path: Path, **shape: Any) -> Kind:
     written.make_room()
 
     def read() -> Any:
-        loaded, _ = Sessions(reader, folder=folder).begin("a", "x", PARAMS)
+        loaded, _ = Sessions(runner, folder=folder).begin("a", "x", PARAMS)
         assert loaded.cache is not None, "a file that is there is no new session"
         held = saved_cache(loaded.cache, loaded.ids)
         return loaded.num_read, {key: tensor.tolist() for key, tensor in held.items()}

@@ -9,8 +9,8 @@ import pytest
 from lms import served_pair
 from prose import PAGE, tiny_pair
 from serving import serving
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
+from thoughtformer.sampling import SamplingParams
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -17,9 +17,9 @@ import pytest
 
 from prose import prose, tiny_pair
 from thoughtformer.cli import main
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import SentenceStore, Sessions
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 KILLS = int(os.environ.get("THOUGHTFORMER_KILLS", "4"))
@@ -112,7 +112,7 @@ def test_a_server_killed_again_and_again(folder, tmp_path):
                     assert httpx.delete(f"{server.url}/v1/sessions/{name.replace('/', '%2F')}").status_code == 200
 
     model, tokenizer = tiny_pair()
-    reader = reader_of(model.float(), tokenizer)
+    runner = runner_of(model.float(), tokenizer)
     found = 0
     for attempt in range(KILLS):
         server = Server(folder, tmp_path)
@@ -129,7 +129,7 @@ def test_a_server_killed_again_and_again(folder, tmp_path):
             thread.join()
         with SentenceStore(tmp_path / "store") as store:
             assert store.verify() == 0
-        kept = Sessions(reader, folder=tmp_path / "sessions")
+        kept = Sessions(runner, folder=tmp_path / "sessions")
         for name in NAMES:
             if kept.has(name):
                 found += 1
@@ -195,5 +195,5 @@ def test_a_server_asked_to_stop(folder, tmp_path):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
     model, tokenizer = tiny_pair()
-    assert Sessions(reader_of(model.float(), tokenizer), folder=tmp_path / "sessions").has("kept")
+    assert Sessions(runner_of(model.float(), tokenizer), folder=tmp_path / "sessions").has("kept")
     assert "Traceback" not in server.log.read_text()

@@ -18,9 +18,9 @@ import torch
 from lms import served_pair, tiny_compressed
 from prose import PAGE, prose, tiny_pair
 from serving import serving
-from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine import Engine, Limits, SentenceStore
 from thoughtformer.errors import InputError
+from thoughtformer.sampling import SamplingParams, derived_seed
 from thoughtformer.text.chat import encode_chat
 from thoughtformer.text.plain import document_tokenizer
 
@@ -90,7 +90,7 @@ def test_several_prompts_and_choices(client, pair):
     done = client.completions.create(model="tiny", prompt=["The ferry", "Wait."], n=2, max_tokens=6, seed=1)
     assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
     assert done.choices[0].text != done.choices[1].text
-    alone = client.completions.create(model="tiny", prompt=ids, max_tokens=6, seed=row_seed(1, 1, 0))
+    alone = client.completions.create(model="tiny", prompt=ids, max_tokens=6, seed=derived_seed(1, 1, 0))
     assert alone.choices[0].text == done.choices[2].text
     assert done.usage.prompt_tokens == len(pair[1]("The ferry")["input_ids"]) + len(ids)
     nested = client.completions.create(model="tiny", prompt=[ids, ids], max_tokens=6, seed=1)
@@ -343,13 +343,13 @@ def test_saving_sessions_keeps_nobody_waiting(pair, tmp_path):
         assert begun.wait(10)
         post(None)
         second = post("a")  # while its first state is being written
-        assert sessions.num_held() == 1
+        assert sessions.num_cached() == 1
         goes_on.set()
         running.service._saving.submit(lambda: None).result()  # all that was to be saved is
         third = post("a")
         sessions.close()
         sessions._save = save
-        assert sessions.num_held() == 0
+        assert sessions.num_cached() == 0
         assert len(list(tmp_path.iterdir())) == 1
         goes_on.clear()
         begun.clear()
@@ -401,9 +401,9 @@ def test_compressed_models_are_served(kind, tmp_path):
     """What OpenAI's client gets is what transformers' generate writes; sessions and the page's context work too."""
     model, tokenizer = served_pair(kind)
     with serving((model, tokenizer), folder=tmp_path) as running:
-        reader = running.service.reader
-        ids = reader.encode(PAGE[:300])
-        expected = reader.decode(
+        runner = running.service.runner
+        ids = runner.encode(PAGE[:300])
+        expected = runner.decode(
             model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         )
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
@@ -528,7 +528,7 @@ def test_chat_in_a_session(pair):
             )
 
         first = ask("Who is there?")
-        (session,) = running.service.sessions._held.values()
+        (session,) = running.service.sessions._cached.values()
         held = list(session.ids)
         second = ask("And why?")
         assert second.usage.prompt_tokens_details.cached_tokens == len(held) - 1

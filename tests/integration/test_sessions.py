@@ -11,21 +11,21 @@ import pytest
 
 from lms import served_pair
 from prose import KINDS, PAGE, prose, tiny_pair
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Scheduler, Sessions
 from thoughtformer.errors import BusyError, CheckpointError, ContextOverflowError, OutputError
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=8, ignore_end_of_text=True)
 
 
 def sessions_of(model, tokenizer, **settings) -> Sessions:
-    return Sessions(reader_of(model, tokenizer), **settings)
+    return Sessions(runner_of(model, tokenizer), **settings)
 
 
 def turn(sessions: Sessions, name: str, prompt: str, params: SamplingParams = PARAMS) -> list[int]:
     """One request on a session; the tokens that it wrote."""
-    scheduler = Scheduler(sessions.reader)
+    scheduler = Scheduler(sessions.runner)
     session, request = sessions.begin(name, prompt, params)
     scheduler.enqueue([request])
     while scheduler.has_work:
@@ -48,7 +48,7 @@ def test_from_memory_and_from_disk_alike(pair, tmp_path):
     expected = [turn(held, "a", prompt) for prompt in prompts]
     saved = sessions_of(model, tokenizer, folder=tmp_path, max_bytes=1)
     assert [turn(saved, "a", prompt) for prompt in prompts] == expected
-    assert saved.num_held() == saved.num_bytes() == 0
+    assert saved.num_cached() == saved.num_bytes() == 0
     assert turn(sessions_of(model, tokenizer, folder=tmp_path), "a", " Once more") == turn(held, "a", " Once more")
     assert [file.suffix for file in tmp_path.iterdir()] == [".session"]
     assert "a" not in next(tmp_path.iterdir()).stem.split("-")
@@ -59,7 +59,7 @@ def test_only_what_is_new_is_read(pair):
     sessions = sessions_of(model, tokenizer)
     turn(sessions, "a", PAGE[:200])
     _, request = sessions.begin("a", " And", PARAMS)
-    new = sessions.reader.encode(" And", start=False)
+    new = sessions.runner.encode(" And", start=False)
     assert request.num_prompt_tokens - request.num_read == 1 + len(new), "the last token written was never read"
     assert request.num_known == request.num_read
 
@@ -69,7 +69,7 @@ def test_end_of_text_is_no_part_of_a_session(pair):
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer)
     session, request = sessions.begin("a", PAGE[:60], SamplingParams(max_new_tokens=8))
-    scheduler = Scheduler(reader_of(model, tokenizer))
+    scheduler = Scheduler(runner_of(model, tokenizer))
     scheduler.enqueue([request])
     scheduler.round()
     scheduler.batch.choose = lambda logits, requests: [request.accept(0) for request in requests]  # type: ignore[method-assign]
@@ -87,7 +87,7 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
     turn(sessions, "a", PAGE[:100])
     undisturbed = sessions_of(model, tokenizer)
     turn(undisturbed, "a", PAGE[:100])
-    scheduler = Scheduler(reader_of(model, tokenizer))
+    scheduler = Scheduler(runner_of(model, tokenizer))
     session, request = sessions.begin("a", " Never mind", PARAMS)
     with pytest.raises(BusyError, match="'a' is under way"):
         sessions.begin("a", " Impatient", PARAMS)
@@ -110,7 +110,7 @@ def test_what_fails_leaves_the_session_as_it_was(pair):
     assert turn(sessions, "a", " And then") == turn(undisturbed, "a", " And then")
     assert sessions.delete("a")
     assert not sessions.delete("a")
-    assert sessions.num_held() == 0
+    assert sessions.num_cached() == 0
 
 
 def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
         turn(sessions, name, "The ferry")
         now[0] += 40
     sessions.save_idle()
-    assert sessions.num_held() == 1
+    assert sessions.num_cached() == 1
     assert sessions.has("a")
     assert sessions.has("b")
     assert not sessions.has("c")
@@ -130,7 +130,7 @@ def test_idle_sessions_leave_memory(tmp_path, monkeypatch):
     # Without a folder nothing can be saved: what is idle stays, and goes for want of memory alone.
     lost = sessions_of(*tiny_pair(), max_bytes=1)
     turn(lost, "a", "The ferry")
-    assert lost.num_held() == 0
+    assert lost.num_cached() == 0
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):
@@ -173,7 +173,7 @@ def test_weights_that_change_end_sessions(pair, tmp_path, caplog):
     model, tokenizer = pair
     sessions = sessions_of(model, tokenizer, folder=tmp_path)
     turn(sessions, "a", PAGE[:100])
-    weight = next(weight for name, weight in sessions.reader.model.named_parameters() if name.endswith("norm.weight"))
+    weight = next(weight for name, weight in sessions.runner.model.named_parameters() if name.endswith("norm.weight"))
     weight.data.neg_()
     with pytest.raises(CheckpointError, match="weights have changed since session 'a'"):
         turn(sessions, "a", " And")
@@ -214,7 +214,7 @@ def test_survives_being_killed_in_a_write(tmp_path):
     after_one = turn(expected, "a", " And then")
     kept = sessions_of(model, tokenizer, folder=tmp_path)
     turn(kept, "a", PAGE[:150])
-    session = next(iter(kept._held.values()))
+    session = next(iter(kept._cached.values()))
     loaded = 0
     for attempt in range(int(os.environ.get("THOUGHTFORMER_KILLS", "15"))):
         told, tell = os.pipe()
@@ -246,17 +246,17 @@ def test_a_full_disk_costs_no_session(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(sessions, "_save", full)
     first = turn(sessions, "a", "The ferry")
-    assert sessions.num_held() == 1
+    assert sessions.num_cached() == 1
     assert "no space left" in caplog.text
     sessions.close()
     monkeypatch.undo()
     assert len(first) == len(turn(sessions, "a", " went")) == 8
-    assert sessions.num_held() == 0
+    assert sessions.num_cached() == 0
 
 
 def test_many_sessions_side_by_side():
     sessions = sessions_of(*tiny_pair())
-    scheduler = Scheduler(sessions.reader)
+    scheduler = Scheduler(sessions.runner)
     begun = [sessions.begin(str(number), prose(80, seed=number), PARAMS) for number in range(5)]
     for _, request in begun:
         scheduler.enqueue([request])

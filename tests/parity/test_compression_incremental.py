@@ -17,8 +17,8 @@ from thoughtformer.compression import (
     Local,
     StreamingLLM,
     Truncation,
+    cached_entries,
     compress,
-    entries_held,
 )
 from thoughtformer.compression.method import read_ids
 from thoughtformer.errors import CheckpointError, InputError, UnsupportedError
@@ -54,7 +54,7 @@ def test_at_once_equals_step_by_step(family, method):
     for row_ids, held in zip(ids.tolist(), cache.num_entries.tolist()):
         row = RowProgress()
         read_ids(method, row, row_ids)
-        assert row.num_held == entries_held(method, [*row_ids, 5])[-1] - 1
+        assert row.num_cached == cached_entries(method, [*row_ids, 5])[-1] - 1
         assert held == method.num_stored(row)
     assert cache.num_bytes() == compressed.cache_bytes(int(cache.num_entries.max()), 2)
     assert cache.get_seq_length() == LENGTH

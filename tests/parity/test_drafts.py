@@ -11,10 +11,11 @@ import torch
 from lms import SERVED, random_ids, served_pair, tiny_lm
 from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.compression import HeavyHitters, compress
-from thoughtformer.decode import Drafter, SamplingParams
-from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, reader_of
+from thoughtformer.decode import Drafter
+from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, runner_of
 from thoughtformer.engine.request import Request
 from thoughtformer.errors import UnsupportedError
+from thoughtformer.sampling import SamplingParams
 
 
 @pytest.fixture(params=[*KINDS, *SERVED])
@@ -67,9 +68,9 @@ def requests_of(count: int) -> list[tuple[str, SamplingParams, str]]:
     return asked
 
 
-def answered(reader, asked, drafter: Drafter | None, *, max_rows: int) -> tuple[list[Request], int]:
+def answered(runner, asked, drafter: Drafter | None, *, max_rows: int) -> tuple[list[Request], int]:
     """The requests once they have ended, which came at different times, and how many rounds that took."""
-    scheduler, chooser = Scheduler(reader, Limits(max_rows=max_rows), drafter=drafter), random.Random(5)
+    scheduler, chooser = Scheduler(runner, Limits(max_rows=max_rows), drafter=drafter), random.Random(5)
     requests, waiting = [], list(asked)
     while waiting or scheduler.has_work:
         while waiting and chooser.random() < 0.5:
@@ -87,13 +88,13 @@ def told(requests: list[Request]) -> list[tuple]:
 
 @pytest.mark.parametrize("max_rows", [1, 4])
 def test_texts_are_those_without_drafts(pair, max_rows):
-    reader, asked = reader_of(*pair), requests_of(10)
-    plain, rounds = answered(reader, asked, None, max_rows=max_rows)
+    runner, asked = runner_of(*pair), requests_of(10)
+    plain, rounds = answered(runner, asked, None, max_rows=max_rows)
     expected = told(plain)
-    ends = [*reader.end_ids, *([] if reader.sentence_end is None else [reader.sentence_end])] or [0]
+    ends = [*runner.end_ids, *([] if runner.sentence_end is None else [runner.sentence_end])] or [0]
     texts = [request.ids for request in plain]
-    for drafter in (Adversary(ends, reader.vocab_size), Oracle(texts), Oracle(texts, size=9, errs=0.3)):
-        drafted, fewer = answered(reader, asked, drafter, max_rows=max_rows)
+    for drafter in (Adversary(ends, runner.vocab_size), Oracle(texts), Oracle(texts, size=9, errs=0.3)):
+        drafted, fewer = answered(runner, asked, drafter, max_rows=max_rows)
         assert told(drafted) == expected
         if isinstance(drafter, Oracle):
             assert fewer < rounds
@@ -103,10 +104,10 @@ def test_a_right_draft_takes_one_step(pair):
     """So many tokens as were drafted, and one more."""
     model, tokenizer = pair
     params = SamplingParams(max_new_tokens=21, ignore_end_of_text=True)
-    reader = reader_of(model, tokenizer)
-    (plain,), rounds = answered(reader, [(PAGE[:120], params, "")], None, max_rows=1)
+    runner = runner_of(model, tokenizer)
+    (plain,), rounds = answered(runner, [(PAGE[:120], params, "")], None, max_rows=1)
     assert rounds >= 21
-    scheduler = Scheduler(reader, drafter=Oracle([plain.ids], size=4))
+    scheduler = Scheduler(runner, drafter=Oracle([plain.ids], size=4))
     request = scheduler.submit(PAGE[:120], params)
     tokens = []
     while scheduler.has_work:
@@ -118,16 +119,16 @@ def test_a_right_draft_takes_one_step(pair):
 def test_what_is_held_is_what_was_accepted(pair):
     """A session goes on from a text that ended inside a draft, as from one written token by token."""
     model, tokenizer = pair
-    reader = reader_of(model, tokenizer)
+    runner = runner_of(model, tokenizer)
     for length in (3, 4, 6):
         params = SamplingParams(max_new_tokens=length, ignore_end_of_text=True)
         ids = {}
         for drafts in (False, True):
-            sessions, drafter = Sessions(reader), None
+            sessions, drafter = Sessions(runner), None
             for number, prompt in enumerate((PAGE[:150], " And then", " She laughed.")):
                 if drafts:
                     drafter = Oracle([ids[False, number] + [5, 6, 7]], size=5)
-                scheduler = Scheduler(reader, drafter=drafter)
+                scheduler = Scheduler(runner, drafter=drafter)
                 session, request = sessions.begin("a", prompt, params)
                 scheduler.enqueue([request])
                 while scheduler.has_work:
@@ -135,7 +136,7 @@ def test_what_is_held_is_what_was_accepted(pair):
                 sessions.finish(session, request)
                 ids[drafts, number] = request.ids
                 assert session.num_read == len(session.ids) - 1
-                reader.check_history(session.cache, session.ids[: session.num_read])
+                runner.check_history(session.cache, session.ids[: session.num_read])
             assert drafts is False or [ids[True, n] for n in range(3)] == [ids[False, n] for n in range(3)]
 
 
@@ -156,12 +157,12 @@ def test_a_drafter_that_fails_costs_nothing_else(pair, caplog, proposed):
 
 
 def test_who_is_told_of_each_token_gets_one_at_a_time(pair):
-    reader = reader_of(*pair)
+    runner = runner_of(*pair)
     params = SamplingParams(max_new_tokens=12, ignore_end_of_text=True)
-    (plain,), _ = answered(reader, [(PAGE[:120], params, "")], None, max_rows=1)
-    scheduler = Scheduler(reader, drafter=Oracle([plain.ids]))
+    (plain,), _ = answered(runner, [(PAGE[:120], params, "")], None, max_rows=1)
+    scheduler = Scheduler(runner, drafter=Oracle([plain.ids]))
     request = scheduler.prepare(PAGE[:120], params)
-    request.follower = reader.new_follower()
+    request.follower = runner.new_follower()
     scheduler.enqueue([request])
     while scheduler.has_work:
         events = scheduler.round()
@@ -172,13 +173,13 @@ def test_who_is_told_of_each_token_gets_one_at_a_time(pair):
 
 def test_what_a_request_is_told_of_is_its_own(pair):
     """Not what a neighbour's draft holds for a moment."""
-    reader, params, told = reader_of(*pair), SamplingParams(max_new_tokens=30, ignore_end_of_text=True), []
-    (neighbour,), _ = answered(reader, [(PAGE[:90], params, "")], None, max_rows=1)
+    runner, params, told = runner_of(*pair), SamplingParams(max_new_tokens=30, ignore_end_of_text=True), []
+    (neighbour,), _ = answered(runner, [(PAGE[:90], params, "")], None, max_rows=1)
     for drafter in (None, Oracle([neighbour.ids])):
-        scheduler, events = Scheduler(reader, drafter=drafter), []
+        scheduler, events = Scheduler(runner, drafter=drafter), []
         scheduler.submit(PAGE[:90], params)
         request = scheduler.prepare(PAGE[40:160], params)
-        request.follower, request.on_event = reader.new_follower(), events.append
+        request.follower, request.on_event = runner.new_follower(), events.append
         scheduler.enqueue([request])
         while scheduler.has_work:
             scheduler.round()
@@ -188,9 +189,9 @@ def test_what_a_request_is_told_of_is_its_own(pair):
 
 
 def test_a_follower_that_fails_ends_its_request_alone(pair):
-    scheduler, params = Scheduler(reader_of(*pair)), SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
+    scheduler, params = Scheduler(runner_of(*pair)), SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
     other, request = scheduler.submit(PAGE[:60], params), scheduler.prepare(PAGE[40:99], params)
-    request.follower = scheduler.reader.new_follower()
+    request.follower = scheduler.runner.new_follower()
     request.follower.after = lambda *arguments: 1 // 0
     scheduler.enqueue([request])
     while scheduler.has_work:

@@ -8,12 +8,12 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from conftest import VISIBILITIES
 from prose import KINDS, PAGE, prose, tiny_pair
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.request import make_request
 from thoughtformer.errors import ContextOverflowError, InputError
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams
 
 PROMPTS = [PAGE[:300], "", "The ferry", PAGE[300:420], "Wait. What is it? She"]
 
@@ -84,13 +84,13 @@ def test_sampling_follows_the_same_distribution():
     generated = model.generate(
         ids, do_sample=True, max_new_tokens=12, return_dict_in_generate=True, output_scores=True, **settings
     )
-    reader = reader_of(model, tokenizer)
-    request = make_request(reader, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
-    logits, cache = Batch(reader).read([request])
+    runner = runner_of(model, tokenizer)
+    request = make_request(runner, ids[0].tolist(), SamplingParams(max_new_tokens=12, **settings), number=0)
+    logits, cache = Batch(runner).read([request])
     for scores, token in zip(generated.scores, generated.sequences[0, ids.shape[1] :].tolist()):
         torch.testing.assert_close(request.sampler.scores(request.ids, logits[0]), scores[0], rtol=1e-5, atol=1e-5)
         request.ids.append(token)
-        logits = reader.step([token], cache).float()
+        logits = runner.step([token], cache).float()
 
 
 def test_sampled_rows_do_not_depend_on_neighbours():

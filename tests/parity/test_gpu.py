@@ -7,8 +7,8 @@ import torch
 
 from conftest import TEXTS, tiny_model
 from prose import PAGE, tiny_pair
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
+from thoughtformer.sampling import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,6 @@ from conftest import SWITCHES, close, entries_expected, random_text, tiny_model
 from lms import SERVED, TINY_METHODS, served_pair, tiny_compressed, tiny_lm
 from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.compression import EntryBudget, Sentinel
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, Limits, Scheduler, SentenceStore
 from thoughtformer.engine.batch import Batch
 from thoughtformer.errors import (
@@ -26,7 +25,8 @@ from thoughtformer.errors import (
     TooLargeError,
     UnsupportedError,
 )
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams
 
 
 @pytest.fixture(params=[*KINDS, *SERVED])
@@ -82,12 +82,12 @@ def test_rows_that_come_and_go_equal_rows_alone(pair, seen, max_prefill_tokens):
     asked = prompts_and_params(14, seed=1)
     alone = []
     for prompt, params in asked:
-        scheduler = Scheduler(reader_of(*pair))
+        scheduler = Scheduler(runner_of(*pair))
         request = scheduler.submit(prompt, params)
         run(scheduler)
         alone.append((request.ids, "".join(request.text), request.finish_reason, seen[id(request)], request))
 
-    scheduler = Scheduler(reader_of(*pair), Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
+    scheduler = Scheduler(runner_of(*pair), Limits(max_rows=5, max_prefill_tokens=max_prefill_tokens))
     chooser = random.Random(3)
     requests, cancelled, waiting = [], set(), list(asked)
     while waiting or scheduler.has_work:
@@ -130,7 +130,7 @@ def test_pieces_with_a_store_equal_one_reading(tmp_path):
         known = []
         for _ in range(2):
             scheduler = Scheduler(
-                reader_of(model, tokenizer, sentences=store.of(model)), Limits(max_prefill_tokens=200)
+                runner_of(model, tokenizer, sentences=store.of(model)), Limits(max_prefill_tokens=200)
             )
             request = scheduler.submit(prompt, params)
             run(scheduler)
@@ -142,7 +142,7 @@ def test_pieces_with_a_store_equal_one_reading(tmp_path):
 
 def test_the_budget_is_kept(pair):
     model, tokenizer = pair
-    scheduler = Scheduler(reader_of(model, tokenizer))
+    scheduler = Scheduler(runner_of(model, tokenizer))
     asked = prompts_and_params(12, seed=5)
     requests = [scheduler.submit(prompt, params) for prompt, params in asked]
     largest = max(scheduler.admission.most_bytes([request]) for request in requests)
@@ -151,7 +151,7 @@ def test_the_budget_is_kept(pair):
     run(scheduler)
 
     limit = 2 * largest
-    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
+    scheduler = Scheduler(runner_of(model, tokenizer), Limits(max_bytes=limit))
     requests = [scheduler.submit(prompt, params) for prompt, params in asked]
     together = 0
     while scheduler.has_work:
@@ -162,7 +162,7 @@ def test_the_budget_is_kept(pair):
     assert together > 1
     assert all(request.finish_reason in ("end_of_text", "stop_string", "length") for request in requests)
     with pytest.raises(TooLargeError, match=r"may hold \d+ bytes, but all requests together may hold 1000"):
-        Scheduler(reader_of(model, tokenizer), Limits(max_bytes=1000)).submit(PAGE[:500])
+        Scheduler(runner_of(model, tokenizer), Limits(max_bytes=1000)).submit(PAGE[:500])
 
 
 @pytest.mark.parametrize("name", list(SWITCHES))
@@ -183,21 +183,21 @@ def test_a_row_holds_no_more_than_expected(name):
 def test_a_compressed_row_holds_no_more_than_expected(kind):
     """The same for compressed models; exact where only the number of tokens counts."""
     model, tokenizer = served_pair(kind)
-    reader = reader_of(model, tokenizer)
-    ids = reader.encode(PAGE)[:160]
+    runner = runner_of(model, tokenizer)
+    ids = runner.encode(PAGE)[:160]
     with torch.no_grad():
         cache, held = model.new_cache(1), []
         for token in ids:
-            reader.step([token], cache)
+            runner.step([token], cache)
             held.append(int(cache.num_entries[0]))
     for prompt_tokens in (1, 30, 100, 160):
-        most = reader.most_entries(ids[:prompt_tokens], 160 - prompt_tokens)["entries"]
+        most = runner.most_entries(ids[:prompt_tokens], 160 - prompt_tokens)["entries"]
         assert max(held) == most if not model.method.reads_ids else max(held) <= most
 
 
 def test_clients_take_turns():
     """A client with many requests doesn't keep another waiting."""
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=1))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_rows=1))
     order = []
 
     def told(name):
@@ -215,10 +215,10 @@ def test_clients_take_turns():
 def test_a_large_request_gets_its_turn():
     """Small ones that came later don't overtake it for ever, though they would fit."""
     model, tokenizer = tiny_pair(plain=True)
-    probe = Scheduler(reader_of(model, tokenizer))
+    probe = Scheduler(runner_of(model, tokenizer))
     big_prompt, params = PAGE[:900], SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
     limit = probe.admission.most_bytes([probe.submit(big_prompt, params)]) + 1
-    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_bytes=limit))
+    scheduler = Scheduler(runner_of(model, tokenizer), Limits(max_bytes=limit))
     small = SamplingParams(max_new_tokens=30, ignore_end_of_text=True)
     first = scheduler.submit("A", small)
     scheduler.round()
@@ -234,7 +234,7 @@ def test_a_large_request_gets_its_turn():
 
 
 def test_a_long_prompt_does_not_keep_others_waiting():
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_prefill_tokens=32))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_prefill_tokens=32))
     long = scheduler.submit(PAGE[:900], SamplingParams(max_new_tokens=3))
     short = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3, ignore_end_of_text=True))
     rounds = 0
@@ -248,7 +248,7 @@ def test_a_long_prompt_does_not_keep_others_waiting():
 
 
 def test_limits_are_told():
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=1, max_waiting=2))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_rows=1, max_waiting=2))
     for _ in range(3):  # one of them can begin at once
         scheduler.submit("a")
     with pytest.raises(OverloadedError, match="3 requests wait already, and no more than 2 may"):
@@ -267,7 +267,7 @@ def test_limits_are_told():
 def test_cancelled_and_late_wherever_they_stand(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("thoughtformer.engine.scheduler.time.monotonic", lambda: now[0])
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=2, max_prefill_tokens=32))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_rows=2, max_prefill_tokens=32))
     params = SamplingParams(max_new_tokens=50, ignore_end_of_text=True)
     events: list = []
     running = scheduler.submit("Once", params, deadline_seconds=10, on_event=events.append)
@@ -298,7 +298,7 @@ def test_cancelled_and_late_wherever_they_stand(monkeypatch):
 
 def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
     model, tokenizer = tiny_pair()
-    scheduler = Scheduler(reader_of(model, tokenizer), Limits(max_rows=2))
+    scheduler = Scheduler(runner_of(model, tokenizer), Limits(max_rows=2))
     params = SamplingParams(max_new_tokens=5, ignore_end_of_text=True)
     rows = [scheduler.submit("The ferry", params) for _ in range(3)]
     scheduler.round()
@@ -318,16 +318,16 @@ def test_a_failing_step_ends_those_in_work_alone(monkeypatch):
 
 def test_a_prompt_that_cannot_be_read_leaves_others_alone(monkeypatch):
     """It has used up the round's tokens: the next in line waits for the next round."""
-    reader = reader_of(*tiny_pair())
-    read_on = reader.read_on
+    runner = runner_of(*tiny_pair())
+    read_on = runner.read_on
 
     def failing(ids, *arguments):
         if 77 in ids:
             raise MemoryError("too long")
         return read_on(ids, *arguments)
 
-    monkeypatch.setattr(reader, "read_on", failing)
-    scheduler = Scheduler(reader, Limits(max_prefill_tokens=4))
+    monkeypatch.setattr(runner, "read_on", failing)
+    scheduler = Scheduler(runner, Limits(max_prefill_tokens=4))
     bad, good = (scheduler.submit([0, one, 31, 32, 33, 34], SamplingParams(max_new_tokens=2)) for one in (77, 30))
     run(scheduler)
     assert isinstance(bad.error, MemoryError)
@@ -338,7 +338,7 @@ def test_a_prompt_that_cannot_be_read_leaves_others_alone(monkeypatch):
 def test_rows_keep_what_they_held(gpthf_pair):
     """A row's cache, taken along, continues as the row would have; the batch's other rows don't notice."""
     model, tokenizer = gpthf_pair
-    scheduler = Scheduler(reader_of(model, tokenizer))
+    scheduler = Scheduler(runner_of(model, tokenizer))
     params = SamplingParams(max_new_tokens=6, ignore_end_of_text=True)
     rows = [scheduler.submit(prompt, params) for prompt in (PAGE[:200], "The ferry", PAGE[30:90])]
     rows[1].keeps_cache = True
@@ -387,25 +387,25 @@ def test_joined_caches_equal_one(gpthf_pair):
 def test_joined_compressed_caches_equal_those_alone(kind):
     """join, fork_rows, saved and restore_saved, each row against the model reading it alone."""
     model, tokenizer = served_pair(kind)
-    reader = reader_of(model, tokenizer)
-    texts = [reader.encode(text) for text in (PAGE[:300], "Wait. What", PAGE[200:420])]
+    runner = runner_of(model, tokenizer)
+    texts = [runner.encode(text) for text in (PAGE[:300], "Wait. What", PAGE[200:420])]
     with torch.no_grad():
-        cache = reader.read([texts[2]], 0)[1]
-        cache.join(reader.read(texts[:2], 0)[1])
+        cache = runner.read([texts[2]], 0)[1]
+        cache.join(runner.read(texts[:2], 0)[1])
         forked = cache.fork_rows(torch.tensor([1, 2, 0]))
         held, before = cache.saved(), cache.num_bytes()
         ids = [7, 8, 9]
-        logits = reader.step(ids, forked)
+        logits = runner.step(ids, forked)
         assert cache.num_bytes() == before, "a fork is a copy"
         for row, text in enumerate(texts):
             close(logits[row], model(torch.tensor([[*text, ids[row]]]), use_cache=False).logits[0, -1])
-        close(reader.step([9, 7, 8], cache), logits[[2, 0, 1]])
-        restored = reader.new_cache(3)
+        close(runner.step([9, 7, 8], cache), logits[[2, 0, 1]])
+        restored = runner.new_cache(3)
         restored.restore_saved(held)
         assert restored.rows != cache.rows
-        close(reader.step([9, 7, 8], restored), logits[[2, 0, 1]])
+        close(runner.step([9, 7, 8], restored), logits[[2, 0, 1]])
         for _ in range(20):
-            close(reader.step([5, 6, 7], restored), reader.step([5, 6, 7], cache))
+            close(runner.step([5, 6, 7], restored), runner.step([5, 6, 7], cache))
         assert restored.rows == cache.rows
     other, _ = served_pair("sentinel_plain" if kind != "sentinel_plain" else "streaming")
     with pytest.raises(UnsupportedError, match="can't be joined"):
@@ -417,27 +417,27 @@ def test_what_a_compressed_model_cannot_do(tmp_path):
     with SentenceStore(tmp_path) as store, pytest.raises(UnsupportedError, match="a compressed model has none"):
         Engine(model, tokenizer, store=store)
     with pytest.raises(UnsupportedError, match="can't be compiled"):
-        Scheduler(reader_of(model, tokenizer, compile=True))
+        Scheduler(runner_of(model, tokenizer, compile=True))
     with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
-        Scheduler(reader_of(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer))
+        Scheduler(runner_of(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer))
     plain, tokenizer = served_pair("sentinel_plain")
     with pytest.raises(InputError, match="starts a document"):
-        Scheduler(reader_of(plain, tokenizer)).submit([0, 5, 6, 0, 7])
+        Scheduler(runner_of(plain, tokenizer)).submit([0, 5, 6, 0, 7])
     cut, tokenizer = served_pair("sentinel_budget")
     cut.close()
     cut = tiny_compressed(cut.model, Sentinel(policy=EntryBudget(max_entries=30, span_tokens=2, recent_tokens=3)))
     with pytest.raises(ContextOverflowError, match="max_entries=30"):
-        Scheduler(reader_of(cut, tokenizer)).submit(PAGE[:300])
+        Scheduler(runner_of(cut, tokenizer)).submit(PAGE[:300])
 
 
 @pytest.mark.parametrize("kind", ["sentinel_plain", "sentinel_sentences"])
 def test_a_compressed_row_tells_what_it_folds(kind):
     """The folded spans, as they are told, and what is left make up the text."""
     model, tokenizer = served_pair(kind)
-    scheduler, events = Scheduler(reader_of(model, tokenizer)), []
+    scheduler, events = Scheduler(runner_of(model, tokenizer)), []
     request = scheduler.prepare(PAGE[:200], SamplingParams(max_new_tokens=40, ignore_end_of_text=True))
-    request.follower, request.on_event = scheduler.reader.new_follower(), events.append
-    first, closed, rest = scheduler.reader.parts(request.ids)
+    request.follower, request.on_event = scheduler.runner.new_follower(), events.append
+    first, closed, rest = scheduler.runner.parts(request.ids)
     assert first + "".join(closed) + rest == PAGE[:200]
     assert len(closed) >= 3
     scheduler.enqueue([request])
@@ -457,7 +457,7 @@ def test_a_compressed_row_tells_what_it_folds(kind):
 
 
 def test_threads_submit_while_rounds_run():
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=4))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_rows=4))
     requests, lock = [], threading.Lock()
 
     def submit(seed: int) -> None:
@@ -481,7 +481,7 @@ def test_threads_submit_while_rounds_run():
 
 
 def test_ended_rows_are_given_back():
-    scheduler = Scheduler(reader_of(*tiny_pair()))
+    scheduler = Scheduler(runner_of(*tiny_pair()))
     request = scheduler.submit("The ferry", SamplingParams(max_new_tokens=3))
     run(scheduler)
     gone = weakref.ref(request)
@@ -493,7 +493,7 @@ def test_ended_rows_are_given_back():
 def test_a_prompt_that_cannot_be_read_is_alone_in_that(monkeypatch):
     """Prompts are read together; when that fails, each by itself, and whose fault it is ends."""
     model, tokenizer = tiny_pair()
-    scheduler = Scheduler(reader_of(model, tokenizer))
+    scheduler = Scheduler(runner_of(model, tokenizer))
     rows = [scheduler.submit(text, SamplingParams(max_new_tokens=4)) for text in ("a", "bad", "c")]
     read = model.ragged_logits
 
@@ -519,19 +519,19 @@ def test_what_a_compressed_session_belongs_to():
         model, tokenizer = served_pair("sentinel_sentences")
         for name, value in change.items():
             setattr(model.config, name, value)
-        names.add(reader_of(model, tokenizer).identity())
+        names.add(runner_of(model, tokenizer).identity())
     model, tokenizer = served_pair("sentinel_sentences")
-    names.add(reader_of(model.to(torch.float32), tokenizer).identity())
+    names.add(runner_of(model.to(torch.float32), tokenizer).identity())
     model, tokenizer = served_pair("sentinel_sentences")
     model.config.allow_extrapolation = True
-    names.add(reader_of(model, tokenizer).identity())
+    names.add(runner_of(model, tokenizer).identity())
     assert len(names) == 4
     with pytest.raises(UnsupportedError, match="learned positions, none beyond 200"):
         tiny_compressed(tiny_lm("gpt2"), TINY_METHODS["streaming"], allow_extrapolation=True)
 
 
 def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
-    scheduler = Scheduler(reader_of(*tiny_pair()))
+    scheduler = Scheduler(runner_of(*tiny_pair()))
     events: list = []
     params = SamplingParams(max_new_tokens=4, ignore_end_of_text=True)
     requests = [scheduler.submit(text, params, on_event=events.append) for text in ("a", "b")]
@@ -551,7 +551,7 @@ def test_a_row_that_cannot_choose_is_alone_in_that(monkeypatch):
 
 def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
     """Its last token was chosen, but leaving the batch failed before anybody heard of it."""
-    scheduler = Scheduler(reader_of(*tiny_pair()))
+    scheduler = Scheduler(runner_of(*tiny_pair()))
     events: list = []
     request = scheduler.submit("a", SamplingParams(max_new_tokens=1, ignore_end_of_text=True), on_event=events.append)
     original = Batch.drop_ended
@@ -562,7 +562,7 @@ def test_a_row_that_has_ended_is_told_even_if_the_round_fails(monkeypatch):
 
 
 def test_all_rows_of_a_request_or_none():
-    scheduler = Scheduler(reader_of(*tiny_pair()), Limits(max_rows=2, max_waiting=2))
+    scheduler = Scheduler(runner_of(*tiny_pair()), Limits(max_rows=2, max_waiting=2))
     requests = [scheduler.prepare("a", SamplingParams(max_new_tokens=2)) for _ in range(5)]
     with pytest.raises(TooLargeError, match="5 completions at once, but 4 may be in work"):
         scheduler.enqueue(requests)

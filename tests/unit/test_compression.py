@@ -23,8 +23,8 @@ from thoughtformer.compression import (
     Method,
     RemovedFraction,
     Sentinel,
+    cached_entries,
     compress,
-    entries_held,
 )
 from thoughtformer.compression.adapter import AdapterConfig
 from thoughtformer.compression.method import read_ids
@@ -94,7 +94,7 @@ def test_removed_fraction_keeps_its_promise():
     """Beyond the tokens that stay raw, a token never reads more than its part of the tokens seen and one span."""
     for removed, span in ((0.3, 8), (0.5, 8), (0.7, 8), (0.9, 16)):
         method = Sentinel(policy=RemovedFraction(removed=removed, span_tokens=span))
-        held = entries_held(method, [5] * 2000)
+        held = cached_entries(method, [5] * 2000)
         for position in range(400, 2000):
             assert held[position] <= max((1 - removed) * (position + 1), 20 + position / span) + span + 1
         assert 1 - sum(held[1000:]) / sum(range(1001, 2001)) == pytest.approx(removed, abs=0.01)
@@ -104,7 +104,7 @@ def test_the_default_policy():
     """90% removed, from the 64th token on, 4 first tokens and 16 recent ones raw; nine times smaller at 4,096."""
     method = Sentinel()
     assert (method.policy.first_tokens, method.policy.recent_tokens, method.policy.start_tokens) == (4, 16, 64)
-    held = entries_held(method, [5] * 4097)
+    held = cached_entries(method, [5] * 4097)
     assert held[:64] == list(range(1, 65))
     assert held[64] < 64
     assert 4096 / (held[4096] - 1) >= 9
@@ -212,13 +212,13 @@ def test_events_take_effect_as_they_are_told():
         def after(self, row, token_id):
             if row.num_tokens == 6:
                 yield Event(0, 1, 5)
-                seen.append(row.num_held)
+                seen.append(row.num_cached)
                 yield Event(2, 2, 5)
 
     row = RowProgress()
     read_ids(Twice(), row, [5] * 6)
     assert seen == [4]
-    assert row.num_held == 3
+    assert row.num_cached == 3
 
 
 def test_what_has_no_setting_is_taken_as_it_is():
@@ -261,7 +261,7 @@ def test_methods_that_read_ids_are_set_by_all_blocks(monkeypatch):
     monkeypatch.setitem(METHODS, "combiner", Ends)
     with pytest.raises(ConfigError, match="combiner can't hold"):
         equal_methods(["combiner"], 0.9, both, seed=0)
-    by_block = [np.mean(entries_held(Ends(policy=_ENDS), ids)[96:]) for ids in both.ids]
+    by_block = [np.mean(cached_entries(Ends(policy=_ENDS), ids)[96:]) for ids in both.ids]
     assert by_block[1] < by_block[0] / 2
     assert found == [np.mean(by_block)]
 

@@ -12,7 +12,6 @@ import torch
 from conftest import tiny_model
 from thoughtformer import Engine, load
 from thoughtformer.bench import count_flops
-from thoughtformer.decode import SamplingParams
 from thoughtformer.models.packed_linear import (
     PackableLinear,
     can_pack,
@@ -20,6 +19,7 @@ from thoughtformer.models.packed_linear import (
     unpack_weights,
     using_packed_weights,
 )
+from thoughtformer.sampling import SamplingParams
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch can't pack weights")
 

@@ -14,8 +14,8 @@ from transformers import DataCollatorForLanguageModeling, pipeline
 
 import thoughtformer  # noqa: F401  registers the tokenizer
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
-from thoughtformer.decode import TextStream
 from thoughtformer.errors import ConfigError, CorpusError, InputError, TokenizerError, UnsupportedError
+from thoughtformer.sampling import TextStream
 from thoughtformer.text import END_OF_SENTENCE, END_OF_TEXT, SentenceTokenizer, SentencexSplitter, train_bpe
 from thoughtformer.text.sentences import insert_ends
 from thoughtformer.text.splitting import SentenceEnd

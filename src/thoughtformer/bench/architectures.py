@@ -56,10 +56,10 @@ def architectures(options: Options) -> Iterator[Record]:
     short = 512 if deep is DEEP else 64
     # To see that all runs, one compilation of the longest way, without the middle work, will do.
     is_toy = size.name == "toy"
-    for shape, rows, held, sentences in ((deep, 1, short, 2), (size, 1, context, 2), (size, batch, context, 1)):
+    for shape, rows, length, sentences in ((deep, 1, short, 2), (size, 1, context, 2), (size, batch, context, 1)):
         if is_toy and shape is size and rows == 1:
             continue
-        work = Work(size=shape.name, layers=shape.layers, batch=rows, context=held, sentences=sentences)
+        work = Work(size=shape.name, layers=shape.layers, batch=rows, context=length, sentences=sentences)
         models = _models(shape)
         pack_weights(models["gpt"])
         compiles = tuple(models)[-1:] if is_toy else ("",)
@@ -213,13 +213,15 @@ def _touched(model: GPTHFForCausalLM, cache: GPTHFCache, batch: int) -> float:
         # Rows of a batch close sentences at different steps, and each time the body's weights are read.
         share = min(1.0, batch / SENTENCE_TOKENS) if is_hourglass and stage.name == "body" else 1.0
         total += share * sum(parameter.nbytes for parameter in stage.parameters())
-    for held in cache.stages:
-        share = 1 / SENTENCE_TOKENS if is_hourglass and held.name == "body" else 1.0
-        if held.name == "memory":
+    for stage_cache in cache.stages:
+        share = 1 / SENTENCE_TOKENS if is_hourglass and stage_cache.name == "body" else 1.0
+        if stage_cache.name == "memory":
             # Summaries pass the decoder's key and value projections.
             width = model.config.hidden_size * model.lm_head.weight.element_size()
-            kv_weights = sum(2 * part.shape[1] * part.shape[3] * width for part in held.keys)
+            kv_weights = sum(2 * part.shape[1] * part.shape[3] * width for part in stage_cache.keys)
             total += min(1.0, batch / SENTENCE_TOKENS) * kv_weights
-        entry = sum(part.shape[1] * part.shape[3] * part.element_size() for part in (*held.keys, *held.values))
-        total += share * batch * held.longest * entry
+        entry = sum(
+            part.shape[1] * part.shape[3] * part.element_size() for part in (*stage_cache.keys, *stage_cache.values)
+        )
+        total += share * batch * stage_cache.longest * entry
     return total

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thoughtformer.bench.flops import generation_flops
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
 from thoughtformer.errors import InputError
 from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
 from thoughtformer.models import GPTHFForCausalLM
+from thoughtformer.sampling import SamplingParams
 from thoughtformer.text import SentenceTokenizer, SentencexSplitter
 
 __all__ = ["Comparison", "compare", "split_prompt"]

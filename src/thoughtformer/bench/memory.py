@@ -43,8 +43,8 @@ def kv_bytes(options: Options) -> Iterator[Record]:
             for name, model in models.items():
                 # A plain GPT's cache, gigabytes of it, grows evenly: one length tells.
                 lengths = [context] if name == "gpt" else range(context, context - SENTENCE_TOKENS, -1)
-                held = [float(_checked_bytes(model, length)) for length in lengths]
-                metrics = {"bytes": Spread.of(held)}
+                sizes = [float(_checked_bytes(model, length)) for length in lengths]
+                metrics = {"bytes": Spread.of(sizes)}
                 yield Record(theme="memory", case="kv_bytes", peer=name, workload=workload, metrics=metrics)
 
 
@@ -52,10 +52,10 @@ def _checked_bytes(model: GPTHFForCausalLM, context: int) -> int:
     """Bytes that a row of so many tokens holds; raises `ThoughtformerError` if the formula says otherwise."""
     cache = filled_cache(model, num_rows=1, context=context)
     longest = {stage.name: stage.longest for stage in cache.stages}
-    expected, held = model.model.cache_bytes(longest, 1, reserve_tokens=context), cache.num_bytes()
-    if held != expected:
-        raise ThoughtformerError(f"a cache of {context} tokens holds {held} bytes, the formula says {expected}.")
-    return held
+    expected, found = model.model.cache_bytes(longest, 1, reserve_tokens=context), cache.num_bytes()
+    if found != expected:
+        raise ThoughtformerError(f"a cache of {context} tokens holds {found} bytes, the formula says {expected}.")
+    return found
 
 
 def _paper_shape(size: Size) -> tuple[Size, tuple[tuple[int, int], ...]]:

@@ -244,7 +244,7 @@ def _press_metrics(
     return {
         "bits_per_byte": Spread.of(bits),
         "above_full_bits_per_byte": Spread.of([ours - full for ours, full in zip(bits, unpruned, strict=True)]),
-        "kv_bytes": Spread.of([held * entry_bytes for held in entries]),
+        "kv_bytes": Spread.of([count * entry_bytes for count in entries]),
         "entries": Spread.of(entries),
     }
 

@@ -22,8 +22,8 @@ from thoughtformer.bench.running import (
 )
 from thoughtformer.bench.timing import Run, memory_read_rate
 from thoughtformer.convert.llama import as_llama
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine
+from thoughtformer.sampling import SamplingParams
 
 __all__ = ["batch1", "batch8"]
 

@@ -15,10 +15,10 @@ from thoughtformer.bench.running import Options, measured, split_name
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.timing import Run, seconds_of
 from thoughtformer.convert.llama import as_llama
-from thoughtformer.decode import SamplingParams
 from thoughtformer.engine import Engine, SentenceStore
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.packed_linear import pack_weights
+from thoughtformer.sampling import SamplingParams
 from thoughtformer.stores.model_sentences import StoredSentences
 
 __all__ = ["known", "requests"]
@@ -44,8 +44,8 @@ def known(options: Options) -> Iterator[Record]:
                 model.model.remember_sentences(torch.tensor(ids), source)
                 runs[f"{name}, known"] = _prefill(model, ids, source)
                 runs[name] = _prefill(model, ids, None)
-            held = store.stats()
-            settings = {f"{name}, known": {"store_bytes": held.used_bytes} for name in models}
+            stats = store.stats()
+            settings = {f"{name}, known": {"store_bytes": stats.used_bytes} for name in models}
             runs["gpt"] = _prefill(gpt, _random_text(gpt, context), None)
             repeats, warmups = options.rounds(context)
             yield from measured(

@@ -10,7 +10,6 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from thoughtformer.bench.architectures import architectures
-from thoughtformer.bench.compressed import compressed
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.requests import batch1, batch8
 from thoughtformer.bench.running import (
@@ -22,6 +21,7 @@ from thoughtformer.bench.running import (
     start_llama_cpp,
     without_llama_cpp,
 )
+from thoughtformer.bench.sentinels import compressed
 from thoughtformer.bench.serving import known, requests
 from thoughtformer.bench.shapes import SENTENCE_TOKENS
 from thoughtformer.bench.synthetic import filled_cache, filled_dynamic_cache

@@ -59,7 +59,7 @@ class Store(ABC):
         """What is held, by name."""
 
     @abstractmethod
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class EntrySlots(RowSlots, Store):
     #: Entries are held that no new token may read.
     has_unreadable = False
 
-    def held(self, chunk: Chunk) -> Entries:
+    def entries_for(self, chunk: Chunk) -> Entries:
         """The entries of each row's first `longest` slots, with what `chunk`'s events change of them."""
         longest = self.longest
         if chunk.until is not None and chunk.span is not None:
@@ -103,7 +103,7 @@ class EntrySlots(RowSlots, Store):
         position, order, since, until = self.entries[: len(ENTRY_FIELDS), :, :longest]
         return Entries(position=position, order=order, span=span, since=since, until=until)
 
-    def is_held(self) -> Bool[Tensor, "rows longest"]:
+    def is_cached(self) -> Bool[Tensor, "rows longest"]:
         """Which of the first `longest` slots hold an entry."""
         return torch.arange(self.longest) < self.lengths[:, None]
 
@@ -352,15 +352,15 @@ class CompressedCache(RowsCache):
     def saved(self) -> dict[str, Tensor]:
         """Everything held, by name, and how far each row is."""
         self._check_committed("saving", is_committed=self._pending is None)
-        held = self.store.saved()
+        saved = self.store.saved()
         for number, row in enumerate(self.rows):
-            held[f"progress.{number}"] = torch.tensor([row.num_tokens, row.num_held, row.next_start])
-            held[f"notes.{number}"] = torch.tensor(row.notes, dtype=torch.float64)
+            saved[f"progress.{number}"] = torch.tensor([row.num_tokens, row.num_cached, row.next_start])
+            saved[f"notes.{number}"] = torch.tensor(row.notes, dtype=torch.float64)
             if row.window:
-                held[f"window.{number}"] = torch.tensor(row.window)
-        return held | {"num_columns": torch.tensor(self.num_columns)}
+                saved[f"window.{number}"] = torch.tensor(row.window)
+        return saved | {"num_columns": torch.tensor(self.num_columns)}
 
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave, of a cache of the same model and as many rows.
 
         Raises:
@@ -368,12 +368,14 @@ class CompressedCache(RowsCache):
         """
         rows = []
         for number in range(self.num_rows):
-            num_tokens, num_held, next_start = held[f"progress.{number}"].tolist()
-            notes: list[float] = [int(note) if note.is_integer() else note for note in held[f"notes.{number}"].tolist()]
-            window = held[f"window.{number}"].tolist() if f"window.{number}" in held else []
-            rows.append(RowProgress(num_tokens, num_held, next_start, notes, window))
-        num_columns = int(held["num_columns"])
-        self.store.restore_saved(held)
+            num_tokens, num_cached, next_start = saved[f"progress.{number}"].tolist()
+            notes: list[float] = [
+                int(note) if note.is_integer() else note for note in saved[f"notes.{number}"].tolist()
+            ]
+            window = saved[f"window.{number}"].tolist() if f"window.{number}" in saved else []
+            rows.append(RowProgress(num_tokens, num_cached, next_start, notes, window))
+        num_columns = int(saved["num_columns"])
+        self.store.restore_saved(saved)
         self.rows, self.num_columns = rows, num_columns
         self._forget_pending()
 

@@ -140,13 +140,13 @@ class GPTHFCache(RowsCache):
     def saved(self) -> dict[str, Tensor]:
         """Everything held, by name; for `restore_saved`. Nothing may be uncommitted."""
         self._check_committed("saving", is_committed=not self._pending)
-        held = {f"counters.{field.name}": getattr(self.counters, field.name) for field in fields(RowCounters)}
-        held |= {"num_tokens": self.num_tokens}
+        saved = {f"counters.{field.name}": getattr(self.counters, field.name) for field in fields(RowCounters)}
+        saved |= {"num_tokens": self.num_tokens}
         for name, stage in self.by_name().items():
-            held |= {f"{name}.{part}": tensor for part, tensor in stage.saved().items()}
-        return held
+            saved |= {f"{name}.{part}": tensor for part, tensor in stage.saved().items()}
+        return saved
 
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave, of a cache of the same model and as many rows.
 
         Raises:
@@ -154,9 +154,9 @@ class GPTHFCache(RowsCache):
         """
         for name, stage in self.by_name().items():
             prefix = f"{name}."
-            stage.restore_saved({key.removeprefix(prefix): held[key] for key in held if key.startswith(prefix)})
-        counters = {field.name: held[f"counters.{field.name}"] for field in fields(RowCounters)}
-        num_tokens = held["num_tokens"]
+            stage.restore_saved({key.removeprefix(prefix): saved[key] for key in saved if key.startswith(prefix)})
+        counters = {field.name: saved[f"counters.{field.name}"] for field in fields(RowCounters)}
+        num_tokens = saved["num_tokens"]
         if any(tensor.shape != num_tokens.shape for tensor in counters.values()) or len(num_tokens) != self.num_rows:
             raise ValueError(f"counters of {len(num_tokens)} rows, not {self.num_rows}")
         self.counters, self.num_tokens = RowCounters(**counters), num_tokens

@@ -79,7 +79,7 @@ class RowsCache(Cache):
         """Everything held, by name; for `restore_saved`."""
 
     @abstractmethod
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave, of a cache of the same model and as many rows.
 
         Raises:

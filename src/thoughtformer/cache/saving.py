@@ -44,12 +44,12 @@ def write_saved(
     Raises:
         OutputError: it can't be written.
     """
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     values = {"version": FORMAT_VERSION, "kind": kind, "manifest": dict(manifest)}
-    told = json.dumps(values | {"digest": _digest(values, held)})
+    told = json.dumps(values | {"digest": _digest(values, saved)})
     with new_file(path, replace=replace) as draft:
         # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
-        draft.write_bytes(save(held, metadata={KEY: told}))
+        draft.write_bytes(save(saved, metadata={KEY: told}))
 
 
 def read_saved_manifest(path: Path, kind: str) -> dict[str, Any]:

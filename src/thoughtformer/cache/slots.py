@@ -175,18 +175,18 @@ class RowSlots:
     def saved(self) -> dict[str, Tensor]:
         """What is held, by name and without the unused parts of blocks; for `restore_saved`."""
         longest = self.longest
-        held = {"entries": self.entries[:, :, :longest].clone(), "lengths": self.lengths.clone()}
+        saved = {"entries": self.entries[:, :, :longest].clone(), "lengths": self.lengths.clone()}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            held |= {f"keys.{layer}": key[:, :, :longest].clone(), f"values.{layer}": value[:, :, :longest].clone()}
-        return held
+            saved |= {f"keys.{layer}": key[:, :, :longest].clone(), f"values.{layer}": value[:, :, :longest].clone()}
+        return saved
 
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave, of as many rows, layers and heads.
 
         Raises:
             KeyError, ValueError: something is missing, or of another shape.
         """
-        lengths, entries = held["lengths"].cpu(), held["entries"].cpu()
+        lengths, entries = saved["lengths"].cpu(), saved["entries"].cpu()
         longest = entries.shape[2]
         if lengths.shape != self.lengths.shape or int(lengths.max()) != longest or int(lengths.min()) < 0:
             raise ValueError(f"lengths {lengths.tolist()} for entries of {tuple(entries.shape)}")
@@ -197,7 +197,7 @@ class RowSlots:
         self.entries[:, :, :longest] = entries
         for layer in range(len(self.keys)):
             for name, mine in (("keys", self.keys[layer]), ("values", self.values[layer])):
-                found = held[f"{name}.{layer}"]
+                found = saved[f"{name}.{layer}"]
                 shape = (*mine.shape[:2], longest, mine.shape[3])
                 if found.shape != shape or found.dtype != mine.dtype:
                     raise ValueError(f"{name}.{layer} is {found.dtype} {tuple(found.shape)}, not {mine.dtype} {shape}")

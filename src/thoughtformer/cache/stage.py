@@ -121,9 +121,9 @@ class StageCache(RowSlots):
             query_index[tokens.row, column] = torch.arange(len(tokens))
             valid[tokens.row, column] = True
             output_index = tokens.row * width + column
-        held = self.structure(num_keys)
+        cached = self.structure(num_keys)
         mask = self.rule.visible(
-            tokens[query_index].map(lambda field: field.unsqueeze(2)), held.map(lambda field: field.unsqueeze(1))
+            tokens[query_index].map(lambda field: field.unsqueeze(2)), cached.map(lambda field: field.unsqueeze(1))
         )
         mask &= (torch.arange(num_keys) < self.lengths[:, None]).unsqueeze(1)
         return CachedAttention(query_index, output_index, mask | ~valid.unsqueeze(2), num_keys)
@@ -164,7 +164,7 @@ class StageCache(RowSlots):
         super().join(other)
         self._committed = self.lengths
 
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave; all of it is committed."""
-        super().restore_saved(held)
+        super().restore_saved(saved)
         self._committed = self.lengths

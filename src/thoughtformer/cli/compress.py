@@ -326,17 +326,17 @@ def context(
     with compressed, Working(f"reading {file}"):
         ids = document_tokenizer(tokenizer).encode_document(text, complete=False, start=append is None).tolist()
         if append is None:
-            held = Context.read(compressed, ids)
+            context = Context.read(compressed, ids)
         else:
-            held = Context.load(compressed, append)
-            held.append(ids)
-        held.save(out)
-    tokens, entries = len(held.ids), int(held.cache.num_entries[0])
+            context = Context.load(compressed, append)
+            context.append(ids)
+        context.save(out)
+    tokens, entries = len(context.ids), int(context.cache.num_entries[0])
     result = {
         "tokens": tokens,
         "entries": entries,
         "removed": 1 - entries / tokens,
-        "cache_bytes": held.num_bytes(),
+        "cache_bytes": context.num_bytes(),
         "file_bytes": out.stat().st_size,
     }
     if as_json:

@@ -33,8 +33,8 @@ def demo(
     Example: thoughtformer demo --file chapter.txt
     """
     from thoughtformer.bench import compare, split_prompt
-    from thoughtformer.decode import SamplingParams
     from thoughtformer.models.loading import ASSETS, BUNDLED, load_gpthf
+    from thoughtformer.sampling import SamplingParams
 
     set_threads(threads)
     if max_new_tokens is None:

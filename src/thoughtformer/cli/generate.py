@@ -27,8 +27,8 @@ from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
     from thoughtformer.compression import Context
-    from thoughtformer.decode import SamplingParams
     from thoughtformer.engine import Request, Scheduler
+    from thoughtformer.sampling import SamplingParams
 
 __all__ = ["generate"]
 
@@ -122,7 +122,7 @@ def generate(
     if context_file is not None:
         text = read_text(context_file, encoding) + text
 
-    from thoughtformer.decode import SamplingParams
+    from thoughtformer.sampling import SamplingParams
 
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -142,7 +142,7 @@ def generate(
         raise InputError("--store keeps sentences of a GPTHF; --method, --adapter and --context compress other models.")
 
     from thoughtformer.compression import CompressedModel, Context
-    from thoughtformer.engine import Limits, Scheduler, SentenceStore, reader_of
+    from thoughtformer.engine import Limits, Scheduler, SentenceStore, runner_of
     from thoughtformer.stores.sentences import storable
 
     opened, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
@@ -150,7 +150,7 @@ def generate(
         storable(opened)  # before a store is made
     with ExitStack() as stack:
         known = None if store is None else stack.enter_context(SentenceStore(store)).of(opened)
-        scheduler = Scheduler(reader_of(opened, tokenizer, sentences=known), Limits(max_rows=1))
+        scheduler = Scheduler(runner_of(opened, tokenizer, sentences=known), Limits(max_rows=1))
         if context is None:
             request = scheduler.prepare(text, params)
         else:
@@ -174,7 +174,7 @@ def generate(
 
 def _continued(scheduler: Scheduler, context: Context, text: str, params: SamplingParams) -> Request:
     """A request that goes on from a context."""
-    new = scheduler.reader.encode(text, start=False)
+    new = scheduler.runner.encode(text, start=False)
     if not new:
         raise InputError("give at least one token of --prompt after the context.")
     request = scheduler.prepare([*context.ids, *new], params)
@@ -184,7 +184,7 @@ def _continued(scheduler: Scheduler, context: Context, text: str, params: Sampli
 
 def _result(scheduler: Scheduler, request: Request, *, num_context: int | None) -> dict[str, Any]:
     """What came of a request, for programs."""
-    completion, model = scheduler.completion(request), scheduler.reader.model
+    completion, model = scheduler.completion(request), scheduler.runner.model
     usage = dict(completion.usage.__dict__)
     if num_context is not None:
         usage |= {

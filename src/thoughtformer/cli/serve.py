@@ -108,7 +108,7 @@ def serve(
         raise InputError(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
-    from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, reader_of
+    from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, runner_of
     from thoughtformer.stores.sentences import storable
 
     token = os.environ.get(TOKEN_VARIABLE) or None
@@ -157,8 +157,8 @@ def serve(
             opened = SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
             stack.callback(opened.close)
             known = opened.of(served, is_strict=False)
-        scheduler = Scheduler(reader_of(served, tokenizer, sentences=known, compile=compile), limits)
-        kept = Sessions(scheduler.reader, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
+        scheduler = Scheduler(runner_of(served, tokenizer, sentences=known, compile=compile), limits)
+        kept = Sessions(scheduler.runner, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)
 

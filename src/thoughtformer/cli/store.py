@@ -117,13 +117,13 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
     Example: thoughtformer store stats sentences
     """
     with _existing(folder) as store:
-        held = store.stats()
+        stats = store.stats()
     if as_json:
-        print(json.dumps(asdict(held)))
+        print(json.dumps(asdict(stats)))
         return
-    used, size = shown_size(held.used_bytes), shown_size(held.file_bytes)
-    print(f"{counted(held.sentences, 'sentence')}, {used} used of a file of {size}")
-    for model in held.models:
+    used, size = shown_size(stats.used_bytes), shown_size(stats.file_bytes)
+    print(f"{counted(stats.sentences, 'sentence')}, {used} used of a file of {size}")
+    for model in stats.models:
         count, size = counted(model.sentences, "sentence"), shown_size(model.vector_bytes)
         print(f"{model.fingerprint}  {model.dtype}  {count}, {size}")
 
@@ -163,8 +163,8 @@ def prune(
             if fingerprint not in known:
                 raise InputError(f"--keep {fingerprint}: the store has {', '.join(known) or 'no model'}.")
         removed = store.prune(max_bytes=parse_size(max_size), keep=keep)
-        held = store.stats()
-    print(f"{counted(removed, 'sentence')} removed, {held.sentences:,} left, {shown_size(held.file_bytes)}")
+        stats = store.stats()
+    print(f"{counted(removed, 'sentence')} removed, {stats.sentences:,} left, {shown_size(stats.file_bytes)}")
 
 
 def _existing(folder: Path) -> SentenceStore:

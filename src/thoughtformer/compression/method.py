@@ -24,7 +24,7 @@ from thoughtformer.errors import ConfigError
 from thoughtformer.models.backbone import Backbone, Original
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
-__all__ = ["METHODS", "Attending", "Method", "entries_held", "read_ids"]
+__all__ = ["METHODS", "PassAttention", "Method", "cached_entries", "read_ids"]
 
 #: Every method by name.
 METHODS: dict[str, type[Method]] = {}
@@ -33,7 +33,7 @@ MethodKind = TypeVar("MethodKind", bound="Method")
 
 
 @runtime_checkable
-class Attending(Protocol):
+class PassAttention(Protocol):
     """The attention of one forward pass, called layer by layer; `models.backbone.Attend` with an end."""
 
     def __call__(
@@ -124,7 +124,7 @@ class Method(ABC):
 
     def num_stored(self, row: RowProgress) -> int:
         """Entries that a store holds of a row."""
-        return row.num_held
+        return row.num_cached
 
     # What it takes.
 
@@ -203,7 +203,7 @@ class Method(ABC):
             block_entries=BLOCK_ENTRIES,
         )
 
-    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         """The attention of a pass over new entries, which extends the store if there is one."""
         assert store is None or isinstance(store, EntrySlots)
         # That writes only what is kept: of no use where some of it may be taken back.
@@ -223,9 +223,9 @@ def read_ids(method: Method, row: RowProgress, ids: list[int]) -> RowReading:
     first, events, window = row.num_tokens, [], method.window_tokens
     for token_id in ids:
         row.num_tokens += 1
-        row.num_held += 1
+        row.num_cached += 1
         for event in _events(method, row, token_id, window):
-            row.num_held -= event.end - event.start + 1 - (method.num_summaries if event.is_fold else 0)
+            row.num_cached -= event.end - event.start + 1 - (method.num_summaries if event.is_fold else 0)
             events.append(event)
     return RowReading(ids, first, events)
 
@@ -238,10 +238,10 @@ def _events(method: Method, row: RowProgress, token_id: int, window: int) -> Ite
             yield from method.leaving(row, row.num_tokens - 1 - window, row.window.pop(0))
 
 
-def entries_held(method: Method, ids: Sequence[int]) -> list[int]:
+def cached_entries(method: Method, ids: Sequence[int]) -> list[int]:
     """Entries that each token of a text can read, itself included, by the schedule alone."""
-    row, held = RowProgress(), []
+    row, cached = RowProgress(), []
     for token_id in ids:
-        held.append(row.num_held + 1)
+        cached.append(row.num_cached + 1)
         read_ids(method, row, [token_id])
-    return held
+    return cached

@@ -221,9 +221,9 @@ class CompressedModel(GeneratingView):
         (found,) = cache.rows
         if found != expected:
             raise ValueError(f"its row is at {found}, but its ids come to {expected}")
-        held = int(cache.store.lengths[0])
-        if held != self.method.num_stored(expected):
-            raise ValueError(f"it holds {held} entries, but its ids leave {self.method.num_stored(expected)}")
+        cached = int(cache.store.lengths[0])
+        if cached != self.method.num_stored(expected):
+            raise ValueError(f"it holds {cached} entries, but its ids leave {self.method.num_stored(expected)}")
         cache.store.check_positions(0, len(ids))
 
     def cache_bytes(self, longest_row_entries: int, num_rows: int) -> int:
@@ -278,19 +278,19 @@ class CompressedModel(GeneratingView):
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
             use_cache = not self.training and labels is None
-        held = one_cache(cache, past_key_values)
-        if held is None and use_cache:
-            held = self.new_cache(batch)
-        if held is not None:
-            self._check_cache(held, batch)
+        cached = one_cache(cache, past_key_values)
+        if cached is None and use_cache:
+            cached = self.new_cache(batch)
+        if cached is not None:
+            self._check_cache(cached, batch)
         if self.training and labels is not None and torch.is_grad_enabled() and not self.method.can_train:
             raise UnsupportedError(
                 f"{self.method.name!r} can't be trained through: it overwrites what it drops. Train with another "
                 "method; to score, call eval() or use torch.no_grad()."
             )
-        before = torch.zeros(batch, dtype=torch.long) if held is None else held.num_tokens
+        before = torch.zeros(batch, dtype=torch.long) if cached is None else cached.num_tokens
         check_positions(position_ids, real, before)
-        hidden = self.read(input_ids, real, held, wanted=keep.wanted)
+        hidden = self.read(input_ids, real, cached, wanted=keep.wanted)
         logits = keep.laid_out(self.backbone.head()(hidden))
         loss = None
         if labels is not None:
@@ -300,7 +300,7 @@ class CompressedModel(GeneratingView):
             loss = self.model.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
             )
-        output = CachedOutput(loss=loss, logits=logits, **cast(dict[str, Any], {CACHE_NAME: held}))
+        output = CachedOutput(loss=loss, logits=logits, **cast(dict[str, Any], {CACHE_NAME: cached}))
         return output if return_dict is not False else output.to_tuple()
 
     def read(

@@ -46,13 +46,13 @@ class AttendOnCache:
         reads_all = reads_all and not slots.has_unreadable
         if reads_all and not self.always_masks:
             return
-        cached = slots.held(chunk)
+        cached = slots.entries_for(chunk)
         # A new entry's span is in the chunk; it is stored nowhere.
         cached.span[self.row, self.slot] = entries.span[self.row, self.column].to(cached.span.dtype)
         cached = self.with_summaries(chunk, cached)
         self.num_keys = slots.longest
         mask = entries_mask(entries, cached, see_earlier=see_earlier)
-        mask &= slots.is_held().unsqueeze(1) | (entries.order == PADDING).unsqueeze(2)
+        mask &= slots.is_cached().unsqueeze(1) | (entries.order == PADDING).unsqueeze(2)
         self.mask = OnDevices(mask)
         self.see(cached)
 

@@ -83,18 +83,20 @@ class Policy(ABC):
         row.next_start = max(row.next_start, self.first_tokens)
         if row.num_tokens < self.start_tokens:
             return
-        held = row.num_held
+        num_cached = row.num_cached
         while True:
-            length = self.span_length(row, held, row.num_tokens - self.recent_tokens - row.next_start, num_summaries)
+            length = self.span_length(
+                row, num_cached, row.num_tokens - self.recent_tokens - row.next_start, num_summaries
+            )
             if length is None:
                 return
             event = Event(row.next_start, row.next_start + length - 1, at, True)
             row.next_start = event.end + 1
-            held -= length - num_summaries
+            num_cached -= length - num_summaries
             yield event
 
     @abstractmethod
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
         """How many tokens to fold from `row.next_start` on, at most `available`; None for nothing now."""
 
 
@@ -114,8 +116,8 @@ class RemovedFraction(Policy):
         check_fraction("removed", self.removed)
         check_count("span_tokens", self.span_tokens, 2)
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
-        is_due = num_held + 1 > (1 - self.removed) * (row.num_tokens + 1)
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
+        is_due = num_cached + 1 > (1 - self.removed) * (row.num_tokens + 1)
         return self.span_tokens if is_due and available >= self.span_tokens else None
 
 
@@ -130,7 +132,7 @@ class EveryTokens(Policy):
         super().__post_init__()
         check_count("span_tokens", self.span_tokens, 2)
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
         return self.span_tokens if available >= self.span_tokens else None
 
 
@@ -147,13 +149,13 @@ class EntryBudget(Policy):
         check_count("span_tokens", self.span_tokens, 2)
         check_count("max_entries", self.max_entries, self.first_tokens + self.recent_tokens + self.span_tokens)
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
-        if num_held < self.max_entries:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
+        if num_cached < self.max_entries:
             return None
         if available >= self.span_tokens:
             return self.span_tokens
         raise ContextOverflowError(
-            f"after {row.num_tokens} tokens {num_held} entries are held, as many as max_entries={self.max_entries} "
+            f"after {row.num_tokens} tokens {num_cached} entries are held, as many as max_entries={self.max_entries} "
             f"allows, and all but {max(available, 0)} raw tokens are summaries or must stay raw. Raise the budget, or "
             f"span_tokens={self.span_tokens}, which decides how many summaries there are."
         )
@@ -183,7 +185,7 @@ class ByteBudget(Policy):
             span_tokens=self.span_tokens,
         )
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
         raise ConfigError("a ByteBudget must be bound to a model first: thoughtformer.compress does it.")
 
 
@@ -234,7 +236,7 @@ class SentenceEnds(Policy):
             row.notes.append(row.num_tokens)
         yield from super().events(row, token_id, num_summaries)
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
         if len(row.notes) < 2 or row.notes[1] - row.next_start > available:
             return None
         length = int(row.notes[1]) - row.next_start
@@ -253,10 +255,10 @@ class Callback(Policy):
     can_save = False
     choose: Callable[[RowProgress, int], int | None]
 
-    def span_length(self, row: RowProgress, num_held: int, available: int, num_summaries: int) -> int | None:
+    def span_length(self, row: RowProgress, num_cached: int, available: int, num_summaries: int) -> int | None:
         if available < 1:
             return None
-        length = self.choose(replace(row, num_held=num_held), available)
+        length = self.choose(replace(row, num_cached=num_cached), available)
         if length is not None and not 1 <= length <= available:
             raise ConfigError(f"the callback asked to fold {length} tokens; {available} may be folded.")
         return length

@@ -8,8 +8,8 @@ from thoughtformer.engine.request import Completion, Request, StreamEvent, Usage
 from thoughtformer.engine.scheduler import Scheduler, SchedulerStats
 from thoughtformer.engine.sessions import Session, Sessions
 from thoughtformer.engine.worker import Worker
-from thoughtformer.runners.base import Reader
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.base import Runner
+from thoughtformer.runners.opening import runner_of
 from thoughtformer.stores.indexing import IndexResult, index_documents
 from thoughtformer.stores.sentences import SentenceStore
 from thoughtformer.stores.vectors import StoreStats
@@ -20,7 +20,7 @@ __all__ = [
     "IndexResult",
     "Limits",
     "OpenSession",
-    "Reader",
+    "Runner",
     "Request",
     "Scheduler",
     "SchedulerStats",
@@ -33,5 +33,5 @@ __all__ = [
     "Worker",
     "generate",
     "index_documents",
-    "reader_of",
+    "runner_of",
 ]

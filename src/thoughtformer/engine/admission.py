@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from thoughtformer.engine.request import Request
 from thoughtformer.errors import ConfigError, OverloadedError, TooLargeError
-from thoughtformer.runners.base import Reader
+from thoughtformer.runners.base import Runner
 
 __all__ = ["Admission", "Limits"]
 
@@ -46,12 +46,12 @@ class Admission:
     Whoever's turn it is and doesn't fit yet is waited for, so that large requests get in too.
 
     Args:
-        reader: the model, which knows what a request may come to hold.
+        runner: the model, which knows what a request may come to hold.
         limits: what is taken on.
     """
 
-    def __init__(self, reader: Reader, limits: Limits) -> None:
-        self.reader = reader
+    def __init__(self, runner: Runner, limits: Limits) -> None:
+        self.runner = runner
         self.limits = limits
         self._queues: OrderedDict[str, deque[Request]] = OrderedDict()
 
@@ -68,7 +68,7 @@ class Admission:
         """What these requests may come to hold together, between steps."""
         if not requests:
             return 0
-        return self.reader.most_bytes(
+        return self.runner.most_bytes(
             [request.most_entries for request in requests], max(request.most_tokens for request in requests)
         )
 
@@ -139,9 +139,9 @@ class Admission:
         fitting, most = 1, request.params.max_new_tokens
         while fitting < most:
             middle = (fitting + most + 1) // 2
-            request.limit_new_tokens(self.reader, middle)
+            request.limit_new_tokens(self.runner, middle)
             if self.most_bytes([request]) <= max_bytes:
                 fitting = middle
             else:
                 most = middle - 1
-        request.limit_new_tokens(self.reader, fitting)
+        request.limit_new_tokens(self.runner, fitting)

@@ -15,7 +15,7 @@ from torch import Tensor
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import Drafter
 from thoughtformer.engine.request import Request, StreamEvent
-from thoughtformer.runners.base import Reader
+from thoughtformer.runners.base import Runner
 
 __all__ = ["Batch"]
 
@@ -26,12 +26,12 @@ class Batch:
     """Requests that share each step; what one writes never depends on the others.
 
     Args:
-        reader: the model.
+        runner: the model.
         drafter: proposes tokens, which are verified together; None: one token a step.
     """
 
-    def __init__(self, reader: Reader, drafter: Drafter | None = None) -> None:
-        self.reader = reader
+    def __init__(self, runner: Runner, drafter: Drafter | None = None) -> None:
+        self.runner = runner
         self.drafter = drafter
         self.requests: list[Request] = []
         self.cache: RowsCache | None = None
@@ -44,8 +44,8 @@ class Batch:
     @torch.inference_mode()
     def read(self, requests: Sequence[Request]) -> tuple[Float[Tensor, "rows vocab"], RowsCache]:
         """Reads whole prompts, without padding; returns logits, and what was kept of them."""
-        self.reader.prepare()
-        logits, cache, known = self.reader.read(
+        self.runner.prepare()
+        logits, cache, known = self.runner.read(
             [request.ids for request in requests], max(request.most_tokens for request in requests)
         )
         for request, num_known in zip(requests, known, strict=True):
@@ -56,12 +56,12 @@ class Batch:
     @torch.inference_mode()
     def read_piece(self, request: Request, num_tokens: int) -> Float[Tensor, "1 vocab"]:
         """Reads a request's next tokens into a cache of its own; logits after the last of them."""
-        self.reader.prepare()
+        self.runner.prepare()
         if request.origin is not None:
             # A copy: a request that fails leaves what it went on from as it was.
             request.cache, request.origin = request.origin.fork_rows(torch.tensor([0])), None
         ids = request.ids[request.num_read : request.num_read + num_tokens]
-        logits, request.cache, num_known = self.reader.read_on(ids, request.cache, request.most_tokens)
+        logits, request.cache, num_known = self.runner.read_on(ids, request.cache, request.most_tokens)
         request.num_read += len(ids)
         request.num_known += num_known
         return self._choices(logits, [request])
@@ -77,7 +77,7 @@ class Batch:
         drafts = [self._draft(request) for request in self.requests]
         new = [[request.ids[-1], *draft] for request, draft in zip(self.requests, drafts, strict=True)]
         cache.autocommit = not any(drafts)
-        logits = self.reader.verify(new, cache)
+        logits = self.runner.verify(new, cache)
         for request in self.requests:
             request.num_read = len(request.ids)
         of_each = [request for request, ids in zip(self.requests, new, strict=True) for _ in ids]
@@ -101,7 +101,7 @@ class Batch:
         most = request.most_tokens - len(request.ids) - 1
         if self.drafter is None or most < 1 or not request.takes_drafts or request.follower is not None:
             return []
-        ends, size = (*self.reader.end_ids, *self.reader.start_ids), self.reader.vocab_size
+        ends, size = (*self.runner.end_ids, *self.runner.start_ids), self.runner.vocab_size
         try:
             draft = [operator.index(token) for token in islice(self.drafter.propose(request.ids, most), most)]
             return list(takewhile(lambda token: 0 <= token < size and token not in ends, draft))

@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from thoughtformer.decode import Drafter, SamplingParams, row_seed
+from thoughtformer.decode import Drafter
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
 from thoughtformer.engine.sessions import Sessions
 from thoughtformer.errors import ArgumentError, InputError, nearest
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.opening import runner_of
+from thoughtformer.sampling import SamplingParams, derived_seed
 from thoughtformer.stores.sentences import SentenceStore
 
 __all__ = ["Engine", "OpenSession", "generate"]
@@ -61,7 +62,7 @@ class Engine:
         self.session_folder = Path(session_folder)
         self._sessions: Sessions | None = None
         sentences = None if store is None else store.of(model)
-        self.reader = reader_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
+        self.runner = runner_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
         self._scheduler()  # what doesn't go together is told now
 
     def generate(
@@ -71,7 +72,7 @@ class Engine:
         requests = self._requests(prompts, params)
         for _ in self._run(requests):
             pass
-        return [request.completion(self.reader.sentence_end) for request in requests]
+        return [request.completion(self.runner.sentence_end) for request in requests]
 
     def stream(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -99,7 +100,7 @@ class Engine:
             OutputError: the folder of sessions can't be written to.
         """
         if self._sessions is None:
-            self._sessions = Sessions(self.reader, folder=self.session_folder)
+            self._sessions = Sessions(self.runner, folder=self.session_folder)
         yield OpenSession(self, self._sessions, name)
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
@@ -112,7 +113,7 @@ class Engine:
                 raise failed
 
     def _scheduler(self) -> Scheduler:
-        return Scheduler(self.reader, Limits(max_rows=self.max_rows), drafter=self.drafter)
+        return Scheduler(self.runner, Limits(max_rows=self.max_rows), drafter=self.drafter)
 
     def _requests(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
@@ -126,7 +127,7 @@ class Engine:
                 f"{len(params)} sampling params for {len(prompts)} prompts: give one for all, or one each."
             )
         return [
-            make_request(self.reader, prompt, param, number=number)
+            make_request(self.runner, prompt, param, number=number)
             for number, (prompt, param) in enumerate(zip(prompts, params, strict=True))
         ]
 
@@ -157,7 +158,7 @@ class OpenSession:
         finally:
             self.sessions.finish(session, request)
             self.sessions.make_room()
-        return request.completion(self.engine.reader.sentence_end)
+        return request.completion(self.engine.runner.sentence_end)
 
     def save(self) -> None:
         """Writes the session to a file, for another process; see `Sessions.save`."""
@@ -199,4 +200,4 @@ def _of_each(params: SamplingParams, count: int) -> list[SamplingParams]:
     """The params of each of `count` requests; no two share their draws."""
     if params.seed is None:
         return [params] * count
-    return [replace(params, seed=row_seed(params.seed, index)) for index in range(count)]
+    return [replace(params, seed=derived_seed(params.seed, index)) for index in range(count)]

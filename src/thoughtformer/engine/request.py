@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import Ends, FinishReason, RowSampler, SamplingParams, TextStream, ends_of
 from thoughtformer.errors import ContextOverflowError, InputError
-from thoughtformer.runners.base import ContextFollower, Reader, RequestContext
+from thoughtformer.runners.base import ContextFollower, RequestContext, Runner
+from thoughtformer.sampling import Ends, FinishReason, Sampler, SamplingParams, TextStream, ends_of
 
 __all__ = ["Completion", "Request", "StreamEvent", "Usage", "make_request"]
 
@@ -92,7 +92,7 @@ class Request:
     ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
-    sampler: RowSampler
+    sampler: Sampler
     stream: TextStream
     ends: Ends
     most_entries: dict[str, int]
@@ -132,10 +132,10 @@ class Request:
         """The ids without the token that ended the text, if one did."""
         return self.ids[:-1] if self._is_end_unshown else self.ids
 
-    def limit_new_tokens(self, reader: Reader, max_new_tokens: int) -> None:
+    def limit_new_tokens(self, runner: Runner, max_new_tokens: int) -> None:
         """Another limit, before anything is written."""
         self.params = replace(self.params, max_new_tokens=max_new_tokens)
-        self.most_entries = reader.most_entries(self.ids, max_new_tokens)
+        self.most_entries = runner.most_entries(self.ids, max_new_tokens)
 
     def go_on_from(self, cache: RowsCache, num_tokens: int) -> None:
         """Has it read only what comes after its first `num_tokens`, which `cache`, of one row, has read already."""
@@ -189,39 +189,39 @@ class Request:
         )
 
 
-def make_request(reader: Reader, prompt: str | Sequence[int], params: SamplingParams, *, number: int) -> Request:
+def make_request(runner: Runner, prompt: str | Sequence[int], params: SamplingParams, *, number: int) -> Request:
     """A request for a prompt: text, or token ids, which start as the model's texts do.
 
     Raises:
         InputError: no ids, or ids that the model can't read.
         ContextOverflowError: prompt and new tokens exceed the model's trained length.
     """
-    ids = reader.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if params.fits_room and reader.max_tokens is not None:
-        room = max(reader.max_tokens - len(ids), 1)
+    ids = runner.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if params.fits_room and runner.max_tokens is not None:
+        room = max(runner.max_tokens - len(ids), 1)
         params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
-    check_prompt(reader, ids, params, number)
-    ends = ends_of(params, end_ids=reader.end_ids, special_tokens=reader.special_tokens, vocab_size=reader.vocab_size)
+    check_prompt(runner, ids, params, number)
+    ends = ends_of(params, end_ids=runner.end_ids, special_tokens=runner.special_tokens, vocab_size=runner.vocab_size)
     return Request(
         number=number,
         ids=ids,
         num_prompt_tokens=len(ids),
         params=params,
-        sampler=RowSampler(params, reader.exempt_ids, reader.device, never=ends.never),
-        stream=TextStream(reader.tokenizer.backend_tokenizer, params.stop, ids),
-        most_entries=reader.most_entries(ids, params.max_new_tokens),
+        sampler=Sampler(params, runner.exempt_ids, runner.device, never=ends.never),
+        stream=TextStream(runner.tokenizer.backend_tokenizer, params.stop, ids),
+        most_entries=runner.most_entries(ids, params.max_new_tokens),
         ends=ends,
     )
 
 
-def check_prompt(reader: Reader, ids: Sequence[int], params: SamplingParams, number: int) -> None:
+def check_prompt(runner: Runner, ids: Sequence[int], params: SamplingParams, number: int) -> None:
     """Raises what `make_request` does."""
     if not ids:
         raise InputError(f"prompt {number} has no tokens: start it as a text, with the tokenizer's own start token.")
-    if min(ids) < 0 or max(ids) >= reader.vocab_size:
-        raise InputError(f"prompt {number} has ids outside 0 to {reader.vocab_size - 1}.")
-    reader.check(ids, number)
-    limit = reader.max_tokens
+    if min(ids) < 0 or max(ids) >= runner.vocab_size:
+        raise InputError(f"prompt {number} has ids outside 0 to {runner.vocab_size - 1}.")
+    runner.check(ids, number)
+    limit = runner.max_tokens
     needed = len(ids) + params.max_new_tokens
     if limit is not None and needed > limit:
         advice = (

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import Drafter, FinishReason, SamplingParams
+from thoughtformer.decode import Drafter
 from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.errors import StoppedError, UnsupportedError
-from thoughtformer.runners.base import Reader
+from thoughtformer.runners.base import Runner
+from thoughtformer.sampling import FinishReason, SamplingParams
 
 __all__ = ["Scheduler", "SchedulerStats"]
 
@@ -45,7 +46,7 @@ class Scheduler:
     `submit`, `cancel` and `stats` may be called from any thread; `round` from one.
 
     Args:
-        reader: the model; see `reader_of`.
+        runner: the model; see `runner_of`.
         limits: what is taken on.
         drafter: proposes tokens, which are verified together; None: one token a step.
 
@@ -53,21 +54,21 @@ class Scheduler:
         UnsupportedError: several rows, or drafts, of a method that can't have them, as H2O.
     """
 
-    def __init__(self, reader: Reader, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
-        if not reader.can_join and limits.max_rows > 1:
+    def __init__(self, runner: Runner, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
+        if not runner.can_join and limits.max_rows > 1:
             raise UnsupportedError(
-                f"the method {reader.model.method.name!r} can't be batched continuously, because its rows can't be "
+                f"the method {runner.model.method.name!r} can't be batched continuously, because its rows can't be "
                 "joined: choose another, or write one request at a time (max_rows=1; command line: --max-rows 1)."
             )
-        if drafter is not None and not reader.can_speculate:
+        if drafter is not None and not runner.can_speculate:
             raise UnsupportedError(
-                f"the method {reader.model.method.name!r} overwrites what it drops, so that no draft can be taken "
+                f"the method {runner.model.method.name!r} overwrites what it drops, so that no draft can be taken "
                 "back: leave the drafter out."
             )
-        self.reader = reader
+        self.runner = runner
         self.limits = limits
-        self.batch = Batch(reader, drafter)
-        self.admission = Admission(reader, limits)
+        self.batch = Batch(runner, drafter)
+        self.admission = Admission(runner, limits)
         self._reading: list[Request] = []
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -109,7 +110,7 @@ class Scheduler:
 
     def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """A request to `enqueue`; arguments and errors as in `submit`."""
-        return make_request(self.reader, prompt, params, number=self.next_number())
+        return make_request(self.runner, prompt, params, number=self.next_number())
 
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Takes on all of them, or none; raises as `submit` does."""
@@ -151,7 +152,7 @@ class Scheduler:
                 waiting=len(self.admission),
                 reading=len(self._reading),
                 running=len(self.batch.requests),
-                cache_bytes=self._held_bytes(),
+                cache_bytes=self._cached_bytes(),
                 rounds=self._rounds,
                 prompt_tokens=self._prompt_tokens,
                 cached_prompt_tokens=self._cached_tokens,
@@ -161,7 +162,7 @@ class Scheduler:
 
     def completion(self, request: Request) -> Completion:
         """What came of a request that has ended."""
-        return request.completion(self.reader.sentence_end)
+        return request.completion(self.runner.sentence_end)
 
     def round(self) -> list[StreamEvent]:
         """One round; returns its events in order, which `on_event`s have been told of.
@@ -187,7 +188,7 @@ class Scheduler:
             self._next_number += 1
             return self._next_number - 1
 
-    def _held_bytes(self) -> int:
+    def _cached_bytes(self) -> int:
         alone = sum(request.cache.num_bytes() for request in self._reading if request.cache is not None)
         return self.batch.num_bytes() + alone
 
@@ -256,7 +257,7 @@ class Scheduler:
         for request in apart:
             if most is not None and left <= 0:
                 break
-            piece = self.reader.piece(request.ids[request.num_read :], None if most is None else left)
+            piece = self.runner.piece(request.ids[request.num_read :], None if most is None else left)
             left -= piece
             try:
                 logits = self.batch.read_piece(request, piece)

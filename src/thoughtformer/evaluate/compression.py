@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thoughtformer.compression.method import Method, entries_held
+from thoughtformer.compression.method import Method, cached_entries
 from thoughtformer.compression.model import CompressedModel
 from thoughtformer.compression.registry import METHODS, settings_of
 from thoughtformer.compression.solving import Search
@@ -102,8 +102,8 @@ def sample_blocks(
 
 def mean_entries(method: Method, blocks: Blocks) -> tuple[float, int]:
     """Mean and largest number of entries that a scored token can read."""
-    held = [entries_held(method, ids)[blocks.first_scored :] for ids in blocks.ids]
-    return float(np.mean(held)), int(np.max(held))
+    cached = [cached_entries(method, ids)[blocks.first_scored :] for ids in blocks.ids]
+    return float(np.mean(cached)), int(np.max(cached))
 
 
 def equal_methods(
@@ -165,7 +165,7 @@ def solve(
         # What has no setting holds what it holds, whatever it is to be compared with.
         if not fields(method) or abs(means[-1] / search.target - 1) <= TOLERANCE:
             return method
-    closest = min(means, key=lambda held: abs(held - search.target), default=0.0)
+    closest = min(means, key=lambda cached: abs(cached - search.target), default=0.0)
     raise ConfigError(
         f"{name} can't hold {search.target:.1f} entries on average ({removed:.0%} removed of {search.num_tokens} "
         f"tokens): the closest setting holds {closest:.1f}. Take longer blocks, or another fraction."

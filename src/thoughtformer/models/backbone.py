@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 from thoughtformer.attention import Rotary
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
-from thoughtformer.models.gpthf.layers import Angles, Layer
-from thoughtformer.models.gpthf.layers import Attend as LayerAttend
+from thoughtformer.models.gpthf.layers import Angles, Layer, LayerAttention
 from thoughtformer.models.handed_in import BACKENDS, Acting, Attend, HandedIn, Original, acting, hand_in
 
 __all__ = ["SUPPORTED_MODELS", "Attend", "Backbone", "Original", "Rotation", "backbone_of", "bare_model"]
@@ -344,7 +343,9 @@ class PlainBackbone(Backbone):
         return self.model.model.norm(states).view(batch, seq, hidden)
 
 
-def _acting_layer(layer: Layer, on: Acting | None, angles: Angles, attend: LayerAttend) -> Callable[[Tensor], Tensor]:
+def _acting_layer(
+    layer: Layer, on: Acting | None, angles: Angles, attend: LayerAttention
+) -> Callable[[Tensor], Tensor]:
     def through(states: Tensor) -> Tensor:
         with acting(on):  # inside, because gradient checkpointing calls it once more
             return layer(states, angles, attend)

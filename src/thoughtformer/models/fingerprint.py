@@ -149,10 +149,10 @@ def encoder_weights(model: GPTHFForCausalLM) -> list[tuple[str, Tensor]]:
 
 def weights_state(weights: Iterable[Tensor]) -> bytes | None:
     """What changes with any edit of weights, at the rate of the memory; None where some can't be read here."""
-    held = list(weights)
-    if any(weight.is_meta for weight in held):
+    weights = list(weights)
+    if any(weight.is_meta for weight in weights):
         return None
-    return hashlib.blake2b(b"".join(checksum(weight) for weight in held), digest_size=16).digest()
+    return hashlib.blake2b(b"".join(checksum(weight) for weight in weights), digest_size=16).digest()
 
 
 class Followed:

@@ -34,7 +34,7 @@ class RowProgress:
 
     Attributes:
         num_tokens: tokens read.
-        num_held: entries that the next token may read.
+        num_cached: entries that the next token may read.
         next_start: first position that was neither dropped nor folded, nor is kept for good, where a method goes on in
             text order.
         notes: whatever else a method remembers; numbers, so that it can be saved.
@@ -42,13 +42,13 @@ class RowProgress:
     """
 
     num_tokens: int = 0
-    num_held: int = 0
+    num_cached: int = 0
     next_start: int = 0
     notes: list[int | float] = field(default_factory=list)
     window: list[int] = field(default_factory=list)
 
     def copy(self) -> RowProgress:
-        return RowProgress(self.num_tokens, self.num_held, self.next_start, self.notes.copy(), self.window.copy())
+        return RowProgress(self.num_tokens, self.num_cached, self.next_start, self.notes.copy(), self.window.copy())
 
 
 class RowReading(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thoughtformer.runners.base import Reader, RequestContext
-from thoughtformer.runners.opening import reader_of
+from thoughtformer.runners.base import RequestContext, Runner
+from thoughtformer.runners.opening import runner_of
 
-__all__ = ["Reader", "RequestContext", "reader_of"]
+__all__ = ["Runner", "RequestContext", "runner_of"]

@@ -18,7 +18,7 @@ from thoughtformer.cache.rows import RowsCache
 from thoughtformer.models.fingerprint import base_weights, weights_state
 from thoughtformer.stores.model_sentences import StoredSentences
 
-__all__ = ["ContextFollower", "Reader", "RequestContext", "end_ids_of", "identity_of"]
+__all__ = ["ContextFollower", "Runner", "RequestContext", "end_ids_of", "identity_of"]
 
 #: Characters of a text that is read whole at once, whatever the limit.
 SHORT_TEXT = 1 << 14
@@ -80,7 +80,7 @@ class ContextFollower(ABC):
         """What `cache` holds of the request, its row number `index`, now that its ids are `ids`."""
 
 
-class Reader(ABC):
+class Runner(ABC):
     """One model and its tokenizer.
 
     Attributes:

@@ -17,16 +17,16 @@ from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
 from thoughtformer.errors import InputError
 from thoughtformer.rules.schedule import RowProgress
-from thoughtformer.runners.base import ContextFollower, Reader, RequestContext, end_ids_of, identity_of
+from thoughtformer.runners.base import ContextFollower, RequestContext, Runner, end_ids_of, identity_of
 from thoughtformer.text.plain import document_tokenizer
 
-__all__ = ["CompressedReader"]
+__all__ = ["CausalLMRunner"]
 
 #: Keys of a configuration that change nothing in what is held.
 UNNAMED = ("_name_or_path", "allow_extrapolation", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
-class CompressedReader(Reader):
+class CausalLMRunner(Runner):
     """A causal LM of transformers, or this package's plain GPT, that folds or drops a part of its context.
 
     Args:
@@ -81,10 +81,10 @@ class CompressedReader(Reader):
     def read_on(
         self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
     ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
-        held: RowsCache = self.model.new_cache(1) if cache is None else cache
+        row_cache: RowsCache = self.model.new_cache(1) if cache is None else cache
         wanted = torch.zeros(1, len(ids), dtype=torch.bool)
         wanted[:, -1] = True
-        return self._logits(torch.tensor([ids]), torch.ones_like(wanted), wanted, held), held, 0
+        return self._logits(torch.tensor([ids]), torch.ones_like(wanted), wanted, row_cache), row_cache, 0
 
     def step(self, ids: Sequence[int], cache: RowsCache) -> Float[Tensor, "rows vocab"]:
         new = torch.tensor(ids)[:, None]
@@ -157,20 +157,20 @@ class CompressedReader(Reader):
 
 
 class _Follower(ContextFollower):
-    """Tells what was folded, once: what the prompt made fold is in `Reader.parts`."""
+    """Tells what was folded, once: what the prompt made fold is in `Runner.parts`."""
 
-    def __init__(self, reader: CompressedReader) -> None:
-        self.reader = reader
+    def __init__(self, runner: CausalLMRunner) -> None:
+        self.runner = runner
         #: Where the text begins of which no fold was told; None before the first token.
         self.told: int | None = None
 
     def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RequestContext:
         assert isinstance(cache, CompressedCache)
-        model = self.reader.model
+        model = self.runner.model
         closed, still_open = cache.store.counts(index)
         start = cache.rows[index].next_start
         has_folded = self.told is not None and start > self.told
-        folded = self.reader.decode(ids[self.told : start]) if has_folded else None
+        folded = self.runner.decode(ids[self.told : start]) if has_folded else None
         self.told = start
         return RequestContext(
             closed_sentences=closed,
@@ -178,5 +178,5 @@ class _Follower(ContextFollower):
             held_bytes=model.cache_bytes(int(cache.num_entries[index]), 1),
             plain_bytes=len(ids) * model.backbone.kv_bytes_per_entry(),
             folded=folded,
-            rest=self.reader.decode(ids[start:]) if has_folded else None,
+            rest=self.runner.decode(ids[start:]) if has_folded else None,
         )

@@ -14,11 +14,11 @@ from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
 from thoughtformer.models.fingerprint import Followed, base_weights, exact_fingerprint
 from thoughtformer.models.gpthf.modeling import compile_steps
 from thoughtformer.models.packed_linear import pack_weights, unpack_weights, using_packed_weights
-from thoughtformer.runners.base import ContextFollower, Reader, RequestContext, end_ids_of, identity_of
+from thoughtformer.runners.base import ContextFollower, RequestContext, Runner, end_ids_of, identity_of
 from thoughtformer.stores.model_sentences import StoredSentences
 from thoughtformer.text import SentenceTokenizer
 
-__all__ = ["GPTHFReader"]
+__all__ = ["GPTHFRunner"]
 
 #: Keys of the configuration that change nothing in what is held.
 UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type", "keys_to_ignore_at_inference")
@@ -26,7 +26,7 @@ UNNAMED = ("allow_extrapolation", "initializer_range", "use_cache", "model_type"
 LATER = ("body_visibility_settings",)
 
 
-class GPTHFReader(Reader):
+class GPTHFRunner(Runner):
     """A GPTHF, or its plain GPT.
 
     Args:
@@ -87,10 +87,10 @@ class GPTHFReader(Reader):
     def read_on(
         self, ids: Sequence[int], cache: RowsCache | None, most_tokens: int
     ) -> tuple[Float[Tensor, "1 vocab"], RowsCache, int]:
-        held: RowsCache = self.model.new_cache(1) if cache is None else cache
-        held.reserve(most_tokens)
-        logits, known = self._read([ids], held)
-        return logits, held, known[0]
+        row_cache: RowsCache = self.model.new_cache(1) if cache is None else cache
+        row_cache.reserve(most_tokens)
+        logits, known = self._read([ids], row_cache)
+        return logits, row_cache, known[0]
 
     def _read(self, ids: Sequence[Sequence[int]], cache: RowsCache) -> tuple[Float[Tensor, "rows vocab"], list[int]]:
         lengths = torch.tensor([len(row) for row in ids])
@@ -158,8 +158,8 @@ class GPTHFReader(Reader):
 class _Follower(ContextFollower):
     """Counts sentence ends and starts of documents as they come."""
 
-    def __init__(self, reader: GPTHFReader) -> None:
-        self.reader = reader
+    def __init__(self, runner: GPTHFRunner) -> None:
+        self.runner = runner
         self.num_counted = self.num_sentences = self.num_starts = 0
         #: Where the open sentence begins.
         self.opened = 0
@@ -167,11 +167,11 @@ class _Follower(ContextFollower):
     def after(self, ids: Sequence[int], cache: RowsCache, index: int) -> RequestContext:
         assert isinstance(cache, GPTHFCache)
         for place in range(self.num_counted, len(ids)):
-            is_end, is_start = ids[place] == self.reader.sentence_end, ids[place] in self.reader.start_ids
+            is_end, is_start = ids[place] == self.runner.sentence_end, ids[place] in self.runner.start_ids
             self.num_sentences, self.num_starts = self.num_sentences + is_end, self.num_starts + is_start
             self.opened = place + 1 if is_end or is_start else self.opened
         self.num_counted = len(ids)
-        model, config = self.reader.model, self.reader.model.config
+        model, config = self.runner.model, self.runner.model.config
         shape = config.layer_shape("decoder")
         entry = 2 * config.num_hidden_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
         return RequestContext(

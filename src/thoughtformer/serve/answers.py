@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from thoughtformer.decode import FinishReason
 from thoughtformer.engine import Completion
+from thoughtformer.sampling import FinishReason
 
 __all__ = ["Shape", "finish_reason", "sse", "usage"]
 

@@ -208,7 +208,7 @@ async def _streamed(
             if event.text or event.finish_reason is not None or body.return_context:
                 more = {}
                 if event.context is not None:
-                    end = generation.service.reader.sentence_end
+                    end = generation.service.runner.sentence_end
                     ends = end is not None and event.token == end
                     more = {"context": {"closes_sentence": ends, **asdict(event.context)}}
                 yield sse(shape.chunk(index, event.text, finish_reason(event.finish_reason), **more))

@@ -44,7 +44,7 @@ class Metrics:
             ("reading_requests", "Requests whose prompts are being read.", stats.reading),
             ("running_requests", "Requests being written.", stats.running),
             ("cache_bytes", "Held by requests in work.", stats.cache_bytes),
-            ("sessions", "Sessions in memory.", sessions.num_held()),
+            ("sessions", "Sessions in memory.", sessions.num_cached()),
             ("session_bytes", "Held by sessions in memory.", sessions.num_bytes()),
         ):
             yield GaugeMetricFamily(f"thoughtformer_{name}", text, value=value)

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from thoughtformer.decode import SamplingParams, row_seed
 from thoughtformer.engine import Completion, Request, Scheduler, Session, Sessions, StreamEvent, Worker
 from thoughtformer.errors import ContextOverflowError, InputError, TooLargeError
-from thoughtformer.runners.base import Reader
+from thoughtformer.runners.base import Runner
+from thoughtformer.sampling import SamplingParams, derived_seed
 from thoughtformer.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from thoughtformer.text.chat import encode_chat
 
@@ -85,19 +85,19 @@ class Service:
     @property
     def store_failures(self) -> int:
         """How often the sentence store couldn't be used."""
-        sentences = self.scheduler.reader.sentences
+        sentences = self.scheduler.runner.sentences
         return 0 if sentences is None else sentences.failures
 
     @property
-    def reader(self) -> Reader:
+    def runner(self) -> Runner:
         """The model."""
-        return self.scheduler.reader
+        return self.scheduler.runner
 
     @property
     def most_prompt_tokens(self) -> int | None:
         """That this server reads; None: what the model was trained for."""
         most = self.settings.max_prompt_tokens
-        return MOST_TOKENS if most is None and self.reader.max_tokens is None else most
+        return MOST_TOKENS if most is None and self.runner.max_tokens is None else most
 
     def start(self) -> None:
         """Begins to work."""
@@ -179,7 +179,7 @@ class Service:
         params = _params(body, new_tokens, fits_room=asked is None)
         for index in range(count):
             place = divmod(index, body.number_of_choices)
-            own = params if params.seed is None else replace(params, seed=row_seed(params.seed, *place))
+            own = params if params.seed is None else replace(params, seed=derived_seed(params.seed, *place))
             self._prepare(prompts[place[0]], own, body, generation)
         for request in generation.requests:
             request.client = client
@@ -208,14 +208,14 @@ class Service:
                 f"the prompt has {request.num_prompt_tokens} tokens, a session's context included; this server reads "
                 f"{most} at most."
             )
-        request.follower = self.reader.new_follower() if body.return_context else None
+        request.follower = self.runner.new_follower() if body.return_context else None
         request.deadline = time.monotonic() + self.settings.request_seconds
 
     def _refuse_much_too_long(self, text: str) -> None:
         """Refuses a text without reading all of it, so that nobody waits while millions of characters are read."""
-        most, trained = self.most_prompt_tokens, self.reader.max_tokens
+        most, trained = self.most_prompt_tokens, self.runner.max_tokens
         limit = min(count for count in (most, trained) if count is not None)
-        if not self.reader.has_more_tokens(text, limit):
+        if not self.runner.has_more_tokens(text, limit):
             return
         kind = TooLargeError if limit == most else ContextOverflowError
         raise kind(
@@ -225,7 +225,7 @@ class Service:
 
     def parts_of(self, request: Request) -> dict[str, Any]:
         """A prompt as it is held: what is kept of its start, its folded sentences or spans, and the rest, as text."""
-        kept, closed, rest = self.reader.parts(request.ids[: request.num_prompt_tokens])
+        kept, closed, rest = self.runner.parts(request.ids[: request.num_prompt_tokens])
         return {"kept": kept, "sentences": closed, "open": rest}
 
     def _chat(self, body: ChatRequest) -> list[int]:
@@ -233,14 +233,14 @@ class Service:
         # All at once: many short messages are as much to read as a long one.
         contents = (message.get("content") for message in messages)
         self._refuse_much_too_long("".join(content for content in contents if isinstance(content, str)))
-        template = str(getattr(self.reader.tokenizer, "tokenizer", self.reader.tokenizer).chat_template)
+        template = str(getattr(self.runner.tokenizer, "tokenizer", self.runner.tokenizer).chat_template)
         for message in messages:
             # OpenAI's newer name for the same. Templates that don't know it would leave the message out, or write a
             # role that the model has never seen.
             if message["role"] == "developer" and "developer" not in template:
                 message["role"] = "system"
         is_new = body.session is None or not self.sessions.has(body.session)
-        return encode_chat(self.reader.tokenizer, messages, start=is_new)
+        return encode_chat(self.runner.tokenizer, messages, start=is_new)
 
 
 class Generation:

@@ -141,12 +141,12 @@ def fold_row(
     change = np.zeros(num_tokens + 1)
     for event in reading.events:
         change[event.at + 1] -= event.end - event.start + 1 - num_summaries
-    held = np.arange(1, num_tokens + 2) + change.cumsum()
+    cached = np.arange(1, num_tokens + 2) + change.cumsum()
     return FoldedRow(
         reading=reading,
         nominal=nominal,
-        achieved=1 - (held[-1] - 1) / num_tokens,
-        average=1 - held[:-1].sum() / np.arange(1, num_tokens + 1).sum(),
+        achieved=1 - (cached[-1] - 1) / num_tokens,
+        average=1 - cached[:-1].sum() / np.arange(1, num_tokens + 1).sum(),
     )
 
 

@@ -27,18 +27,18 @@ def score(model: Any, press: Any, blocks: list[list[int]], first_scored: int) ->
         # The last prompt token is read again by none: its logits score the first token.
         with press(model) if press is not None else nullcontext():
             logits = model(ids[:, :first_scored], past_key_values=cache, logits_to_keep=1).logits
-        held = cache.get_seq_length()
+        cached = cache.get_seq_length()
         rest = ids[:, first_scored:]
         # Positions go on from the text's, not from what is held; the mask of ones says that the gap starts no document.
         output = model(
             rest,
             past_key_values=cache,
             position_ids=torch.arange(first_scored, len(block))[None],
-            attention_mask=torch.ones(1, held + rest.shape[1], dtype=torch.long),
+            attention_mask=torch.ones(1, cached + rest.shape[1], dtype=torch.long),
         )
         logits = torch.cat([logits, output.logits[:, :-1]], dim=1)[0].float()
         loss += float(torch.nn.functional.cross_entropy(logits, rest[0], reduction="sum"))
-        entries += sum(held + number + 1 for number in range(rest.shape[1]))
+        entries += sum(cached + number + 1 for number in range(rest.shape[1]))
         count += rest.shape[1]
     return {"loss_nats": loss, "mean_entries": entries / count, "num_tokens": count}
 

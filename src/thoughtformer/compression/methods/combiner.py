@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thoughtformer.cache.entries import ENTRY_FIELDS, EntrySlots, Store
 from thoughtformer.compression.folding import Folding
-from thoughtformer.compression.method import Attending
+from thoughtformer.compression.method import PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
 from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.models.backbone import Backbone, Original
@@ -45,7 +45,7 @@ class Combiner(Folding):
     def kind(self) -> str:
         return "pooled"
 
-    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, EntrySlots)
         return AttendPooled(chunk, store)
 

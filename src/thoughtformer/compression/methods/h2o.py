@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
 from thoughtformer.checks import check_count, check_fraction
-from thoughtformer.compression.method import Attending, Method
+from thoughtformer.compression.method import Method, PassAttention
 from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import UnsupportedError
@@ -51,11 +51,11 @@ class HeavyHitters(Method):
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
         # Which token goes is the heads' own affair; here only how many are held.
-        row.num_held = min(row.num_held, self.max_entries - 1)
+        row.num_cached = min(row.num_cached, self.max_entries - 1)
         return ()
 
     def num_stored(self, row: RowProgress) -> int:
-        return min(row.num_tokens, row.num_held + 1)
+        return min(row.num_tokens, row.num_cached + 1)
 
     @classmethod
     def at_entries(cls, search: Search) -> Iterator[HeavyHitters]:
@@ -82,7 +82,7 @@ class HeavyHitters(Method):
         exact = torch.promote_types(dtype, torch.float32).itemsize
         return num_layers * num_rows * num_kv_heads * slots * (2 * head_dim * dtype.itemsize + exact + 4) + num_rows * 8
 
-    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, HeavyHitterStore)
         return AttendHeavyHitters(chunk, self, store)
 
@@ -127,17 +127,17 @@ class HeavyHitterStore(Store):
 
     def saved(self) -> dict[str, Tensor]:
         """What is held, by name."""
-        held = {"lengths": self.lengths}
+        saved = {"lengths": self.lengths}
         for name in ("keys", "values", "attention", "position"):
-            held |= {f"{name}.{layer}": tensor.clone() for layer, tensor in enumerate(getattr(self, name))}
-        return held
+            saved |= {f"{name}.{layer}": tensor.clone() for layer, tensor in enumerate(getattr(self, name))}
+        return saved
 
-    def restore_saved(self, held: Mapping[str, Tensor]) -> None:
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
-        self.lengths = held["lengths"].cpu()
+        self.lengths = saved["lengths"].cpu()
         for name in ("keys", "values", "attention", "position"):
             for layer, tensor in enumerate(getattr(self, name)):
-                found = held[f"{name}.{layer}"]
+                found = saved[f"{name}.{layer}"]
                 if found.shape[:2] != tensor.shape[:2]:
                     raise ValueError(f"{name}.{layer} has shape {tuple(found.shape)}")
                 getattr(self, name)[layer] = found
@@ -243,27 +243,27 @@ class AttendHeavyHitters:
         position, is_new = self.position.at(key.device)[:, column], self.is_new.at(key.device)[:, column]
         slot = self._victim(layer, position)
         index = slot[..., None]
-        for held, new in ((store.keys[layer], key), (store.values[layer], value)):
-            place = index[..., None].expand(-1, -1, 1, held.shape[3])
-            old = held.gather(2, place)
-            held.scatter_(2, place, torch.where(is_new[:, None, None, None], new.unsqueeze(2), old))
+        for cached, new in ((store.keys[layer], key), (store.values[layer], value)):
+            place = index[..., None].expand(-1, -1, 1, cached.shape[3])
+            old = cached.gather(2, place)
+            cached.scatter_(2, place, torch.where(is_new[:, None, None, None], new.unsqueeze(2), old))
         for tensor, new in ((store.attention[layer], 0), (store.position[layer], position[:, None, None])):
             fresh = torch.as_tensor(new, dtype=tensor.dtype, device=tensor.device).expand_as(index)
             tensor.scatter_(2, index, torch.where(is_new[:, None, None], fresh, tensor.gather(2, index)))
-        is_held: Bool[Tensor, "batch kv_heads 1 slots"] = (store.position[layer] >= 0).unsqueeze(2)
+        is_cached: Bool[Tensor, "batch kv_heads 1 slots"] = (store.position[layer] >= 0).unsqueeze(2)
         # A padded query of a row that holds nothing reads everything, so that it is a number.
-        is_held = is_held | ~is_held.any(dim=3, keepdim=True)
+        is_cached = is_cached | ~is_cached.any(dim=3, keepdim=True)
         scores = (query @ store.keys[layer].mT) * scale
-        return scores.masked_fill(~is_held, float("-inf")).softmax(dim=-1)
+        return scores.masked_fill(~is_cached, float("-inf")).softmax(dim=-1)
 
     def _victim(self, layer: int, position: Int[Tensor, " batch"]) -> Int[Tensor, "batch kv_heads"]:
         """The slot that the token at `position` takes: a free one, or that of the least attended among the older."""
-        held, attention = self.store.position[layer], self.store.attention[layer]
-        is_recent = held > (position - 1 - self.method.recent_tokens)[:, None, None]
+        cached, attention = self.store.position[layer], self.store.attention[layer]
+        is_recent = cached > (position - 1 - self.method.recent_tokens)[:, None, None]
         # Ties go to the oldest.
         worth = attention.masked_fill(is_recent, float("inf"))
         least = worth.amin(dim=2, keepdim=True)
-        oldest = torch.where(worth == least, held, torch.iinfo(torch.int32).max)
+        oldest = torch.where(worth == least, cached, torch.iinfo(torch.int32).max)
         taken = oldest.argmin(dim=2)
         free = position.clamp(max=self.method.max_entries)[:, None].expand_as(taken).long()
         return torch.where(free < self.method.max_entries, free, taken)

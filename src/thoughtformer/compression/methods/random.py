@@ -38,7 +38,7 @@ class RandomEviction(Method):
         if leaving >= self.first_tokens:
             heapq.heappush(heap, (uniform(self.seed, leaving), float(leaving)))
         # The next token needs a place as well.
-        if row.num_held >= self.max_entries and heap:
+        if row.num_cached >= self.max_entries and heap:
             position = int(heapq.heappop(heap)[1])
             yield Event(position, position, row.num_tokens - 1)
         row.notes = [number for pair in heap for number in pair]

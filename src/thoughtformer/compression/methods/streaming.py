@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thoughtformer.cache.entries import EntrySlots, Store
 from thoughtformer.checks import check_count
-from thoughtformer.compression.method import Attending, Method
+from thoughtformer.compression.method import Method, PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
 from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.compression.solving import Search
@@ -53,7 +53,7 @@ class StreamingLLM(Method):
     def at_entries(cls, search: Search) -> Iterator[StreamingLLM]:
         yield search.crossing(lambda entries: cls(max_entries=entries), search.budgets)
 
-    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> Attending:
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         if backbone.rotation is None:
             return super().attend(chunk, store, backbone=backbone, execution=execution)
         assert isinstance(store, EntrySlots)

@@ -39,7 +39,7 @@ def cached_stages(stages: Sequence[Stage]) -> list[CachedStage]:
     return cached
 
 
-def new_cache(held: Sequence[CachedStage], num_rows: int, *, dtype: torch.dtype, device: torch.device) -> GPTHFCache:
+def new_cache(cached: Sequence[CachedStage], num_rows: int, *, dtype: torch.dtype, device: torch.device) -> GPTHFCache:
     """An empty cache for `num_rows` rows."""
     stages = [
         StageCache(
@@ -54,13 +54,13 @@ def new_cache(held: Sequence[CachedStage], num_rows: int, *, dtype: torch.dtype,
             dtype=dtype,
             device=device,
         )
-        for part in held
+        for part in cached
     ]
     return GPTHFCache(stages, num_rows)
 
 
 def cache_bytes(
-    held: Sequence[CachedStage],
+    cached: Sequence[CachedStage],
     longest_row_entries: dict[str, int],
     num_rows: int,
     reserve_tokens: int,
@@ -77,12 +77,12 @@ def cache_bytes(
             head_dim=part.stage.shape.head_dim,
             dtype=dtype,
         )
-        for part in held
+        for part in cached
     )
     return stages + num_rows * 8 * 5  # four counters and the token count
 
 
-def check_history(held: Sequence[CachedStage], cache: GPTHFCache, tokens: TokenStructure) -> None:
+def check_history(cached: Sequence[CachedStage], cache: GPTHFCache, tokens: TokenStructure) -> None:
     """Raises `ValueError` unless a cache of one row holds what the rules keep of these tokens, but for their values."""
     after = RowCounters.zeros(1).after(tokens)
     for field in fields(RowCounters):
@@ -90,7 +90,7 @@ def check_history(held: Sequence[CachedStage], cache: GPTHFCache, tokens: TokenS
             raise ValueError(f"its counter of {field.name}s isn't that of its ids")
     if cache.num_tokens.tolist() != [len(tokens)]:
         raise ValueError(f"it counts {cache.num_tokens.tolist()} tokens, not {len(tokens)}")
-    for part, stage in zip(held, cache.stages, strict=True):
+    for part, stage in zip(cached, cache.stages, strict=True):
         if not part.per_token:
             _, entries = summaries_of(tokens, part.per_end)
         elif part.per_end > 1:
@@ -111,7 +111,7 @@ def _sorted(fields_of_entries: Int[Tensor, "fields entries"]) -> Int[Tensor, "fi
 
 
 def most_entries(
-    held: Sequence[CachedStage], config: GPTHFConfig, prompt: Sequence[int], num_new_tokens: int
+    cached: Sequence[CachedStage], config: GPTHFConfig, prompt: Sequence[int], num_new_tokens: int
 ) -> dict[str, int]:
     """By stage, the most entries that a row holds between steps; see `GPTHFModel.most_entries`."""
     closing = (config.sentence_end_token_id, config.bos_token_id)
@@ -128,7 +128,7 @@ def most_entries(
         # Where tokens write as well, ends that write several entries are gone between steps: an encoder's.
         return bound if part.per_token else bound * part.per_end
 
-    return {part.name: entries(part) for part in held}
+    return {part.name: entries(part) for part in cached}
 
 
 def _longest_sentence(ids: Sequence[int], closing: Sequence[int | None]) -> int:

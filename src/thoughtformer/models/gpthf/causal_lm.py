@@ -13,7 +13,6 @@ from transformers import Cache
 from transformers.generation import LogitsProcessorList
 
 from thoughtformer.cache import GPTHFCache
-from thoughtformer.decode.penalty import exempting_repetition_penalty
 from thoughtformer.errors import ContextOverflowError, InputError, UnsupportedError
 from thoughtformer.models.chunked_loss import chunked_cross_entropy
 from thoughtformer.models.generating import OwnCacheGenerationMixin
@@ -25,6 +24,7 @@ from thoughtformer.models.packed_linear import PackableLinear, compiled_linear
 from thoughtformer.models.padding import KeptColumns, real_tokens
 from thoughtformer.models.transformers_api import CACHE_NAME, one_cache, refuse_arguments, runs_uncompiled
 from thoughtformer.rules import TokenStructure
+from thoughtformer.sampling.penalty import exempting_repetition_penalty
 
 __all__ = ["GPTHFForCausalLM"]
 
@@ -129,13 +129,13 @@ class GPTHFForCausalLM(OwnCacheGenerationMixin, GPTHFPreTrainedModel):
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        held = self._checked_cache(one_cache(cache, past_key_values), batch)
-        if held is None and use_cache:
-            held = self.new_cache(batch)
+        cached = self._checked_cache(one_cache(cache, past_key_values), batch)
+        if cached is None and use_cache:
+            cached = self.new_cache(batch)
         if loss_only:
             if labels is None:
                 raise InputError("loss_only needs labels.")
-            if held is not None or output_hidden_states:
+            if cached is not None or output_hidden_states:
                 raise InputError("loss_only returns losses alone: leave cache, use_cache and output_hidden_states out.")
             return self._losses(input_ids, real, labels, num_items_in_batch)
 
@@ -145,7 +145,7 @@ class GPTHFForCausalLM(OwnCacheGenerationMixin, GPTHFPreTrainedModel):
         logits, output = self.ragged_logits(
             input_ids.reshape(-1) if all_real else input_ids[real.to(input_ids.device)],
             row[real],
-            held,
+            cached,
             num_rows=batch,
             num_columns=seq,
             wanted=keep.wanted[real],
@@ -178,7 +178,7 @@ class GPTHFForCausalLM(OwnCacheGenerationMixin, GPTHFPreTrainedModel):
             loss=loss,
             logits=logits,
             hidden_states=hidden_states,
-            **cast(dict[str, Any], {CACHE_NAME: held}),
+            **cast(dict[str, Any], {CACHE_NAME: cached}),
         )
         return result if return_dict is not False else result.to_tuple()
 

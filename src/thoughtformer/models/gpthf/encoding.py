@@ -56,7 +56,7 @@ class Encoding:
         input_ids: Int[Tensor, " tokens"],
         tokens: TokenStructure,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         *,
         keeps_depths: bool = False,
     ) -> Encoded:
@@ -64,7 +64,7 @@ class Encoding:
         embedded, structure, token_index = self._embedded(input_ids, tokens)
         states, outputs = embedded, []
         if self.encoder is not None:
-            states, outputs = self.encoder(embedded, structure, shared, held, self.reads_depths or keeps_depths)
+            states, outputs = self.encoder(embedded, structure, shared, cache, self.reads_depths or keeps_depths)
         return Encoded(states=states, depths=[embedded, *outputs], token_index=token_index)
 
     def encode_new(
@@ -72,12 +72,12 @@ class Encoding:
         input_ids: Int[Tensor, " tokens"],
         tokens: TokenStructure,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         known: KnownSentences,
     ) -> Encoded:
         """As `encode`, of known sentences their ends alone; tells the source of those that it missed."""
         is_new = ~known.is_known
-        part = self.encode(input_ids[is_new.to(input_ids.device)], tokens[is_new], shared, held)
+        part = self.encode(input_ids[is_new.to(input_ids.device)], tokens[is_new], shared, cache)
         repeats = torch.where(tokens.is_end, self.num_summaries, is_new.long())
         token_index = repeats.cumsum(0) - repeats
         is_computed = torch.repeat_interleave(is_new, repeats).to(part.states.device)

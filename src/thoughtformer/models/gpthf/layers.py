@@ -19,7 +19,7 @@ from thoughtformer.models.packed_linear import PackableLinear
 __all__ = [
     "Angles",
     "SummaryAngles",
-    "Attend",
+    "LayerAttention",
     "Layer",
     "compiled_step",
     "compiled_step_with_summaries",
@@ -33,7 +33,7 @@ SummaryAngles = tuple[Float[Tensor, "entries 1 half"], Float[Tensor, "entries 1 
 
 #: Given one layer's rotated queries, rotated keys, and values, the attention output of every token. In a decoder also
 #: given rotated keys and values of new summaries, where there are some.
-Attend = Callable[..., Float[Tensor, "tokens heads head_dim"]]
+LayerAttention = Callable[..., Float[Tensor, "tokens heads head_dim"]]
 
 
 class Attention(nn.Module):
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         self,
         hidden_states: Float[Tensor, "tokens hidden"],
         angles: Angles,
-        attend: Attend,
+        attend: LayerAttention,
         summaries: tuple[Float[Tensor, "entries hidden"], SummaryAngles] | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
         """The layer's output.

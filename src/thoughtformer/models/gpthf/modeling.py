@@ -250,7 +250,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
             is_dense=self.config._attn_implementation == "eager",
             compiles=self.compiles_steps,
         )
-        held = dict.fromkeys(stage.name for stage in self._cached_stages()) if cache is None else cache.by_name()
+        caches = dict.fromkeys(stage.name for stage in self._cached_stages()) if cache is None else cache.by_name()
         known = None
         # Uncommitted tokens are counted in each stage.
         may_skip = (cache is None or cache.autocommit) and not (output_hidden_states or keep_sentences)
@@ -259,7 +259,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         lengths = [] if cache is None else cache.lengths()
         try:
             last, index, vectors, states = self._through_stages(
-                input_ids, tokens, passing, shared, held, output_hidden_states, keep_sentences, known
+                input_ids, tokens, passing, shared, caches, output_hidden_states, keep_sentences, known
             )
             is_wanted = wanted[index]
             if not bool(is_wanted.all()):
@@ -285,7 +285,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         tokens: TokenStructure,
         passing: dict[str, Bool[Tensor, " tokens"]],
         shared: Pass,
-        held: Mapping[str, StageCache | None],
+        caches: Mapping[str, StageCache | None],
         keeps_states: bool,
         keeps: bool,
         known: KnownSentences | None,
@@ -295,24 +295,24 @@ class GPTHFModel(GPTHFPreTrainedModel):
         The last two if they are to be kept.
         """
         stages = {stage.name: stage for stage in self._stage_list()}
-        encoding, encoder_held = self._encoding(), held.get("encoder")
+        encoding, encoder_cache = self._encoding(), caches.get("encoder")
         if known is None:
-            encoded = encoding.encode(input_ids, tokens, shared, encoder_held, keeps_depths=keeps_states)
+            encoded = encoding.encode(input_ids, tokens, shared, encoder_cache, keeps_depths=keeps_states)
         else:
-            encoded = encoding.encode_new(input_ids, tokens, shared, encoder_held, known)
+            encoded = encoding.encode_new(input_ids, tokens, shared, encoder_cache, known)
         kept = [rows_at(depth, encoded.token_index) for depth in encoded.depths] if keeps_states else []
         if "decoder" in stages:
-            summaries, vectors = self._summaries(encoded, tokens, stages["body"], shared, held["body"], keeps)
+            summaries, vectors = self._summaries(encoded, tokens, stages["body"], shared, caches["body"], keeps)
             index = passing["decoder"].nonzero().squeeze(1)
             states = rows_at(encoded.states, encoded.token_index[index])
             decoder = cast(DecoderStage, stages["decoder"])
             states, outputs = decoder.decode(
-                states, tokens.at(index), summaries, shared, held["decoder"], held["memory"], keeps_states
+                states, tokens.at(index), summaries, shared, caches["decoder"], caches["memory"], keeps_states
             )
             return states, index, vectors, kept + outputs
         index = passing["body"].nonzero().squeeze(1)
         states = rows_at(self._into_body(encoded), encoded.token_index[index])
-        states, outputs = stages["body"](states, tokens.at(index), shared, held["body"], keeps_states)
+        states, outputs = stages["body"](states, tokens.at(index), shared, caches["body"], keeps_states)
         vectors = self._sentence_vectors(tokens, encoded.states, states, index) if keeps else None
         return states, index, vectors, kept + outputs
 
@@ -337,7 +337,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         tokens: TokenStructure,
         body: Stage,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         keeps: bool,
     ) -> tuple[Summaries, SentenceVectors | None]:
         """What an hourglass's body makes of sentence ends, and the vectors of sentences, if to be kept."""
@@ -347,7 +347,7 @@ class GPTHFModel(GPTHFPreTrainedModel):
         end_index, structure = summaries_of(tokens, count)
         # Repeated ends follow their end.
         entry = encoded.token_index[end_index] + torch.arange(count).repeat(len(end_index) // count)
-        states, _ = body(rows_at(self._into_body(encoded), entry), structure, shared, held)
+        states, _ = body(rows_at(self._into_body(encoded), entry), structure, shared, cache)
         vectors = None
         if keeps:
             last = slice(count - 1, None, count)

@@ -23,8 +23,8 @@ from thoughtformer.attention import (
 from thoughtformer.cache import StageCache
 from thoughtformer.models.gpthf.layers import (
     Angles,
-    Attend,
     Layer,
+    LayerAttention,
     SummaryAngles,
     compiled_step,
     compiled_step_with_summaries,
@@ -98,15 +98,15 @@ class Stage(nn.Module):
         hidden_states: Float[Tensor, "tokens hidden"],
         tokens: TokenStructure,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         keeps_outputs: bool = False,
     ) -> Passed:
-        """The last layer's output, and, if to be kept, each layer's. What later tokens may read goes to `held`."""
+        """The last layer's output, and, if to be kept, each layer's. What later tokens may read goes to `cache`."""
         if len(tokens) == 0:
             return self._nothing(hidden_states, keeps_outputs)
         if self.in_proj is not None:
             hidden_states = self.in_proj(hidden_states)
-        hidden_states, outputs = self._through(hidden_states, tokens, shared, held, keeps_outputs)
+        hidden_states, outputs = self._through(hidden_states, tokens, shared, cache, keeps_outputs)
         return (hidden_states if self.out_proj is None else self.out_proj(hidden_states)), outputs
 
     def _through(
@@ -114,7 +114,7 @@ class Stage(nn.Module):
         hidden_states: Float[Tensor, "tokens width"],
         tokens: TokenStructure,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         keeps_outputs: bool,
     ) -> Passed:
         device = hidden_states.device
@@ -125,31 +125,31 @@ class Stage(nn.Module):
                 attention = DenseAttention(dense_mask(self.rule, tokens).to(device))
             else:
                 attention = self.rule.plan(tokens).to(device)
-            attends = self._attend_fresh(attention, tokens, shared.after, held, device)
+            attends = self._attend_fresh(attention, tokens, shared.after, cache, device)
         else:
-            assert held is not None
-            row, slot = (index.to(device) for index in held.extend(tokens))
-            over_held = held.cached_attention(tokens, is_step=shared.is_step)
-            if shared.compiles and not keeps_outputs and _is_plain_step(held, over_held, tokens):
+            assert cache is not None
+            row, slot = (index.to(device) for index in cache.extend(tokens))
+            over_cached = cache.cached_attention(tokens, is_step=shared.is_step)
+            if shared.compiles and not keeps_outputs and _is_plain_step(cache, over_cached, tokens):
                 step = compiled_step(len(self.layers), self.shape.hidden_size)
                 layers = self._layer_list()
-                return step(layers, hidden_states, angles, held.keys, held.values, slot, over_held.num_keys), []
-            attends = self._attend_held(over_held.to(device), held, row, slot)
-        return self._run(hidden_states, angles, attends, held, keeps_outputs)
+                return step(layers, hidden_states, angles, cache.keys, cache.values, slot, over_cached.num_keys), []
+            attends = self._attend_cached(over_cached.to(device), cache, row, slot)
+        return self._run(hidden_states, angles, attends, cache, keeps_outputs)
 
     def _run(
         self,
         hidden_states: Float[Tensor, "tokens width"],
         angles: Angles,
-        attends: Sequence[Attend],
-        held: StageCache | None,
+        attends: Sequence[LayerAttention],
+        cache: StageCache | None,
         keeps_outputs: bool,
         summaries: tuple[Float[Tensor, "entries width"], SummaryAngles] | None = None,
     ) -> Passed:
         outputs: list[Tensor] = []
         for layer, attend in zip(self._layer_list(), attends, strict=True):
             through = partial(layer, angles=angles, attend=attend, summaries=summaries)
-            hidden_states = layer.run(through, hidden_states) if held is None else through(hidden_states)
+            hidden_states = layer.run(through, hidden_states) if cache is None else through(hidden_states)
             if keeps_outputs:
                 outputs.append(hidden_states)
         return hidden_states, outputs
@@ -175,15 +175,15 @@ class Stage(nn.Module):
         attention: AttentionPlan | DenseAttention,
         tokens: TokenStructure,
         after: RowCounters,
-        held: StageCache | None,
+        cache: StageCache | None,
         device: torch.device,
-    ) -> list[Attend]:
+    ) -> list[LayerAttention]:
         """One attention a layer, over the new tokens alone; what the rule keeps goes to the cache."""
-        if held is None:
+        if cache is None:
             return [attention.attend] * len(self.layers)
-        write = _write_kept(self.rule, tokens, after, held, device)
+        write = _write_kept(self.rule, tokens, after, cache, device)
 
-        def attend_layer(number: int) -> Attend:
+        def attend_layer(number: int) -> LayerAttention:
             def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 write(number, key, value)
                 return attention.attend(query, key, value)
@@ -192,15 +192,15 @@ class Stage(nn.Module):
 
         return [attend_layer(number) for number in range(len(self.layers))]
 
-    def _attend_held(
-        self, attention: CachedAttention, held: StageCache, row: Int[Tensor, " tokens"], slot: Int[Tensor, " tokens"]
-    ) -> list[Attend]:
+    def _attend_cached(
+        self, attention: CachedAttention, cache: StageCache, row: Int[Tensor, " tokens"], slot: Int[Tensor, " tokens"]
+    ) -> list[LayerAttention]:
         """One attention a layer, over everything held with the new tokens added."""
 
-        def attend_layer(number: int) -> Attend:
+        def attend_layer(number: int) -> LayerAttention:
             def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                held.write(number, row, slot, key, value)
-                return attention.attend(query, held.keys[number], held.values[number])
+                cache.write(number, row, slot, key, value)
+                return attention.attend(query, cache.keys[number], cache.values[number])
 
             return attend
 
@@ -225,7 +225,7 @@ class DecoderStage(Stage):
         tokens: TokenStructure,
         summaries: Summaries,
         shared: Pass,
-        held: StageCache | None,
+        cache: StageCache | None,
         summary_cache: StageCache | None,
         keeps_outputs: bool = False,
     ) -> Passed:
@@ -245,29 +245,29 @@ class DecoderStage(Stage):
         if shared.is_fresh:
             if summary_cache is not None:
                 remember = _write_kept(self.summary_rule, summaries.structure, shared.after, summary_cache, device)
-            if held is not None and len(tokens):
-                write = _write_kept(self.rule, tokens, shared.after, held, device)
+            if cache is not None and len(tokens):
+                write = _write_kept(self.rule, tokens, shared.after, cache, device)
             if len(tokens):
                 make_attention = dense_joint_attention if shared.is_dense else joint_plan
                 attention = make_attention(
                     tokens, summaries.structure, cast(OwnSentence, self.rule), self.summary_rule
                 ).to(device)
             attends = self._attend_jointly(attention, write, remember, turn)
-            return self._run(hidden_states, angles, attends, held, keeps_outputs, made)
+            return self._run(hidden_states, angles, attends, cache, keeps_outputs, made)
 
-        assert held is not None
+        assert cache is not None
         assert summary_cache is not None
         if made is not None:
             remember = _write_new(summary_cache, summaries.structure, device)
         if len(tokens):
-            row, slot = (index.to(device) for index in held.extend(tokens))
-            write = partial(_write_at, held, row, slot)
-            over_own = held.cached_attention(tokens, is_step=shared.is_step)
+            row, slot = (index.to(device) for index in cache.extend(tokens))
+            write = partial(_write_at, cache, row, slot)
+            over_own = cache.cached_attention(tokens, is_step=shared.is_step)
             over_summaries = summary_cache.cached_attention(tokens, is_step=shared.is_step, written=0)
             if (
                 shared.compiles
                 and not keeps_outputs
-                and _is_plain_step(held, over_own, tokens)
+                and _is_plain_step(cache, over_own, tokens)
                 and _is_plain_step(summary_cache, over_summaries, tokens)
                 # The compiler would take two numbers that are equal when it first sees them for one.
                 and over_own.num_keys != over_summaries.num_keys
@@ -277,8 +277,8 @@ class DecoderStage(Stage):
                     self._layer_list(),
                     hidden_states,
                     angles,
-                    held.keys,
-                    held.values,
+                    cache.keys,
+                    cache.values,
                     slot,
                     over_own.num_keys,
                     turn,
@@ -288,8 +288,8 @@ class DecoderStage(Stage):
                 )
                 return states, []
             attention = CachedJointAttention(over_own, over_summaries).to(device)
-        attends = self._attend_jointly(attention, write, remember, turn, (held, summary_cache))
-        return self._run(hidden_states, angles, attends, held, keeps_outputs, made)
+        attends = self._attend_jointly(attention, write, remember, turn, (cache, summary_cache))
+        return self._run(hidden_states, angles, attends, cache, keeps_outputs, made)
 
     def _summary_position(self, tokens: TokenStructure) -> Int[Tensor, " tokens"]:
         if self.summary_positions is None:
@@ -303,13 +303,13 @@ class DecoderStage(Stage):
         remember: _Write | None,
         turn: Angles,
         caches: tuple[StageCache, StageCache] | None = None,
-    ) -> list[Attend]:
+    ) -> list[LayerAttention]:
         """One attention a layer, over new tokens and new summaries, or over all that the caches hold of both.
 
         Without `attention` there are no tokens, and summaries are only written.
         """
 
-        def attend_layer(number: int) -> Attend:
+        def attend_layer(number: int) -> LayerAttention:
             def attend(query: Tensor, key: Tensor, value: Tensor, *summaries: Tensor) -> Tensor:
                 if write is not None:
                     write(number, key, value)
@@ -333,45 +333,45 @@ class DecoderStage(Stage):
 
 
 def _write_at(
-    held: StageCache,
+    cache: StageCache,
     row: Int[Tensor, " entries"],
     slot: Int[Tensor, " entries"],
     number: int,
     key: Tensor,
     value: Tensor,
 ) -> None:
-    held.write(number, row, slot, key, value)
+    cache.write(number, row, slot, key, value)
 
 
-def _write_new(held: StageCache, entries: TokenStructure, device: torch.device) -> _Write:
+def _write_new(cache: StageCache, entries: TokenStructure, device: torch.device) -> _Write:
     """Makes room for new entries; returns what writes a layer's keys and values there."""
-    row, slot = (index.to(device) for index in held.extend(entries))
-    return partial(_write_at, held, row, slot)
+    row, slot = (index.to(device) for index in cache.extend(entries))
+    return partial(_write_at, cache, row, slot)
 
 
 def _write_kept(
-    rule: VisibilityRule, entries: TokenStructure, after: RowCounters, held: StageCache, device: torch.device
+    rule: VisibilityRule, entries: TokenStructure, after: RowCounters, cache: StageCache, device: torch.device
 ) -> _Write:
     """Makes room for what the rule keeps; returns what writes a layer's keys and values there."""
     kept = rule.keeps(entries, after)
-    row, slot = (index.to(device) for index in held.extend(entries[kept]))
+    row, slot = (index.to(device) for index in cache.extend(entries[kept]))
     kept_index = kept.nonzero().squeeze(1).to(device)
 
     def write(number: int, key: Tensor, value: Tensor) -> None:
-        held.write(number, row, slot, key.index_select(0, kept_index), value.index_select(0, kept_index))
+        cache.write(number, row, slot, key.index_select(0, kept_index), value.index_select(0, kept_index))
 
     return write
 
 
-def _is_plain_step(held: StageCache, attention: CachedAttention, tokens: TokenStructure) -> bool:
+def _is_plain_step(cache: StageCache, attention: CachedAttention, tokens: TokenStructure) -> bool:
     """One token of one row that reads all it holds, so that the compiled step will do."""
     # The compiler takes one slot alone, or all of them, for a case of its own. The first pays where every sentence
     # starts with it.
-    fewest = 1 if held.rule.starts_empty else 2
+    fewest = 1 if cache.rule.starts_empty else 2
     return (
-        len(tokens) == len(held.lengths) == 1
+        len(tokens) == len(cache.lengths) == 1
         and attention.mask is None
-        and fewest <= attention.num_keys < held.capacity
+        and fewest <= attention.num_keys < cache.capacity
         and not torch.is_grad_enabled()
     )
 

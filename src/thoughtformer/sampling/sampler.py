@@ -1,4 +1,4 @@
-"""How one row chooses its next token: transformers' logits processors, and a random stream of the row's own."""
+"""How one request chooses its next token: transformers' logits processors, and a random stream of its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from thoughtformer.decode.penalty import ExemptingRepetitionPenalty
 from thoughtformer.errors import InputError
+from thoughtformer.sampling.penalty import ExemptingRepetitionPenalty
 
-__all__ = ["RowSampler", "SamplingParams", "row_seed"]
+__all__ = ["Sampler", "SamplingParams", "derived_seed"]
 
 #: Below, the quotients of logits leave float32's range before anything but the likeliest token has a chance.
 LEAST_TEMPERATURE = 1e-5
@@ -39,8 +39,8 @@ class SamplingParams:
         top_p: choose among the likeliest that together reach this probability (arXiv 1904.09751); 0: the likeliest.
         min_p: drop tokens less likely than this fraction of the likeliest (arXiv 2407.01082).
         repetition_penalty: above 1, tokens already seen become less likely; sentence ends and end of text are spared.
-        seed: of the row's random stream, any integer of 64 bits: the same seed gives the same text whoever shares the
-            batch. None: another stream at every run.
+        seed: of the request's random stream, any integer of 64 bits: the same seed gives the same text, whoever
+            shares the batch. None: another stream at every run.
         stop: the text ends before the first of these strings. Text holds no special tokens: a string with one in it
             ends the text at that token.
         stop_token_ids: the text ends at any of these tokens, which aren't shown, as it does at the model's own ends.
@@ -94,11 +94,11 @@ class SamplingParams:
         return self.is_greedy and self.repetition_penalty == 1
 
 
-def row_seed(seed: int, *place: int) -> int:
-    """The seed of the row at `place` among those of one request that was given `seed`.
+def derived_seed(seed: int, *place: int) -> int:
+    """The seed of the prompt at `place` among those that were given `seed` together.
 
-    The first row's is `seed` itself. The others' are digests, because sums would give a row of this request the stream
-    of another row of the next seed's.
+    The first one's is `seed` itself. The others' are digests, because sums would give a prompt the stream of another
+    prompt of the next seed's.
     """
     return _digest(f"{seed} at {place}") if any(place) else seed
 
@@ -107,8 +107,8 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-class RowSampler:
-    """Chooses one row's tokens.
+class Sampler:
+    """Chooses one request's tokens.
 
     Args:
         params: how.
@@ -152,7 +152,7 @@ class RowSampler:
         return self.processors(seen, logits[None].clone())[0]  # type: ignore[arg-type]
 
     def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
-        """The next token, given the row's ids so far and the logits (float32, as transformers samples)."""
+        """The next token, given the request's ids so far and the logits (float32, as transformers samples)."""
         scores = self.scores(ids, logits)
         if self.params.is_greedy:
             return int(scores.argmax())

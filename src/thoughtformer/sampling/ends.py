@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from thoughtformer.decode.sampling import SamplingParams
 from thoughtformer.errors import InputError
+from thoughtformer.sampling.sampler import SamplingParams
 
 __all__ = ["Ends", "FinishReason", "ends_of"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from prose import PAGE, tiny_tokenizer
-from thoughtformer.decode import TextStream
+from thoughtformer.sampling import TextStream
 
 
 @functools.cache

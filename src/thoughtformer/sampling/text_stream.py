@@ -1,4 +1,4 @@
-"""A row's text as it grows: whole characters only, nothing of a stop string."""
+"""A request's text as it grows: whole characters only, nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TextStream:
-    """Turns one row's tokens into text that can be shown at once, in time linear in its length.
+    """Turns one request's tokens into text that can be shown at once, in time linear in its length.
 
     What is shown adds up to the tokenizer's text of the ids: of a byte-level tokenizer, `decode(ids)`; of others, what
     the ids add to the text of what precedes them. Where bytes of a byte-fallback tokenizer make no character, each
