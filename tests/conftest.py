@@ -16,7 +16,16 @@ CHECKS_SHAPES = os.environ.get("CHECK_SHAPES") == "1"
 ONE_IN = 12
 #: Configurations are left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords;
 #: so are modules whose functions tests give what they must refuse.
-CHECKED = ["attention", "rules", "cache", "sampling", "decode", "stores.model_sentences", "engine.batch", "text.packing"]
+CHECKED = [
+    "attention",
+    "rules",
+    "cache",
+    "sampling",
+    "decode",
+    "stores.model_sentences",
+    "engine.batch",
+    "text.packing",
+]
 CHECKED += [f"models.{name}" for name in ("backbone", "chunked_loss", "handed_in", "padding")]
 CHECKED += [
     f"models.gpthf.{name}"

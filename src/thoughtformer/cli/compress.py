@@ -5,24 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.opening import (
-    Adapter,
-    Compression,
-    Every,
-    MaxBytes,
-    MaxEntries,
-    MethodName,
-    MethodSettings,
-    Removed,
-    Span,
-    open_model,
-)
+from thoughtformer.cli.opening import Compression, open_model, takes_compression
 from thoughtformer.cli.options import (
     AsJson,
     Column,
@@ -32,6 +21,7 @@ from thoughtformer.cli.options import (
     Threads,
     TrainingStatus,
     Working,
+    check_adapter,
     check_methods,
     check_model,
     check_source,
@@ -117,13 +107,18 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
 def evaluate(
     data: Data,
     model: Base = "tiny-gpt",
-    adapter: Adapter = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Sentinels: tiny-gpt-sentinel, or a folder of `compress train`.", callback=check_adapter),
+    ] = None,
     methods: Annotated[str, typer.Option(help="all, or names with commas between.", callback=check_methods)] = "all",
     removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
     context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
     num_blocks: Annotated[int, typer.Option(help="Blocks a seed.", min=1)] = 16,
     seeds: Annotated[str, typer.Option(help="Each draws blocks of its own, and a random method's numbers.")] = "0,1,2",
-    span_tokens: Span = None,
+    span_tokens: Annotated[
+        int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)
+    ] = None,
     with_adapter: Annotated[
         bool, typer.Option("--with-adapter", help="Run all methods on the adapter's LoRA: what training alone brought.")
     ] = False,
@@ -276,24 +271,19 @@ def _scores(
 
 
 @compress_app.command("context")
+@takes_compression
 def context(
+    *,
     file: Annotated[Path, typer.Option("--file", "-f", help="UTF-8 text to read.")],
     out: Annotated[Path, typer.Option(help="File for the context, e.g. book.ctx.")],
     model: Base = "tiny-gpt",
-    adapter: Adapter = None,
-    method: MethodName = None,
     append: Annotated[Path | None, typer.Option(help="Read on from this context instead of anew.")] = None,
-    removed: Removed = None,
-    max_entries: MaxEntries = None,
-    span_tokens: Span = None,
-    sentences: Every = False,
-    max_bytes: MaxBytes = None,
-    settings: MethodSettings = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     allow_extrapolation: Extrapolate = False,
     encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
+    compression: Compression,
 ) -> None:
     """Read a text once and keep it compressed, to be asked many times with `generate --context`.
 
@@ -301,17 +291,7 @@ def context(
     """
     from thoughtformer.errors import OutputError
 
-    asked = Compression(
-        method=method,
-        adapter=adapter,
-        context=append,
-        removed=removed,
-        max_entries=max_entries,
-        span_tokens=span_tokens,
-        sentences=sentences,
-        max_bytes=max_bytes,
-        settings=settings,
-    )
+    asked = replace(compression, context=append)
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
     if not asked.is_asked:

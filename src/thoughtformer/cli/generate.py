@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtformer.cli.opening import (
-    Adapter,
-    Compression,
-    Every,
-    MaxBytes,
-    MaxEntries,
-    MethodName,
-    MethodSettings,
-    Removed,
-    Span,
-    open_model,
-)
+from thoughtformer.cli.opening import Compression, open_model, takes_compression
 from thoughtformer.cli.options import AsJson, Encoding, Extrapolate, Model, Threads, read_text, set_threads
 from thoughtformer.errors import InputError
 
@@ -35,7 +25,9 @@ __all__ = ["generate"]
 NO_PROMPT = "give the text to continue as either --prompt TEXT or --file FILE, or on standard input."
 
 
+@takes_compression
 def generate(
+    *,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; may be empty; - for standard input.")
     ] = None,
@@ -68,14 +60,6 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Never choose an end of the model's own: write on to the limit.")
     ] = False,
-    method: MethodName = None,
-    adapter: Adapter = None,
-    removed: Removed = None,
-    max_entries: MaxEntries = None,
-    span_tokens: Span = None,
-    sentences: Every = False,
-    max_bytes: MaxBytes = None,
-    method_settings: MethodSettings = None,
     context: Annotated[Path | None, typer.Option(help="Continue after a context of `compress context`.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Sentence store: sentences in it needn't be read again, others are added.")
@@ -85,6 +69,7 @@ def generate(
     encoding: Encoding = "utf-8",
     threads: Threads = None,
     as_json: AsJson = False,
+    compression: Compression,
 ) -> None:
     """Continue a text.
 
@@ -103,17 +88,7 @@ def generate(
         prompt, file = None, Path("-")
     if (prompt is None) == (file is None):
         raise InputError(NO_PROMPT)
-    asked = Compression(
-        method=method,
-        adapter=adapter,
-        context=context,
-        removed=removed,
-        max_entries=max_entries,
-        span_tokens=span_tokens,
-        sentences=sentences,
-        max_bytes=max_bytes,
-        settings=method_settings,
-    )
+    asked = replace(compression, context=context)
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file, encoding).removesuffix("\n").removesuffix("\r")
     assert text is not None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -16,48 +19,7 @@ if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel, Method
     from thoughtformer.models import GPTHFForCausalLM
 
-__all__ = [
-    "Adapter",
-    "Compression",
-    "Every",
-    "MaxBytes",
-    "MaxEntries",
-    "MethodName",
-    "MethodSettings",
-    "Removed",
-    "Span",
-    "open_model",
-]
-
-MethodName = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        help="Drop or fold the context of a plain model: streaming, h2o, local, combiner, sentinel and others.",
-        callback=check_method,
-    ),
-]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="Fold the context of a plain model by sentinels: tiny-gpt-sentinel, or a folder of `compress train`.",
-        callback=check_adapter,
-    ),
-]
-Removed = Annotated[
-    float | None,
-    typer.Option(
-        help="Fraction of the tokens seen that is not held; where spans fold, 0.9 by default.", min=0.0, max=0.99
-    ),
-]
-MaxEntries = Annotated[int | None, typer.Option(help="Hold at most so many entries, by methods that count.", min=1)]
-Span = Annotated[int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)]
-Every = Annotated[bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")]
-MaxBytes = Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)]
-MethodSettings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the method: first_tokens=8; repeatable.")
-]
-
+__all__ = ["Compression", "open_model", "takes_compression"]
 
 #: Settings that have an option of their own.
 OF_OPTIONS = {
@@ -71,17 +33,46 @@ OF_OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What a command line says of the context; a saved context says itself how it was made."""
+    """What a command line says of the context; each field with an option is one of `takes_compression`'s commands.
 
-    method: str | None = None
-    adapter: str | None = None
+    Args:
+        context: a saved one, which says itself how it was made.
+    """
+
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Drop or fold the context of a plain model: streaming, h2o, local, combiner, sentinel and others.",
+            callback=check_method,
+        ),
+    ] = None
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Fold the context of a plain model by sentinels: tiny-gpt-sentinel, or a folder of `compress train`.",
+            callback=check_adapter,
+        ),
+    ] = None
+    removed: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the tokens seen that is not held; where spans fold, 0.9 by default.", min=0.0, max=0.99
+        ),
+    ] = None
+    max_entries: Annotated[
+        int | None, typer.Option(help="Hold at most so many entries, by methods that count.", min=1)
+    ] = None
+    span_tokens: Annotated[
+        int | None, typer.Option(help="Tokens folded at a time; default: by the fraction removed.", min=2)
+    ] = None
+    sentences: Annotated[
+        bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")
+    ] = False
+    max_bytes: Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the method: first_tokens=8; repeatable.")
+    ] = None
     context: Path | None = None
-    removed: float | None = None
-    max_entries: int | None = None
-    span_tokens: int | None = None
-    sentences: bool = False
-    max_bytes: int | None = None
-    settings: list[str] | None = None
 
     def __post_init__(self) -> None:
         given = self.given
@@ -114,6 +105,29 @@ class Compression:
     def is_asked(self) -> bool:
         """Whether anything is to be dropped or folded."""
         return self.method is not None or self.adapter is not None or self.context is not None
+
+
+def takes_compression(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `Compression`, whose last parameter `compression` gets what they say."""
+    kinds = get_type_hints(Compression, include_extras=True)
+    options = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
+        for field in fields(Compression)
+        if get_origin(kinds[field.name]) is Annotated
+    ]
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        command(**given, compression=Compression(**{option.name: given.pop(option.name) for option in options}))
+
+    own = [
+        parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        for name, parameter in signature(command, eval_str=True).parameters.items()
+        if name != "compression"
+    ]
+    with_options.__signature__ = Signature([*own, *options])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return with_options
 
 
 def open_model(

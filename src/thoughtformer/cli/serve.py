@@ -11,18 +11,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from thoughtformer.cli.opening import (
-    Adapter,
-    Compression,
-    Every,
-    MaxBytes,
-    MaxEntries,
-    MethodName,
-    MethodSettings,
-    Removed,
-    Span,
-    open_model,
-)
+from thoughtformer.cli.opening import Compression, open_model, takes_compression
 from thoughtformer.cli.options import Extrapolate, Threads, check_model, set_threads
 from thoughtformer.cli.store import parse_size
 from thoughtformer.errors import InputError
@@ -32,21 +21,15 @@ __all__ = ["serve"]
 TOKEN_VARIABLE = "THOUGHTFORMER_TOKEN"
 
 
+@takes_compression
 def serve(
+    *,
     model: Annotated[
         str,
         typer.Option(
             "--model", "-m", help="tiny-gpthf, tiny-gpt, or a folder with one or a causal LM.", callback=check_model
         ),
     ] = "tiny-gpthf",
-    adapter: Adapter = None,
-    method: MethodName = None,
-    removed: Removed = None,
-    max_entries: MaxEntries = None,
-    span_tokens: Span = None,
-    sentences: Every = False,
-    max_bytes: MaxBytes = None,
-    method_settings: MethodSettings = None,
     store: Annotated[Path | None, typer.Option(help="Sentence store: known sentences needn't be read again.")] = None,
     session_folder: Annotated[
         Path | None, typer.Option("--sessions", help="Folder for idle sessions; without, they end with the server.")
@@ -89,6 +72,7 @@ def serve(
     compile: Annotated[bool, typer.Option("--compile", help="Compile steps of a single request.")] = False,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
+    compression: Compression,
 ) -> None:
     """Serve a model by OpenAI's API, with a page to try it at the root.
 
@@ -117,16 +101,6 @@ def serve(
             f"--host {host} lets other machines in: set {TOKEN_VARIABLE} to a bearer token that they must send, or "
             "listen at 127.0.0.1."
         )
-    asked = Compression(
-        method=method,
-        adapter=adapter,
-        removed=removed,
-        max_entries=max_entries,
-        span_tokens=span_tokens,
-        sentences=sentences,
-        max_bytes=max_bytes,
-        settings=method_settings,
-    )
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -149,7 +123,7 @@ def serve(
     )
     set_threads(threads)
     _check_free(host, port)  # before the model is read
-    served, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
+    served, tokenizer = open_model(model, compression, allow_extrapolation=allow_extrapolation)
     with ExitStack() as stack:
         known = None
         if store is not None:
