@@ -18,13 +18,18 @@ from thoughtformer.files import new_file
 __all__ = ["write_report"]
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+html { color-scheme: light dark; --quiet: #59636e; --line: #ddd; --code: #f4f4f4; --missed: #a30000; --met: #00650a; }
+@media (prefers-color-scheme: dark) {
+  html { background: #0d1117; color: #f0f6fc; --quiet: #9198a1; --line: #30363d; --code: #1c222b; }
+  html { --missed: #ff8a80; --met: #4cc38a; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.missed td:last-child { color: #a30000; } tr.met td:last-child { color: #00650a; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .quiet { color: #555; font-size: .9em; }
-code { background: #f4f4f4; padding: .1em .3em; overflow-wrap: anywhere; } details { margin: 1rem 0; }
+tr.missed td:last-child { color: var(--missed); } tr.met td:last-child { color: var(--met); }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .quiet { color: var(--quiet); font-size: .9em; }
+code { background: var(--code); padding: .1em .3em; overflow-wrap: anywhere; } details { margin: 1rem 0; }
 """
 
 
@@ -45,10 +50,10 @@ def write_report(records: Sequence[Record], out: Path) -> list[Path]:
     page = out / "report.html"
     with new_file(page, replace=True) as draft:
         draft.write_text(_page(records, pictures), encoding="utf-8")
-    return [page, *(path for _, path in pictures)]
+    return [page, *(path for _, paths in pictures for path in paths)]
 
 
-def _page(records: Sequence[Record], pictures: Sequence[tuple[str, Path]]) -> str:
+def _page(records: Sequence[Record], pictures: Sequence[tuple[str, list[Path]]]) -> str:
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
@@ -59,16 +64,21 @@ def _page(records: Sequence[Record], pictures: Sequence[tuple[str, Path]]) -> st
         "ratios are the point.</p>",
         _claims(judge(records)),
     ]
-    for caption, path in pictures:
-        image = base64.b64encode(path.read_bytes()).decode("ascii")
+    for caption, (light, dark) in pictures:
         text = html.escape(caption)
         parts.append(
-            f"<figure><img alt='{text}' src='data:image/png;base64,{image}'><figcaption>{text}</figcaption></figure>"
+            f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{_inside(dark)}'>"
+            f"<img alt='{text}' src='{_inside(light)}'></picture><figcaption>{text}</figcaption></figure>"
         )
     parts.append("<h2>All figures</h2>")
     parts += [_group(list(group.values())) for group in groups(latest(records))]
     parts.append("</body></html>")
     return "\n".join(parts)
+
+
+def _inside(picture: Path) -> str:
+    """A picture as an address that holds all of it."""
+    return "data:image/svg+xml;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
 
 
 def _claims(verdicts: Sequence[Verdict]) -> str:

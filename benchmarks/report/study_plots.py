@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import cycle, pairwise
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count, cycle, pairwise
 from typing import Any
 
-from benchmarks.report.canvas import MARKERS, new_axes, save
+from benchmarks.report.canvas import MARKERS, label_ends, new_axes, plain_ticks, reference_colour
 from benchmarks.report.study_tables import Trained, of_shared_seeds, texts_of, trained
 from thoughtformer.bench.records import Record
 from thoughtformer.evaluate.profile import BINS
 
-__all__ = ["draw_study"]
+__all__ = ["pictures_of_study"]
 
 #: Architectures whose profiles are drawn.
 PROFILED = (
@@ -26,31 +26,31 @@ PROFILED = (
 )
 
 
-def draw_study(records: Sequence[Record], folder: Path) -> list[tuple[str, Path | None]]:
-    """The pictures of a study's rows: (caption, file, or None where the rows don't suffice)."""
+def pictures_of_study(records: Sequence[Record]) -> list[tuple[str, str, Callable[[], Any]]]:
+    """The pictures that a study's rows suffice for: (caption, name, what draws it)."""
     rows = [record for record in records if (record.theme, record.case) == ("study", "train")]
     if not rows:
         return []
     setting = _commonest(rows)
     alike = trained(rows, *setting)
-    return [
-        ("Architectures at equal text", _costs(alike, folder / "study.png", _title(setting))),
-        ("Bits per byte by size and by text", _growth(rows, setting, folder / "study_growth.png")),
-        (
-            "Where context helps: by a token's place in its sentence",
-            _profile(alike, setting, "by_offset", folder / "study_offset.png", "tokens before it in its sentence"),
-        ),
-        (
-            "Where context helps: by earlier sentences",
-            _profile(
-                alike,
-                setting,
+    pictures = [("Architectures at equal text", "study", partial(_costs, alike, _title(setting)))]
+    panels = _growing(rows, setting)
+    if panels:
+        pictures.append(("Bits per byte by size and by text", "study_growth", partial(_growth, panels, setting)))
+    named = [row for row in alike if row.name in ("gpt", *PROFILED)]
+    if len(named) > 1 and any(row.name == "gpt" for row in named):
+        for kind, name, where, across in (
+            ("by_offset", "study_offset", "a token's place in its sentence", "tokens before it in its sentence"),
+            (
                 "by_earlier",
-                folder / "study_earlier.png",
+                "study_earlier",
+                "earlier sentences",
                 "earlier sentences in view, the start of the text among them",
             ),
-        ),
-    ]
+        ):
+            draw = partial(_profile, of_shared_seeds(named), setting, kind, where, across)
+            pictures.append((f"Where context helps: by {where}", name, draw))
+    return pictures
 
 
 def _family(row: Trained) -> str:
@@ -71,32 +71,44 @@ def _commonest(rows: Sequence[Record]) -> tuple[str, str, str]:
 
 def _title(setting: tuple[str, str, str]) -> str:
     size, megabytes, rate = setting
-    return f"{size}, {megabytes} MB, rate {float(rate):g}"
+    return f"size {size}, {megabytes} MB of text, learning rate {float(rate):g}"
 
 
 def _bits_label(rows: Sequence[Trained]) -> str:
     return "bits per byte, mean of " + ", ".join(texts_of([record for row in rows for record in row.rows]))
 
 
-def _costs(rows: Sequence[Trained], path: Path, title: str) -> Path:
+def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Marker and colour of each name, the plain GPT in that of the writing."""
+    colours = (f"C{number % 8}" for number in count())
+    return {
+        name: {"marker": marker, "color": reference_colour() if name == "gpt" else next(colours)}
+        for marker, name in zip(cycle(MARKERS), names)
+    }
+
+
+def _costs(rows: Sequence[Trained], setting: str) -> Any:
     """Bits per byte against what training and what writing cost; every seed is a point."""
     costs = {
-        "training TFLOPs": (1e12, lambda row: row.mean("training_flops")),
-        "MFLOPs a written text token": (1e6, lambda row: row.text_flops or float("nan")),
+        "TFLOPs of the training": (1e12, lambda row: row.mean("training_flops")),
+        "MFLOPs a written token of text": (1e6, lambda row: row.text_flops or float("nan")),
     }
-    figure, parts = new_axes(tuple(costs), _bits_label(rows), title)
-    families = list(dict.fromkeys(map(_family, rows)))
+    title = "Architectures of equal size, by what they cost and reach"
+    figure, parts = new_axes(tuple(costs), _bits_label(rows), title, f"{setting}; every seed is a point")
+    styles = _styles(list(dict.fromkeys(map(_family, rows))))
     for axes, (unit, cost) in zip(parts, costs.values(), strict=True):
-        for marker, family in zip(cycle(MARKERS), families):
+        ends = []
+        for family, style in styles.items():
             of = [row for row in rows if _family(row) == family]
             points = [(cost(row) / unit, bits) for row in of for bits in row.by_seed().values()]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker, label=family, alpha=0.7)
-    parts[0].legend(fontsize=8)
-    return save(figure, path)
+            axes.plot([x for x, _ in points], [y for _, y in points], linestyle="", label=family, alpha=0.75, **style)
+            ends.append((family, *max(points), style["color"]))
+    label_ends(parts[-1], ends)
+    return figure
 
 
-def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -> Path | None:
-    """Bits per byte by parameters at equal text, and by text at equal size, of those seen at two places or more."""
+def _growing(rows: Sequence[Record], setting: tuple[str, str, str]) -> list[tuple[str, dict[str, list[Trained]], Any]]:
+    """What is seen at two sizes or more, and with two amounts of text: (what goes across, rows, their place)."""
     size, megabytes, rate = setting
     same_rate = [row for row in rows if str(row.workload["learning_rate"]) == rate]
     by_size = _places([row for row in same_rate if str(row.workload["megabytes"]) == megabytes], "size")
@@ -105,23 +117,30 @@ def _growth(rows: Sequence[Record], setting: tuple[str, str, str], path: Path) -
         (f"parameters, millions ({megabytes} MB of text)", by_size, _millions),
         (f"text, MB (size {size})", by_text, _megabytes),
     ]
-    panels = [panel for panel in panels if panel[1]]
-    if not panels:
-        return None
-    names = list(dict.fromkeys(name for _, places, _ in panels for name in places))
+    return [panel for panel in panels if panel[1]]
+
+
+def _growth(panels: Sequence[tuple[str, dict[str, list[Trained]], Any]], setting: tuple[str, str, str]) -> Any:
+    """Bits per byte by parameters at equal text, and by text at equal size."""
+    styles = _styles(list(dict.fromkeys(name for _, places, _ in panels for name in places)))
     of_all = [place for _, places, _ in panels for of in places.values() for place in of]
-    figure, parts = new_axes(tuple(across for across, _, _ in panels), _bits_label(of_all), f"rate {float(rate):g}")
+    title = "Bits per byte with more parameters, and with more text"
+    under = f"learning rate {float(setting[2]):g}; means over seeds, bars from the best to the worst"
+    figure, parts = new_axes(tuple(across for across, _, _ in panels), _bits_label(of_all), title, under)
     for axes, (_, places, x_of) in zip(parts, panels, strict=True):
-        for marker, name in zip(cycle(MARKERS), names):
-            _draw_places(axes, sorted(places.get(name, []), key=x_of), x_of, marker, name)
+        ends = []
+        for name, style in styles.items():
+            of = sorted(places.get(name, []), key=x_of)
+            _draw_places(axes, of, x_of, name, style)
+            if of:
+                ends.append((name, x_of(of[-1]), of[-1].mean_bits, style["color"]))
         axes.set_xscale("log")
         # One tick a place: architectures differ there by a few parameters.
         ticks = sorted(round(min(map(x_of, of)), 1) for of in _by_place(places).values())
-        are_close = any(after < 1.15 * before for before, after in pairwise(ticks))
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60 if are_close else 0)
-        axes.set_xticks([], minor=True)
-    parts[0].legend(fontsize=8)
-    return save(figure, path)
+        plain_ticks(axes.xaxis, [tick for tick, after in pairwise([*ticks, float("inf")]) if after > 1.15 * tick])
+        if axes is parts[-1]:
+            label_ends(axes, ends)
+    return figure
 
 
 def _places(rows: Sequence[Record], key: str) -> dict[str, list[Trained]]:
@@ -153,34 +172,35 @@ def _megabytes(row: Trained) -> float:
     return row.rows[0].workload["megabytes"]
 
 
-def _draw_places(axes: Any, rows: Sequence[Trained], x_of: Any, marker: str, name: str) -> None:
+def _draw_places(axes: Any, rows: Sequence[Trained], x_of: Any, name: str, style: dict[str, Any]) -> None:
     """A line through the means over seeds, with the smallest and largest."""
     middle = [row.mean_bits for row in rows]
     below = [mean - min(row.by_seed().values()) for mean, row in zip(middle, rows, strict=True)]
     above = [max(row.by_seed().values()) - mean for mean, row in zip(middle, rows, strict=True)]
-    axes.errorbar([x_of(row) for row in rows], middle, yerr=[below, above], marker=marker, capsize=2, label=name)
+    axes.errorbar([x_of(row) for row in rows], middle, yerr=[below, above], capsize=2, label=name, **style)
 
 
-def _profile(rows: Sequence[Trained], setting: tuple[str, str, str], kind: str, path: Path, across: str) -> Path | None:
+def _profile(shared: dict[str, Trained], setting: tuple[str, str, str], kind: str, where: str, across: str) -> Any:
     """Bits a token less the plain GPT's, by bin, over the seeds that all of them have."""
-    named = [row for row in rows if row.name in ("gpt", *PROFILED)]
-    if len(named) < 2 or all(row.name != "gpt" for row in named):
-        return None
-    shared = of_shared_seeds(named)
     text = texts_of([record for row in shared.values() for record in row.rows])[0]
-    figure, axes = new_axes(across, "bits", f"bits a token beside the plain GPT, {text}, {_title(setting)}")
+    title = f"Bits a token beside the plain GPT, by {where}"
+    figure, axes = new_axes(across, "bits a token, less is better", title, f"{text}; {_title(setting)}")
     base = shared["gpt"].profile(text, kind)
-    for marker, name in zip(cycle(MARKERS), (name for name in PROFILED if name in shared)):
+    styles, ends = _styles(["gpt", *(name for name in PROFILED if name in shared)]), []
+    for name, style in styles.items():
+        if name == "gpt":
+            continue
         values = shared[name].profile(text, kind)
         points = [
             (place, a - b)
             for place, (a, b) in enumerate(zip(values, base, strict=True))
             if a is not None and b is not None
         ]
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
-    axes.axhline(0, color="black", linewidth=1)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+        ends.append((name, *points[-1], style["color"]))
+    axes.axhline(0, color=reference_colour(), linewidth=1.5)
     # By earlier sentences the first bin is empty: a document's start counts as one.
     filled = [place for place, value in enumerate(base) if value is not None]
     axes.set_xticks(filled, [BINS[place] for place in filled])
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    return save(figure, path)
+    label_ends(axes, [*ends, ("gpt", filled[-1], 0, reference_colour())])
+    return figure

@@ -323,9 +323,9 @@ def test_bench_measures_and_reports(run, tmp_path):
     assert (code, "can't read nothing.jsonl" in error) == (2, True)
     code, out, _ = run(results.parent, "--out", tmp_path / "report", command=report)
     assert code == 0
-    assert (tmp_path / "report" / "kv_bytes.png").exists()
+    assert (tmp_path / "report" / "kv_bytes-dark.svg").exists()
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("<img") == len(list((tmp_path / "report").glob("*.png"))) == 2
+    assert page.count("<img") == len(list((tmp_path / "report").glob("*-light.svg"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from benchmarks.report.study_plots import PROFILED, draw_study
+from benchmarks.report.study_plots import PROFILED, pictures_of_study
 from benchmarks.report.study_tables import finalists_table, learning_rates_table, profile_table, study_table
 from benchmarks.study import rows as study_rows
 from benchmarks.study import run as study_run
@@ -347,10 +347,12 @@ def lines_of(axes) -> dict[str, tuple[list[float], list[float]]]:
     return {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
 
 
-def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
-    figures = {}
-    monkeypatch.setattr("benchmarks.report.study_plots.save", lambda figure, path: figures.setdefault(path, figure))
+def names_of(axes) -> set[str]:
+    """What is written beside lines."""
+    return {text.get_text() for text in axes.texts}
 
+
+def test_pictures_show_costs_growth_and_context():
     def context(*bits: float | None) -> dict[str, object]:
         profile = [*bits, *[None] * (len(BINS) - len(bits))]
         return {"poems": {"by_offset": profile, "by_earlier": profile}}
@@ -363,18 +365,21 @@ def test_pictures_show_costs_growth_and_context(monkeypatch, tmp_path):
         trained_row("gpt", 0, 1.5, megabytes=4),
         trained_row("fast-2-4", 0, 1.4, megabytes=4),
     ]
-    assert len(draw_study(rows, tmp_path)) == 4
-    training, writing = figures[tmp_path / "study.png"].axes
+    figures = {name: draw() for _, name, draw in pictures_of_study(rows)}
+    assert list(figures) == ["study", "study_growth", "study_offset", "study_earlier"]
+    training, writing = figures["study"].axes
     assert lines_of(training) == {"gpt": ([1, 1], [2.0, 2.2]), "fast": ([1], [1.8])}
     assert lines_of(writing)["fast"] == ([1], [1.8])
-    size, text = figures[tmp_path / "study_growth.png"].axes
+    size, text = figures["study_growth"].axes
     assert lines_of(size) == {"gpt": ([1, 3], [pytest.approx(2.1), 1.9]), "fast-2-4": ([], [])}, "one legend for both"
     assert lines_of(text) == {"gpt": ([1, 4], [pytest.approx(2.1), 1.5]), "fast-2-4": ([1, 4], [1.8, 1.4])}
-    (beside,) = figures[tmp_path / "study_earlier.png"].axes
+    (beside,) = figures["study_earlier"].axes
     assert lines_of(beside) == {"fast-2-4": ([0, 1], [-0.5, 0.5])}, "of the one seed that both have"
-    figures.clear()
-    draw_study(rows[:2], tmp_path)
-    assert list(figures) == [tmp_path / "study.png"], "with one architecture at one place there is nothing to compare"
+    assert names_of(beside) == {"gpt", "fast-2-4"}
+    assert names_of(writing) == {"gpt", "fast"}
+    assert names_of(text) == {"gpt", "fast-2-4"}
+    alone = [name for _, name, _ in pictures_of_study(rows[:2])]
+    assert alone == ["study"], "with one architecture at one place there is nothing to compare"
 
 
 def test_finalists_by_quality_and_cost(monkeypatch, tmp_path):

@@ -267,12 +267,18 @@ def test_a_report_is_one_page_with_its_pictures(tmp_path):
         for context in (1024, 4096)
     ]
     lines.append(record("<llama>", metrics={}, skipped="not <installed>"))
-    page, picture = write_report(lines, tmp_path / "report")
+    page, *pictures = write_report(lines, tmp_path / "report")
     text = page.read_text()
-    assert picture.name == "prefill.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [picture.name for picture in pictures] == ["prefill-light.svg", "prefill-dark.svg"]
+    for picture in pictures:
+        drawn = picture.read_text(encoding="utf-8")
+        assert ">gpt</text>" in drawn
+        assert ">gpthf 4+8</text>" in drawn
+    assert picture.read_bytes() == write_report(lines, tmp_path / "again")[-1].read_bytes(), (
+        "the same for the same figures"
+    )
     assert text.count("<img") == 1
-    assert "src='data:image/png;base64," in text
+    assert text.count("data:image/svg+xml;base64,") == 2, "for light and dark"
     assert "skipped: not &lt;installed&gt;" in text
     assert "<llama>" not in text
     assert "4.00x" in text
