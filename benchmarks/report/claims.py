@@ -10,7 +10,7 @@ from typing import Any
 from thoughtformer.bench.paper import PAIRS
 from thoughtformer.bench.records import Record, Spread
 
-__all__ = ["CLAIMS", "Claim", "Verdict", "groups", "judge", "latest"]
+__all__ = ["CLAIMS", "HEADLINES", "Claim", "Verdict", "groups", "judge", "latest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,6 @@ class Claim:
         unit: `x` or `%`.
         at_most: the target is an upper limit.
         measure: the value from one run's records of equal workload, None where they don't hold it.
-        headline: whether README shows it: one of each kind, some that are missed among them.
     """
 
     text: str
@@ -63,7 +62,6 @@ class Claim:
     workload: dict[str, Any]
     unit: str = "x"
     at_most: bool = False
-    headline: bool = False
 
 
 Measure = Callable[[dict[str, Record]], Spread | None]
@@ -139,7 +137,6 @@ def _claim(
     theme: str = "speed",
     unit: str = "x",
     at_most: bool = False,
-    headline: bool = False,
     **workload: Any,
 ) -> Claim:
     return Claim(
@@ -151,47 +148,44 @@ def _claim(
         workload=workload,
         unit=unit,
         at_most=at_most,
-        headline=headline,
     )
 
 
-def _prefill(split: str, context: int, target: float, *, headline: bool = False) -> Claim:
-    text = f"prefill of {context // 1024}k tokens, {split} against the plain GPT"
+def _prefill(split: str, context: int, target: float) -> Claim:
+    text = f"reading a prompt of {context // 1024}k tokens: GPTHF {split} against the plain GPT"
     measure = _ratio("seconds", "gpt", f"gpthf {split}")
-    return _claim("prefill", text, target, measure, headline=headline, context=context, size="full")
+    return _claim("prefill", text, target, measure, context=context, size="full")
 
 
-def _decode(context: int, target: float, *, headline: bool = False) -> Claim:
-    text = f"decoding 16 rows of {context // 1024}k tokens, 4+8 against the plain GPT's preallocated cache"
+def _decode(context: int, target: float) -> Claim:
+    text = f"writing 16 rows behind {context // 1024}k tokens: GPTHF 4+8 against the plain GPT's preallocated cache"
     measure = _ratio("tokens_per_second", "gpthf 4+8", "gpt")
-    return _claim("decode", text, target, measure, headline=headline, context=context, size="full")
+    return _claim("decode", text, target, measure, context=context, size="full")
 
 
-def _bytes(context: int, target: float, *, headline: bool = False) -> Claim:
-    text = f"KV bytes at {context // 1024}k tokens, 16+8 against 24 layers of plain GPT"
+def _bytes(context: int, target: float) -> Claim:
+    text = f"keys and values of {context // 1024}k tokens: GPTHF 16+8 against 24 layers of plain GPT"
     measure = _ratio("bytes", "gpt", "gpthf 16+8")
-    return _claim("kv_bytes", text, target, measure, theme="memory", headline=headline, context=context, layers=24)
+    return _claim("kv_bytes", text, target, measure, theme="memory", context=context, layers=24)
 
 
-def _limit(peer: str, text: str, target: float, *, headline: bool = False) -> Claim:
+def _limit(peer: str, text: str, target: float) -> Claim:
     text = f"{text}: of the memory's limit"
-    return _claim("batch1", text, target, _of_limit(peer), unit="%", headline=headline, size="full")
+    return _claim("batch1", text, target, _of_limit(peer), unit="%", size="full")
 
 
-def _deep(
-    program: str, text: str, target: float, *, model: str = "", of_bytes: bool = False, headline: bool = False
-) -> Claim:
+def _deep(program: str, text: str, target: float, *, model: str = "", of_bytes: bool = False) -> Claim:
     """The hourglass of 24 layers, or a `model` of its kind, against the plain GPT, both by the same program."""
     fast, slow = f"hourglass 3+18+3{model}{program}", f"gpt{program}"
     measure = _of_bytes(fast, slow) if of_bytes else _ratio("text_tokens_per_second", fast, slow)
     unit = "%" if of_bytes else "x"
-    return _claim("architectures", text, target, measure, unit=unit, headline=headline, size="deep", layers=24, batch=1)
+    return _claim("architectures", text, target, measure, unit=unit, size="deep", layers=24, batch=1)
 
 
-def _hourglass_bytes(kind: str, text: str, *, headline: bool = False) -> Claim:
-    text = f"KV bytes at 4k tokens, hourglass 2+8+2{text} against 12 layers of plain GPT"
+def _hourglass_bytes(kind: str, text: str) -> Claim:
+    text = f"keys and values of 4k tokens: hourglass 2+8+2{text} against 12 layers of plain GPT"
     measure = _ratio("kv_bytes", "gpt", f"hourglass 2+8+2{kind}")
-    return _claim("architectures", text, 20, measure, headline=headline, size="full", context=4096, batch=1)
+    return _claim("architectures", text, 20, measure, size="full", context=4096, batch=1)
 
 
 def _packed(peer: str, text: str, target: float) -> Claim:
@@ -199,31 +193,37 @@ def _packed(peer: str, text: str, target: float) -> Claim:
     return _claim("packed", text, target, _ratio("seconds", peer, "gpt, packed"), size="full")
 
 
-def _known(peer: str, text: str, *, headline: bool = False) -> Claim:
-    text = f"prefill of 32k tokens, {text}, every sentence in the store, against the plain GPT"
+def _known(peer: str, text: str) -> Claim:
+    text = f"reading a prompt of 32k tokens: {text}, every sentence in the store, against the plain GPT"
     measure = _ratio("seconds", "gpt", f"{peer}, known")
-    return _claim("known", text, 100, measure, headline=headline, size="full", context=32768)
+    return _claim("known", text, 100, measure, size="full", context=32768)
 
 
-def _requests(over: str, under: str, text: str, *, headline: bool = False) -> Claim:
+def _requests(over: str, under: str, text: str) -> Claim:
     text = f"16 requests of mixed length: {text}"
-    return _claim("requests", text, 3, _ratio("new_tokens_per_second", over, under), headline=headline, size="full")
+    return _claim("requests", text, 3, _ratio("new_tokens_per_second", over, under), size="full")
 
 
 BATCH8 = "plain GPT through the engine, 8 rows of 1k tokens, against transformers.generate (its faster cache)"
-DEEP = "decoding one row, hourglass 3+18+3 against a GPT of 24 layers, d 1024, both compiled"
-TWO = "decoding one row, the same hourglass with two summaries a sentence against that GPT, both compiled"
-WINDOW = "decoding one row, the same hourglass with a window of eight sentences against that GPT, both compiled"
+DEEP = "writing one text: hourglass 3+18+3, d 1024, against a GPT of 24 layers, both compiled"
+TWO = "writing one text: hourglass 3+18+3, two summaries a sentence, against a GPT of 24 layers, both compiled"
+WINDOW = "writing one text: hourglass 3+18+3, a window of eight sentences, against a GPT of 24 layers, both compiled"
 OF_BYTES = "of the ratio of bytes touched"
 GENERATE = "transformers.generate with its plain twin one at a time"
 
+#: Those of README.
+HEADLINES = (
+    _prefill("4+8", 32768, 10),
+    _deep(", compiled", WINDOW, 2.5, model=", window of 8"),
+    _hourglass_bytes(", window of 8", " with a window of eight sentences"),
+)
 CLAIMS = (
-    _prefill("4+8", 4096, 3.5, headline=True),
-    _prefill("4+8", 32768, 10, headline=True),
+    _prefill("4+8", 4096, 3.5),
+    HEADLINES[0],
     _prefill("2+10", 32768, 15),
-    _decode(4096, 3.3, headline=True),
+    _decode(4096, 3.3),
     _decode(16384, 10),
-    _bytes(4096, 50, headline=True),
+    _bytes(4096, 50),
     _bytes(32768, 70),
     *(
         _claim(
@@ -240,29 +240,28 @@ CLAIMS = (
         )
         for prompt, new in PAIRS
     ),
-    _limit("gpt", "plain GPT through the engine, batch 1", 0.7, headline=True),
+    _limit("gpt", "plain GPT through the engine, batch 1", 0.7),
     _limit("gpt, compiled", "plain GPT through the engine, batch 1, compiled", 0.85),
     _limit("gpthf 4+8, compiled", "4+8 through the engine, batch 1, compiled", 0.8),
     _claim("batch8", BATCH8, 1.5, _against_generate, size="full"),
-    _deep(", compiled", DEEP, 2.5, headline=True),
-    _deep("", "the same, neither compiled", 2.5),
-    _deep(", compiled", f"the same, both compiled: {OF_BYTES}", 0.9, of_bytes=True),
+    _deep(", compiled", DEEP, 2.5),
+    _deep("", "writing one text: the same, neither compiled", 2.5),
+    _deep(", compiled", f"writing one text: the same, both compiled: {OF_BYTES}", 0.9, of_bytes=True),
     _deep(", compiled", TWO, 2.5, model=", 2 summaries"),
     _deep(", compiled", f"{TWO}: {OF_BYTES}", 0.9, model=", 2 summaries", of_bytes=True),
-    _deep(", compiled", WINDOW, 2.5, model=", window of 8", headline=True),
+    HEADLINES[1],
     _deep(", compiled", f"{WINDOW}: {OF_BYTES}", 0.9, model=", window of 8", of_bytes=True),
     _hourglass_bytes("", ""),
     _hourglass_bytes(", 2 summaries", " with two summaries a sentence"),
-    _hourglass_bytes(", window of 8", " with a window of eight sentences", headline=True),
+    HEADLINES[2],
     _packed("gpt, padded", "padded", 3),
     _packed("gpt, sorted in batches of 8", "padded, sorted by length in batches of 8", 1.2),
-    _known("gpthf 4+8", "4+8", headline=True),
+    _known("gpthf 4+8", "4+8"),
     _known("hourglass 2+8+2", "hourglass 2+8+2"),
     _requests(
         "gpt, continuous",
         "gpt, one at a time",
         "plain GPT, continuous batching against one at a time",
-        headline=True,
     ),
     _requests("hybrid, continuous", "hybrid, one at a time", "hybrid 4+8, the same"),
     _requests("hourglass, continuous", "hourglass, one at a time", "hourglass 2+8+2, the same"),
@@ -275,7 +274,6 @@ CLAIMS = (
         "hybrid, continuous",
         "transformers Llama, one at a time",
         f"hybrid 4+8, continuous batching, against {GENERATE}",
-        headline=True,
     ),
     _requests(
         "hourglass, continuous",

@@ -2,7 +2,6 @@
 
 <!-- bench:claims -->                                   goals, and what was measured
 <!-- bench:headlines -->                                a few of them
-<!-- bench:headlines 0,2 -->                            fewer still, by their places among these
 <!-- bench:compression books/valid.txt.xz local,h2o --> thousandths of a bit per byte above full attention
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
 <!-- bench:bits -->                                     bits per byte of checkpoints
@@ -24,7 +23,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 
-from benchmarks.report.claims import CLAIMS, Verdict, judge, latest
+from benchmarks.report.claims import CLAIMS, HEADLINES, Verdict, judge, latest
 from benchmarks.report.study_tables import (
     finalists_table,
     flops_of_text,
@@ -62,14 +61,13 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def _headlines(records: Sequence[Record], places: str = "") -> str:
-    """Those of README, or some of them by their places among these, from 0 on, with commas between."""
-    verdicts = [verdict for verdict in judge(records) if verdict.claim.headline]
-    missing = {claim.text for claim in CLAIMS if claim.headline} - {verdict.claim.text for verdict in verdicts}
+def _headlines(records: Sequence[Record]) -> str:
+    """Those of README."""
+    verdicts = {verdict.claim.text: verdict for verdict in judge(records)}
+    missing = [claim.text for claim in HEADLINES if claim.text not in verdicts]
     if missing:
-        raise InputError(f"the results don't hold what README shows: {'; '.join(sorted(missing))}.")
-    chosen = [verdicts[int(place)] for place in places.split(",")] if places else verdicts
-    lines = [_line(verdict, verdict.claim.text) for verdict in chosen]
+        raise InputError(f"the results don't hold what README shows: {'; '.join(missing)}.")
+    lines = [_line(verdicts[claim.text], claim.text) for claim in HEADLINES]
     return "\n".join(["| | measured | goal |", "|---|---|---|", *lines])
 
 
