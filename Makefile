@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo check test style lint compat lock wheel setup clean
+.PHONY: demo check test style lint compat lock wheel docs notebook setup clean
 
 setup: $(VENV)/.installed
 
@@ -52,5 +52,13 @@ lock:
 wheel:
 	$(PYTHON) .ci/wheel.py
 
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The notebook, as it stands: its answers are thrown away.
+notebook: setup
+	TQDM_DISABLE=1 $(BIN)/jupyter execute --output=$$(mktemp -d)/run examples/quickstart.ipynb
+
 clean:
-	rm -rf $(VENV) .compat .pytest_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) .compat .pytest_cache .ruff_cache .hypothesis

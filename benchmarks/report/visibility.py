@@ -117,7 +117,7 @@ def draw(theme: str) -> str:
                 parts.append(_square(left + j * SIDE, TOP + i * SIDE, fill, 1.0 if sees else 0.35))
         parts += _cache(panel, left, TOP + rows * SIDE + 70, colours)
         left += len(panel.columns) * SIDE + GAP
-    parts.append(_text(LEFT - 8, TOP + rows * SIDE + 68, "cached", colours["ink"], anchor="end"))
+    parts.append(_text(LEFT - 8, TOP + rows * SIDE + 68, "held", colours["ink"], anchor="end"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left} {height}" width="{left}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12" role="img" '

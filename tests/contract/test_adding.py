@@ -19,7 +19,7 @@ from prose import tiny_pair
 from thoughtformer.compression import METHODS, Method, compress
 from thoughtformer.compression.solving import Search
 from thoughtformer.decode import Drafter
-from thoughtformer.engine import Scheduler, reader_of
+from thoughtformer.engine import Scheduler, runner_of
 from thoughtformer.rules import BODY_RULES, BodyRule
 from thoughtformer.rules.schedule import Event, RowProgress
 from thoughtformer.rules.structure import in_current_document, is_earlier
@@ -79,7 +79,7 @@ def test_the_rule_shown_is_its_twin(shown):
 
 def test_the_drafter_shown_saves_steps(shown):
     """On a text that repeats itself, as greedy ones of small models do; and changes nothing of it."""
-    reader, params, texts, rounds = reader_of(*tiny_pair()), SamplingParams(max_new_tokens=40), [], []
+    reader, params, texts, rounds = runner_of(*tiny_pair()), SamplingParams(max_new_tokens=40), [], []
     for drafter in (None, shown["Again"]()):
         scheduler = Scheduler(reader, drafter=drafter)
         request = scheduler.submit("The ferry left. The ferry left. The ferry", params)
