@@ -1,7 +1,7 @@
 """What GPTHF holds between steps: a `transformers` cache whose stages drop what no later token may read.
 
 Encoder: the open sentence. Body: one entry a closed sentence, plus the open sentence where the rule reads it. A plain
-GPT's body holds every token. An hourglass's decoder holds the open sentence, and one entry of memory a closed sentence.
+GPT's body holds every token. An hourglass's decoder holds the open sentence, and one summary a closed sentence.
 State belongs to a row; rows never read each other.
 """
 

@@ -69,7 +69,7 @@ class GPTHFConfig(PreTrainedConfig):
         body_hidden_size: width of the body, with a linear layer before and after it; default `hidden_size`.
         body_intermediate_size: of the body's SwiGLU layers; default in proportion.
         body_reads_depths: the body reads the outputs of all encoder layers, weighted by learned gains.
-        decoder_reads_depths: so does the decoder's memory, beside the body's output.
+        decoder_reads_depths: so do the summaries that the decoder reads, beside the body's output.
         rebuild_loss_weight: in training, of the cross-entropy of a sentence's tokens, in any order, given its vector.
         next_sentence_loss_weight: in training, of one less the cosine between the next sentence's vector and what the
             body predicts for it.
