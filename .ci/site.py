@@ -1,4 +1,4 @@
-"""Hooks of the documentation's site: pages at the repository's root become pages of it, and links to files stay words."""
+"""Hooks of the docs' site: the repository's root pages become pages of it, other links to files become words."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Theme:
     grid: str
     series: tuple[str, ...]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[Any, Any]:
         """matplotlib's settings that give a picture these colours."""
         from cycler import cycler
 

@@ -95,9 +95,9 @@ def _costs(rows: Sequence[Trained], setting: str) -> Any:
     }
     title = "Architectures of equal size, by what they cost and reach"
     figure, parts = new_axes(tuple(costs), _bits_label(rows), title, f"{setting}; every seed is a point")
-    styles = _styles(list(dict.fromkeys(map(_family, rows))))
+    styles, ends = _styles(list(dict.fromkeys(map(_family, rows)))), []
     for axes, (unit, cost) in zip(parts, costs.values(), strict=True):
-        ends = []
+        ends.clear()
         for family, style in styles.items():
             of = [row for row in rows if _family(row) == family]
             points = [(cost(row) / unit, bits) for row in of for bits in row.by_seed().values()]

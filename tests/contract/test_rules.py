@@ -7,7 +7,7 @@ import torch
 
 import twins
 from conftest import END, START, TEXTS, close, places_of, tiny_config
-from thoughtformer.attention import DenseAttention
+from thoughtformer.attention.dense import DenseAttention
 from thoughtformer.errors import ConfigError
 from thoughtformer.rules import (
     BODY_RULES,

@@ -10,9 +10,10 @@ import torch
 
 from prose import PAGE, prose, tiny_pair
 from thoughtformer.cli.store import parse_size
-from thoughtformer.engine import Engine, SentenceStore, index_documents
+from thoughtformer.engine import Engine, SentenceStore
 from thoughtformer.errors import InputError, OutputError
 from thoughtformer.sampling import SamplingParams
+from thoughtformer.stores.indexing import index_documents
 from thoughtformer.stores.vectors import FILE
 
 

@@ -19,7 +19,7 @@ from conftest import (
     random_text,
     tiny_model,
 )
-from thoughtformer.attention import Rotary, rotate
+from thoughtformer.attention.rotary import Rotary, rotate
 from thoughtformer.errors import ConfigError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.gpthf.depths import with_depths

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from thoughtformer.attention import CachedAttention
+from thoughtformer.attention.cached import CachedAttention
 from thoughtformer.cache.slots import RowSlots, slots_bytes
 from thoughtformer.rules import RowCounters, TokenStructure, VisibilityRule
 

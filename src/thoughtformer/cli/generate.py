@@ -17,7 +17,8 @@ from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
     from thoughtformer.compression import Context
-    from thoughtformer.engine import Request, Scheduler
+    from thoughtformer.engine import Scheduler
+    from thoughtformer.engine.request import Request
     from thoughtformer.sampling import SamplingParams
 
 __all__ = ["generate"]

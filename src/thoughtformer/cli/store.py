@@ -25,7 +25,8 @@ from thoughtformer.cli.options import (
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
-    from thoughtformer.engine import IndexResult, SentenceStore
+    from thoughtformer.engine import SentenceStore
+    from thoughtformer.stores.indexing import IndexResult
 
 __all__ = ["index", "store_app"]
 
@@ -81,8 +82,9 @@ def index(
     for source in data:
         check_source(source)
 
-    from thoughtformer.engine import SentenceStore, index_documents
+    from thoughtformer.engine import SentenceStore
     from thoughtformer.models.loading import load_gpthf
+    from thoughtformer.stores.indexing import index_documents
     from thoughtformer.stores.sentences import storable
     from thoughtformer.text.corpus import Corpus
 

@@ -3,7 +3,7 @@
 from thoughtformer.compression.adapter import AdapterConfig, SentinelAdapter
 from thoughtformer.compression.compress import compress
 from thoughtformer.compression.context import Context
-from thoughtformer.compression.method import Method, cached_entries
+from thoughtformer.compression.method import Method
 from thoughtformer.compression.methods.combiner import Combiner
 from thoughtformer.compression.methods.full import Full
 from thoughtformer.compression.methods.h2o import HeavyHitters
@@ -49,5 +49,4 @@ __all__ = [
     "StreamingLLM",
     "Truncation",
     "compress",
-    "cached_entries",
 ]

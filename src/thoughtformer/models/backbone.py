@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thoughtformer.attention import Rotary
+from thoughtformer.attention.rotary import Rotary
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
 from thoughtformer.models.gpthf.layers import Angles, Layer, LayerAttention

@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from thoughtformer.engine import Completion, Request, Scheduler, Session, Sessions, StreamEvent, Worker
+from thoughtformer.engine import Completion, Scheduler, Sessions, StreamEvent
+from thoughtformer.engine.request import Request
+from thoughtformer.engine.sessions import Session
+from thoughtformer.engine.worker import Worker
 from thoughtformer.errors import ContextOverflowError, InputError, TooLargeError
 from thoughtformer.runners.base import Runner
 from thoughtformer.sampling import SamplingParams, derived_seed

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from thoughtformer.attention import attend_jointly, rotate
+from thoughtformer.attention.joint import attend_jointly
+from thoughtformer.attention.rotary import rotate
 from thoughtformer.models.feed_forward import feed_forward
 from thoughtformer.models.gpthf.configuration import LayerShape
 from thoughtformer.models.packed_linear import PackableLinear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thoughtformer.attention import Rotary
+from thoughtformer.attention.rotary import Rotary
 from thoughtformer.models.gpthf.configuration import GPTHFConfig, LayerShape
 from thoughtformer.rules import EarlierSentences, OwnSentence, TokenRule
 

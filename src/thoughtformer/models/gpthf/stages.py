@@ -11,15 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from thoughtformer.attention import (
-    AttentionPlan,
-    CachedAttention,
-    CachedJointAttention,
-    DenseAttention,
-    DenseJointAttention,
-    JointPlan,
-    rotate,
-)
+from thoughtformer.attention.blocks import AttentionPlan
+from thoughtformer.attention.cached import CachedAttention
+from thoughtformer.attention.dense import DenseAttention
+from thoughtformer.attention.joint import CachedJointAttention, DenseJointAttention, JointPlan
+from thoughtformer.attention.rotary import rotate
 from thoughtformer.cache import StageCache
 from thoughtformer.models.gpthf.layers import (
     Angles,
