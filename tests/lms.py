@@ -8,16 +8,26 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 import twins
@@ -35,6 +45,10 @@ VOCAB = 40
 _SHAPE = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 200}
 _LLAMA = _SHAPE | {"hidden_size": 32, "intermediate_size": 40, "num_key_value_heads": 2}
 
+_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = _LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": _LAYERS, "sliding_window": 12}
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 #: A configuration by family, grouped heads where the family has them.
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
@@ -45,9 +59,27 @@ CONFIGS: dict[str, Any] = {
     "phi": lambda: PhiConfig(**_SHAPE, hidden_size=32, intermediate_size=40),
     "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=200),
     "opt": lambda: OPTConfig(**_SHAPE, hidden_size=32, ffn_dim=40, word_embed_proj_dim=16),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
+    "gemma3_text": lambda: Gemma3TextConfig(**_GEMMA),
+    "gpt_oss": lambda: GptOssConfig(**_LLAMA | _MOE, head_dim=8, layer_types=_LAYERS, sliding_window=12),
+    "granite": lambda: GraniteConfig(
+        **_LLAMA, logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3
+    ),
+    "mixtral": lambda: MixtralConfig(**_LLAMA | _MOE),
+    "olmo2": lambda: Olmo2Config(**_LLAMA),
+    "phi3": lambda: Phi3Config(**_LLAMA, pad_token_id=0, sliding_window=None),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "smollm3": lambda: SmolLM3Config(**_LLAMA, pad_token_id=0),
 }
 #: Families that differ in what a compressed model must get right; "plain" is this package's GPT.
-DIFFERENT = ("plain", "llama", "gpt_neox", "gpt2", "opt")
+DIFFERENT = ("plain", "llama", "gpt_neox", "gpt2", "opt", "gemma3_text")
+#: Those whose scores only their own attention computes right: caps and sinks, without torch's fast attention.
+SHAPED_SCORES = ("gemma2", "gpt_oss")
 
 
 def tiny_lm(
@@ -60,9 +92,13 @@ def tiny_lm(
             "causal", hidden_size=32, sentence_end_token_id=None, bos_token_id=None, eos_token_id=None, **settings
         ).to(dtype)
     config = CONFIGS[family]()
+    if family in SHAPED_SCORES:
+        backend = "eager"
     for name, value in changes.items():
         setattr(config, name, value)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    # Grouped products of experts know no float64.
+    config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -122,6 +158,11 @@ def compressed_pair(family: str, method: Method) -> tuple[CompressedModel, Any]:
     model = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512)
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     return tiny_compressed(model, method), tokenizer
+
+
+def longest_rows(cache: Any) -> list[int]:
+    """Entries of the longest row, in each group of layers; for `cache_bytes`."""
+    return [int(lengths.max()) for lengths in cache.store.lengths_by_group()]
 
 
 def random_ids(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:

@@ -285,13 +285,13 @@ def _of_length(runner: Any, tokens: int) -> list[int]:
 
 def test_defaults_fit_the_memory():
     model, tokenizer = ended_pair()
-    most = model.cache_bytes(100, 1)
+    most = model.cache_bytes([100], 1)
     with serving((model, tokenizer), limits=Limits(max_bytes=most)) as running:
         body = {"model": "tiny", "messages": [USER], "ignore_eos": True}
         done = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).json()
         total = done["usage"]["total_tokens"]
         assert total >= 100
-        assert model.cache_bytes(total - 1, 1) <= most < model.cache_bytes(256, 1)
+        assert model.cache_bytes([total - 1], 1) <= most < model.cache_bytes([256], 1)
         assert post(running, body | {"max_tokens": 200}).status_code == 413
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import twins
-from lms import DIFFERENT, TINY_METHODS, random_ids, step_by_step, tiny_compressed, tiny_lm
+from lms import DIFFERENT, TINY_METHODS, longest_rows, random_ids, step_by_step, tiny_compressed, tiny_lm
 from thoughtformer.cache.entries import BLOCK_ENTRIES, EntrySlots
 from thoughtformer.compression import (
     Context,
@@ -17,10 +17,9 @@ from thoughtformer.compression import (
     Local,
     StreamingLLM,
     Truncation,
-    cached_entries,
     compress,
 )
-from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.method import cached_entries, read_ids
 from thoughtformer.errors import CheckpointError, InputError, UnsupportedError
 from thoughtformer.rules.schedule import Event, RowProgress
 
@@ -51,12 +50,15 @@ def test_at_once_equals_step_by_step(family, method):
     at_once = compressed(ids, use_cache=False).logits
     cache = compressed.new_cache(2)
     close(step_by_step(compressed, ids, cache), at_once)
+    stored = []
     for row_ids, held in zip(ids.tolist(), cache.num_entries.tolist()):
         row = RowProgress()
         read_ids(method, row, row_ids)
         assert row.num_cached == cached_entries(method, [*row_ids, 5])[-1] - 1
         assert held == method.num_stored(row)
-    assert cache.num_bytes() == compressed.cache_bytes(int(cache.num_entries.max()), 2)
+        stored.append(compressed.num_stored(row))
+    assert cache.num_bytes() == compressed.cache_bytes(longest_rows(cache), 2)
+    assert [tuple(row) for row in torch.stack(cache.store.lengths_by_group(), dim=1).tolist()] == stored
     assert cache.get_seq_length() == LENGTH
     if method.name != "full":
         assert int(cache.num_entries.max()) < LENGTH
@@ -146,7 +148,7 @@ def test_chunked_prefill_then_steps(prefill_tokens, method):
     compressed.prefill_tokens = prefill_tokens
     cache = compressed.new_cache(2)
     first = compressed(ids[:, :50], cache=cache).logits
-    assert cache.num_bytes() == compressed.cache_bytes(int(cache.num_entries.max()), 2)
+    assert cache.num_bytes() == compressed.cache_bytes(longest_rows(cache), 2)
     second = compressed(ids[:, 50:60], cache=cache).logits
     close(torch.cat([first, second, step_by_step(compressed, ids[:, 60:], cache)], dim=1), at_once)
 

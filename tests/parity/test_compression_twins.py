@@ -14,7 +14,7 @@ from thoughtformer.rules.schedule import Event, RowReading, lay_out
 from twins.folding import Fold, folded_by_sentinels, folded_into_means
 
 LENGTH = 48
-FAMILIES = ["llama", "gpt_neox", "gpt2", "opt", "qwen2"]
+FAMILIES = ["llama", "gpt_neox", "gpt2", "opt", "qwen2", "gemma3_text"]
 
 
 def close(actual, expected):
@@ -41,7 +41,7 @@ FOLDS = {
 @torch.no_grad()
 def test_sentinels_equal_the_papers_mask(family, k, see_earlier, folds):
     """At once, and token by token with the spans really gone."""
-    if k > 1 and family not in ("llama", "gpt2"):
+    if k > 1 and family not in ("llama", "gpt2", "gemma3_text"):
         pytest.skip("one rotary and one learned family suffice")
     model = tiny_lm(family)
     adapter = tiny_adapter(model, num_sentinels=k, see_earlier=see_earlier)
@@ -91,7 +91,12 @@ def test_every_method_has_a_twin():
 @pytest.mark.parametrize(
     ("family", "case"),
     # Of a method's further settings, one rotary and one learned family suffice.
-    [(family, case) for family in FAMILIES for case in TINY_METHODS if family in ("llama", "gpt2") or case in METHODS],
+    [
+        (family, case)
+        for family in FAMILIES
+        for case in TINY_METHODS
+        if family in ("llama", "gpt2", "gemma3_text") or case in METHODS
+    ],
 )
 @torch.no_grad()
 def test_methods_equal_their_twins(family, case):

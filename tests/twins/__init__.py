@@ -20,7 +20,7 @@ from thoughtformer.compression import Method
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.models.handed_in import Acting, acting
 
-__all__ = ["METHODS", "RULES", "MethodTwin", "Place", "RuleTwin", "attended_by_hand", "masked"]
+__all__ = ["METHODS", "RULES", "MethodTwin", "Place", "RuleTwin", "attended_by_hand", "masked", "window_of"]
 
 
 class Place(NamedTuple):
@@ -43,17 +43,28 @@ class RuleTwin:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def masked(model: Any, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+def masked(model: Any, embeddings: Tensor, positions: Tensor, allowed: Tensor, near: Tensor | None = None) -> Tensor:
     """The model itself under a mask of transformers' kind; its eager attention would round to float32.
 
-    With its adapter acting everywhere: it acts in a view's calls alone.
+    With its adapter acting everywhere: it acts in a view's calls alone. `near` is the mask of layers with a window;
+    where all are tokens, the last so many.
     """
-    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill_(~allowed, torch.finfo(model.dtype).min)
+
+    def additive(mask: Tensor) -> Tensor:
+        hidden = torch.zeros(mask.shape, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
+        return hidden[None, None]
+
+    mask: Any = additive(allowed)
+    if window_of(model, "sliding_attention") is not None:
+        if near is None:
+            distance = positions[:, None] - positions
+            near = (distance >= 0) & (distance < window_of(model, "sliding_attention"))
+        mask = {"full_attention": mask, "sliding_attention": additive(near)}
     with acting(Acting()):
         return model(
             inputs_embeds=embeddings[None],
             position_ids=positions[None],
-            attention_mask=mask[None, None],
+            attention_mask=mask,
             use_cache=False,
         ).logits[0]
 
@@ -68,10 +79,25 @@ def attended_by_hand(model: Any, ids: Sequence[int], attend: Callable[[int, Tens
     def handed(layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: Any) -> Tensor:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        kinds = getattr(model.config, "layer_types", None)
+        window = window_of(model, kinds[layer]) if kinds else None
+        if window is not None:  # reads what is near, whatever the method does
+            output = torch.zeros_like(query)
+            for j in range(len(ids)):
+                near = range(max(0, j - window + 1), j + 1)
+                weights = (query[:, :, j] * scale).unsqueeze(2) @ key[:, :, near].mT
+                output[:, :, j] = (weights.softmax(dim=-1) @ value[:, :, near]).squeeze(2)
+            return output
         return attend(layer, query[0] * scale, key[0], value[0])[None]
 
     hidden = view.forward(view.embed(torch.tensor([ids])), torch.arange(len(ids))[None], handed)
-    return view.head()(hidden)[0]
+    return view.logits(hidden)[0]
+
+
+def window_of(model: Any, kind: str) -> int | None:
+    """How many of the last tokens layers of a kind read, itself included; None: all."""
+    is_there = kind == "sliding_attention" and kind in (getattr(model.config, "layer_types", None) or ())
+    return model.config.sliding_window if is_there else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thoughtformer.compression import Combiner, EntryBudget, Policy, RemovedFraction, SentenceEnds, Sentinel
-from twins import MethodTwin, attended_by_hand, masked
+from twins import MethodTwin, attended_by_hand, masked, window_of
 
 
 class Fold(NamedTuple):
@@ -50,6 +50,8 @@ def folded_by_sentinels(
             items.append(("CL", 0, max(spans[number].start - 1, 0), number))
             items += [("CR", i, position, number) for i in range(1, k + 1)]
     allowed = torch.zeros(len(items), len(items), dtype=torch.bool)
+    near = torch.zeros_like(allowed)  # in layers with a window: raw tokens alone, and a sentinel's own span
+    window = window_of(model, "sliding_attention")
     for i, (kind, number, position, span) in enumerate(items):
         for j, (key_kind, key_number, key_position, key_span) in enumerate(items):
             if i == j:
@@ -70,13 +72,17 @@ def folded_by_sentinels(
                 is_raw = position <= spans[key_span].at
                 seen = is_raw if key_kind == "token" else not is_raw
             allowed[i, j] = seen
+            if kind == "token":
+                near[i, j] = window is not None and key_kind == "token" and 0 <= number - key_number < window
+            else:
+                near[i, j] = seen and (i == j or key_span == span)
     token_ids = torch.tensor([ids[number] if kind == "token" else 0 for kind, number, *_ in items])
     embeddings = model.get_input_embeddings()(token_ids).clone()
     for i, (kind, number, *_) in enumerate(items):
         if kind != "token":
             embeddings[i] = adapter.rows[0 if kind == "CL" else number]
     positions = torch.tensor([position for _, _, position, _ in items])
-    logits = masked(model, embeddings, positions, allowed)
+    logits = masked(model, embeddings, positions, allowed, near)
     return logits[[i for i, item in enumerate(items) if item[0] == "token"]]
 
 
@@ -133,6 +139,7 @@ METHODS = {
         logits=sentinel,
         served={
             "sentinel_plain": ("plain", Sentinel(policy=policy())),
+            "sentinel_windows": ("gemma3_text", Sentinel(policy=policy())),
             "sentinel_sentences": ("llama", Sentinel(policy=_SENTENCES, num_sentinels=2)),
             "sentinel_budget": ("gpt2", Sentinel(policy=EntryBudget(max_entries=250, span_tokens=7, recent_tokens=3))),
         },

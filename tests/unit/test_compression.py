@@ -23,11 +23,10 @@ from thoughtformer.compression import (
     Method,
     RemovedFraction,
     Sentinel,
-    cached_entries,
     compress,
 )
 from thoughtformer.compression.adapter import AdapterConfig
-from thoughtformer.compression.method import read_ids
+from thoughtformer.compression.method import cached_entries, read_ids
 from thoughtformer.compression.policies import Callback, SentenceEnds
 from thoughtformer.compression.registry import method_from, settings_of
 from thoughtformer.convert.llama2c import convert_llama2c, load_llama2c, load_llama2c_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,7 +14,7 @@ from torch import Tensor
 from thoughtformer.cache.rows import RowsCache, check_accepted, distinct_storage_bytes
 from thoughtformer.cache.slots import RowSlots
 from thoughtformer.errors import UnsupportedError
-from thoughtformer.rules.entries import FOREVER, OPEN, TOKEN, Entries
+from thoughtformer.rules.entries import FOREVER, OPEN, PADDING, TOKEN, Entries
 from thoughtformer.rules.schedule import Chunk, RowProgress, RowReading
 
 __all__ = ["BLOCK_ENTRIES", "ENTRY_FIELDS", "CompressedCache", "EntrySlots", "Store"]
@@ -30,9 +30,17 @@ class Store(ABC):
 
     lengths: Int[Tensor, " rows"]
     #: What is dropped can wait for a commit.
-    can_wait: ClassVar[bool] = False
+    can_wait: bool = False
     #: It does now: entries that nothing may read any more are masked.
     waits: bool = False
+
+    def wait(self, waits: bool) -> None:
+        """Has what is dropped wait from now on, or not."""
+        self.waits = waits
+
+    def lengths_by_group(self) -> list[Int[Tensor, " rows"]]:
+        """Entries of each row, in each group of layers."""
+        return [self.lengths]
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -74,6 +82,22 @@ class Store(ABC):
         """Folded spans of a row, and tokens that are held as they are."""
         return 0, int(self.lengths[row])
 
+    def mark(self) -> Any:
+        """What `back_to` and `commit_first` need to know of now; of stores that can wait."""
+        raise NotImplementedError
+
+    def back_to(self, mark: Any) -> None:
+        """Forgets what was written since the mark."""
+        raise NotImplementedError
+
+    def commit(self, next_position: Int[Tensor, " rows"]) -> None:
+        """Ends waiting for all that was written: as if each pass had dropped what it made unreadable."""
+        raise NotImplementedError
+
+    def commit_first(self, mark: Any, readings: Sequence[RowReading]) -> None:
+        """Of what was written since the mark, keeps what came of these first tokens, and drops what they drop."""
+        raise NotImplementedError
+
     @abstractmethod
     def check_positions(self, row: int, num_tokens: int) -> None:
         """Raises `ValueError` if a row's entries are of positions that its text doesn't have."""
@@ -88,6 +112,8 @@ class EntrySlots(RowSlots, Store):
     can_wait = True
     #: Entries are held that no new token may read.
     has_unreadable = False
+    #: How many of the last tokens a token reads, itself included; None: all that isn't dropped.
+    window: int | None = None
 
     def entries_for(self, chunk: Chunk) -> Entries:
         """The entries of each row's first `longest` slots, with what `chunk`'s events change of them."""
@@ -107,12 +133,23 @@ class EntrySlots(RowSlots, Store):
         """Which of the first `longest` slots hold an entry."""
         return torch.arange(self.longest) < self.lengths[:, None]
 
+    def seen(self, entries: Entries) -> Entries:
+        """Entries as the layers of these slots see them."""
+        return entries
+
+    def is_kept(self, entries: Entries, next_position: Int[Tensor, "rows 1"]) -> Bool[Tensor, "rows entries"]:
+        """Which entries a token from `next_position` on may still read, or a sentinel that comes."""
+        return (entries.until >= next_position) & (entries.order != OPEN) & (entries.order != PADDING)
+
+    def _stored(self, until: Int[Tensor, "rows longest"]) -> Entries:
+        """The entries of each row's first `longest` slots, readable until then; of no span."""
+        position, order, since, _ = self.entries[: len(ENTRY_FIELDS), :, : self.longest]
+        return Entries(position=position, order=order, span=torch.full_like(order, -1), since=since, until=until)
+
     def drop_unreadable(self, next_position: Int[Tensor, " rows"]) -> None:
         """Drops what no token from `next_position` on may read."""
-        longest = self.longest
-        self.keep(
-            (self.field("until")[:, :longest] >= next_position[:, None]) & (self.field("order")[:, :longest] != OPEN)
-        )
+        stored = self._stored(self.field("until")[:, : self.longest])
+        self.keep(self.is_kept(stored, next_position[:, None]))
         self.has_unreadable = False
 
     def finish(self, next_position: Int[Tensor, " rows"] | None) -> None:
@@ -167,7 +204,7 @@ class EntrySlots(RowSlots, Store):
         self.field("until")[:, :longest] = until
         # A summary may be read since the token behind the one at which its span was folded.
         is_accepted = torch.where(order == TOKEN, position < next_position[:, None], since <= next_position[:, None])
-        self.keep((~is_new | is_accepted) & (until >= next_position[:, None]) & (order != OPEN))
+        self.keep((~is_new | is_accepted) & self.is_kept(self._stored(until), next_position[:, None]))
         self.has_unreadable = False
 
     def fork_rows(self, rows: Int[Tensor, " selected"]) -> EntrySlots:
@@ -253,9 +290,8 @@ class CompressedCache(RowsCache):
 
     def begin(self) -> None:
         """Called before each pass: marks where to go back to, if the pass is the first that isn't committed."""
-        self.store.waits = not self.autocommit
+        self.store.wait(not self.autocommit)
         if self._pending is None and not self.autocommit:
-            assert isinstance(self.store, EntrySlots)
             self._committed = (self.store.mark(), self.rows, self.num_columns)
 
     def commit(self, num_tokens: Int[Tensor, " rows"] | None = None) -> None:
@@ -265,7 +301,6 @@ class CompressedCache(RowsCache):
             check_accepted(num_tokens, counts)
         if self._pending is None:
             return
-        assert isinstance(self.store, EntrySlots)
         if num_tokens is None or torch.equal(num_tokens, counts):
             self.store.commit(self.num_tokens)
         else:
@@ -279,7 +314,6 @@ class CompressedCache(RowsCache):
     def rollback(self) -> None:
         if self._pending is None:
             return
-        assert isinstance(self.store, EntrySlots)
         mark, self.rows, self.num_columns = self._committed
         self.store.back_to(mark)
         self._forget_pending()

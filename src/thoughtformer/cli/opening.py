@@ -118,7 +118,8 @@ def takes_compression(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_options(**given: Any) -> None:
-        command(**given, compression=Compression(**{option.name: given.pop(option.name) for option in options}))
+        compression = Compression(**{option.name: given.pop(option.name) for option in options})
+        command(**given, compression=compression)
 
     own = [
         parameter.replace(kind=Parameter.KEYWORD_ONLY)

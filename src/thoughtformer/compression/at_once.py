@@ -13,7 +13,7 @@ from thoughtformer.cache.entries import EntrySlots
 from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.models.backbone import Original
-from thoughtformer.rules.entries import OPEN, PADDING, Entries, entries_mask, entries_plan, visible
+from thoughtformer.rules.entries import PADDING, Entries, entries_mask, entries_plan, in_window, visible
 
 __all__ = ["EXECUTIONS", "AttendAtOnce", "additive"]
 
@@ -29,7 +29,7 @@ def additive(mask: Bool[Tensor, "rows queries keys"], like: Tensor) -> Float[Ten
 class AttendAtOnce:
     """Entries of rows that have read nothing before; what later tokens may read goes to `slots`, if there are any.
 
-    `has_events` is whether any of the entries is dropped or folded.
+    `has_events` is whether any of the entries is dropped or folded; `window` that of the layers, None for all tokens.
     """
 
     def __init__(
@@ -39,25 +39,29 @@ class AttendAtOnce:
         *,
         has_events: bool,
         execution: str,
-        see_earlier: bool,
+        see_earlier: bool = False,
+        window: int | None = None,
     ) -> None:
         self.num_entries = entries.order.shape[1]
         self.is_plain = not has_events and not bool((entries.order == PADDING).any())
+        seen = entries
+        if window is not None:
+            self.is_plain &= self.num_entries <= window
+            seen = in_window(entries, window)
         self.plan: OnDevices[AttentionPlan] | None = None
         self.mask: OnDevices[Tensor] | None = None
         self.block_mask: OnDevices[_FlexMask] | None = None
         if not self.is_plain and execution == "gathered":
-            self.plan = OnDevices(entries_plan(entries, see_earlier=see_earlier))
+            self.plan = OnDevices(entries_plan(seen, see_earlier=see_earlier))
         elif not self.is_plain and execution == "dense":
-            self.mask = OnDevices(entries_mask(entries, entries, see_earlier=see_earlier))
+            self.mask = OnDevices(entries_mask(seen, seen, see_earlier=see_earlier))
         elif not self.is_plain:
-            self.block_mask = OnDevices(_FlexMask(entries, see_earlier))
+            self.block_mask = OnDevices(_FlexMask(seen, see_earlier))
         self.slots = slots
         if slots is not None:
             # Only what is kept is written, so that memory never holds more.
             next_position = torch.where(entries.order == 0, entries.position, -1).amax(dim=1, keepdim=True) + 1
-            kept = (entries.order != PADDING) & (entries.order != OPEN) & (entries.until >= next_position)
-            self.row, self.column = kept.nonzero(as_tuple=True)
+            self.row, self.column = slots.is_kept(entries, next_position).nonzero(as_tuple=True)
             fields = {name: getattr(entries, name)[self.row, self.column] for name in slots.fields}
             self.slot = slots.extend_rows(self.row, fields)
 

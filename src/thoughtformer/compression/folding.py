@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -36,8 +36,20 @@ class Folding(Method):
     def for_tokenizer(self: FoldingKind, tokenizer: Any) -> FoldingKind:
         return replace(self, policy=self.policy.with_tokenizer(tokenizer))
 
-    def bound(self: FoldingKind, *, bytes_per_entry: int) -> FoldingKind:
-        policy = self.policy.bound(bytes_per_entry=bytes_per_entry, num_summaries=self.num_summaries)
+    def num_awaited(self, row: RowProgress, before: int) -> int:
+        if not self.num_sentinels_read:
+            return 0
+        # Spans are folded in text order: what stays raw is before the first, or behind the last.
+        first = self.policy.first_tokens
+        return min(first, before) + max(before - max(row.next_start, first), 0)
+
+    def bound(self: FoldingKind, *, bytes_per_entry: int, window_bytes: Sequence[tuple[int, int]] = ()) -> FoldingKind:
+        policy = self.policy.bound(
+            bytes_per_entry=bytes_per_entry,
+            num_summaries=self.num_summaries,
+            window_bytes=window_bytes,
+            holds_spans=self.num_sentinels_read > 0,
+        )
         return replace(self, policy=policy)
 
     @property

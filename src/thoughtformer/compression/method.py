@@ -20,7 +20,7 @@ from thoughtformer.checks import check_fields
 from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.compression.on_cache import AttendOnCache
 from thoughtformer.compression.solving import Search
-from thoughtformer.errors import ConfigError
+from thoughtformer.errors import ConfigError, UnsupportedError
 from thoughtformer.models.backbone import Backbone, Original
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
@@ -126,6 +126,10 @@ class Method(ABC):
         """Entries that a store holds of a row."""
         return row.num_cached
 
+    def num_awaited(self, row: RowProgress, before: int) -> int:
+        """Tokens before a position that layers with a window hold as well, because sentinels have yet to read them."""
+        return 0
+
     # What it takes.
 
     @property
@@ -137,9 +141,25 @@ class Method(ABC):
         """The method for a model's tokenizer."""
         return self
 
-    def bound(self: MethodKind, *, bytes_per_entry: int) -> MethodKind:
-        """The method for a model whose entries take so many bytes."""
+    def bound(self: MethodKind, *, bytes_per_entry: int, window_bytes: Sequence[tuple[int, int]] = ()) -> MethodKind:
+        """The method for a model whose entries take so many bytes.
+
+        Args:
+            bytes_per_entry: in the layers that it acts on.
+            window_bytes: of the others, by group: the window, and the bytes of an entry.
+        """
         return self
+
+    #: It computes its own scores, and knows nothing of what a model's attention does to them.
+    computes_scores: ClassVar[bool] = False
+
+    def check(self, backbone: Backbone) -> None:
+        """Raises `UnsupportedError` for a model that the method can't be exact on."""
+        if self.computes_scores and backbone.shapes_scores is not None:
+            raise UnsupportedError(
+                f"{type(backbone.model).__name__} {backbone.shapes_scores}, and {self.name} computes scores of its "
+                "own. Take a method that leaves them to the model."
+            )
 
     @property
     def can_save(self) -> bool:

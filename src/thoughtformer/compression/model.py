@@ -18,11 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thoughtformer.cache.entries import CompressedCache, Store
+from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, CompressedCache, Store
+from thoughtformer.cache.groups import GroupedStore, LayerGroup, WindowSlots
+from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.at_once import EXECUTIONS
-from thoughtformer.compression.method import Method, read_ids
+from thoughtformer.compression.grouped import AttendByGroup, attend_in_window
+from thoughtformer.compression.method import Method, PassAttention, read_ids
 from thoughtformer.compression.registry import settings_of
 from thoughtformer.compression.view import GeneratingView
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
@@ -99,6 +102,11 @@ class CompressedModel(GeneratingView):
     ) -> None:
         if execution not in EXECUTIONS:
             raise ConfigError(f"execution={execution!r}.{nearest(execution, EXECUTIONS)}")
+        if execution == "flex" and self.backbone.shapes_scores is not None:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} {self.backbone.shapes_scores}, which FlexAttention here doesn't: leave "
+                "execution out."
+            )
         check_count("prefill_tokens", prefill_tokens, 1)
         if method.needs_adapter and adapter is None:
             raise ConfigError(f"the method {method.name!r} needs an adapter: name one, or train it first.")
@@ -108,7 +116,18 @@ class CompressedModel(GeneratingView):
             raise ConfigError(
                 f"{method.name} goes by token ids that only a tokenizer tells: give compress a tokenizer."
             )
-        method = method.bound(bytes_per_entry=self.backbone.kv_bytes_per_entry())
+        self.groups = self.backbone.groups
+        method.check(self.backbone)
+        if self.backbone.shapes_scores is not None and execution == "gathered":
+            execution = "dense"  # by the model's own attention, which alone knows how
+        method = method.bound(
+            bytes_per_entry=self.backbone.kv_bytes_per_entry(len(self.groups[0].layers)),
+            window_bytes=[
+                (group.window, self.backbone.kv_bytes_per_entry(len(group.layers)))
+                for group in self.groups
+                if group.window is not None
+            ],
+        )
         if allow_extrapolation and self.backbone.rotation is None:
             raise UnsupportedError(
                 f"{type(self.model).__name__} has learned positions, none beyond {self.backbone.max_tokens}: it can't "
@@ -187,7 +206,7 @@ class CompressedModel(GeneratingView):
             "method": self.method.name,
             "settings": self._settings,
             "kind": self.method.kind,
-        }
+        } | ({"windows": self.backbone.windows} if len(self.groups) > 1 else {})
 
     def _adapter_name(self) -> str | None:
         """Which adapter it is, and how often it was trained or written to."""
@@ -200,11 +219,11 @@ class CompressedModel(GeneratingView):
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
         return CompressedCache(self._new_store(num_rows), [RowProgress() for _ in range(num_rows)], self.cache_identity)
 
-    def _shape(self, num_rows: int) -> dict[str, Any]:
-        """Of the keys and values of so many rows, wherever they are."""
+    def _shape(self, group: LayerGroup, num_rows: int) -> dict[str, Any]:
+        """Of the keys and values of so many rows in some layers, wherever they are."""
         backbone = self.backbone
         return {
-            "num_layers": backbone.num_layers,
+            "num_layers": len(group.layers),
             "num_rows": num_rows,
             "num_kv_heads": backbone.num_kv_heads,
             "head_dim": backbone.head_dim,
@@ -212,7 +231,14 @@ class CompressedModel(GeneratingView):
         }
 
     def _new_store(self, num_rows: int) -> Store:
-        return self.method.new_store(**self._shape(num_rows), device=self.backbone.devices)
+        devices, parts = self.backbone.devices, []
+        for group in self.groups:
+            shape = self._shape(group, num_rows) | {"device": [devices[layer] for layer in group.layers]}
+            if group.window is None:
+                parts.append(self.method.new_store(**shape))
+            else:
+                parts.append(WindowSlots(group.window, holds_spans=self.method.num_sentinels_read > 0, **shape))
+        return parts[0] if len(parts) == 1 else GroupedStore(parts)
 
     def check_history(self, cache: CompressedCache, ids: Sequence[int]) -> None:
         """Raises `ValueError` unless a cache of one row is that of these ids, as far as its schedule tells."""
@@ -221,14 +247,38 @@ class CompressedModel(GeneratingView):
         (found,) = cache.rows
         if found != expected:
             raise ValueError(f"its row is at {found}, but its ids come to {expected}")
-        cached = int(cache.store.lengths[0])
-        if cached != self.method.num_stored(expected):
-            raise ValueError(f"it holds {cached} entries, but its ids leave {self.method.num_stored(expected)}")
+        cached = tuple(int(lengths[0]) for lengths in cache.store.lengths_by_group())
+        if cached != self.num_stored(expected):
+            raise ValueError(f"it holds {cached} entries, but its ids leave {self.num_stored(expected)}")
         cache.store.check_positions(0, len(ids))
 
-    def cache_bytes(self, longest_row_entries: int, num_rows: int) -> int:
-        """What `num_bytes()` of a cache must be, whose longest row holds so many entries; block rounding included."""
-        return self.method.store_bytes(longest_row_entries=longest_row_entries, **self._shape(num_rows))
+    def num_stored(self, row: RowProgress) -> tuple[int, ...]:
+        """Entries that a cache holds of a row, in each group of layers."""
+        before = [None if group.window is None else max(row.num_tokens - group.window + 1, 0) for group in self.groups]
+        return tuple(
+            self.method.num_stored(row)
+            if start is None
+            else row.num_tokens - start + self.method.num_awaited(row, start)
+            for start in before
+        )
+
+    def cache_bytes(self, longest_row_entries: Sequence[int], num_rows: int) -> int:
+        """What `num_bytes()` of a cache must be, block rounding included.
+
+        Args:
+            longest_row_entries: the most that any row holds, in each group of layers.
+            num_rows: rows.
+        """
+        total = 0
+        for group, longest in zip(self.groups, longest_row_entries, strict=True):
+            shape = self._shape(group, num_rows)
+            if group.window is None:
+                total += self.method.store_bytes(longest_row_entries=longest, **shape)
+            else:
+                total += slots_bytes(
+                    len(ENTRY_FIELDS), longest_row_entries=longest, block_entries=BLOCK_ENTRIES, **shape
+                )
+        return total
 
     # Reading.
 
@@ -291,7 +341,7 @@ class CompressedModel(GeneratingView):
         before = torch.zeros(batch, dtype=torch.long) if cached is None else cached.num_tokens
         check_positions(position_ids, real, before)
         hidden = self.read(input_ids, real, cached, wanted=keep.wanted)
-        logits = keep.laid_out(self.backbone.head()(hidden))
+        logits = keep.laid_out(self.backbone.logits(hidden))
         loss = None
         if labels is not None:
             predicted = real.clone()
@@ -361,11 +411,23 @@ class CompressedModel(GeneratingView):
         """Hidden states of one chunk's entries; `store`, if it is kept, holds afterwards what later tokens may read."""
         backbone, method = self.backbone, self.method
         chunk = lay_out(readings, vocab_size=backbone.vocab_size, num_summaries=method.num_sentinels_read)
-        attend = method.attend(chunk, store, backbone=backbone, execution=self.execution)
+        attend = self._attend(chunk, store)
         hidden = self.run(chunk.input_ids, chunk.entries.position, attend)
         if is_kept:  # otherwise nothing that gradients need is overwritten
             attend.finish()
         return hidden, chunk
+
+    def _attend(self, chunk: Chunk, store: Store | None) -> PassAttention:
+        """The attention of a pass: the method's, and that of each window beside it."""
+        stores = store.parts if isinstance(store, GroupedStore) else [store] * len(self.groups)
+        attentions: list[PassAttention] = []
+        for group, part in zip(self.groups, stores, strict=True):
+            if group.window is None:
+                attentions.append(self.method.attend(chunk, part, backbone=self.backbone, execution=self.execution))
+            else:
+                assert part is None or isinstance(part, WindowSlots)
+                attentions.append(attend_in_window(chunk, part, window=group.window, execution=self.execution))
+        return attentions[0] if len(attentions) == 1 else AttendByGroup(self.groups, attentions)
 
     def run(
         self, input_ids: Int[Tensor, "rows entries"], position: Int[Tensor, "rows entries"], attend: Attend
@@ -389,6 +451,12 @@ class CompressedModel(GeneratingView):
 
     def check_length(self, num_tokens: int, what: str) -> None:
         """Raises `ContextOverflowError` past the trained length; `what` names the text."""
+        limit = self.backbone.text_limit
+        if limit is not None and num_tokens > limit:
+            raise ContextOverflowError(
+                f"{what} {num_tokens} tokens, but every layer of {type(self.model).__name__} reads a window of {limit} "
+                f"or fewer: longer texts can't be compressed exactly. Leave out {num_tokens - limit} tokens."
+            )
         limit = self.backbone.max_tokens
         if num_tokens > limit and not self.allow_extrapolation:
             raise ContextOverflowError(

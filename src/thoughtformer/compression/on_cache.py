@@ -36,7 +36,8 @@ class AttendOnCache:
         entries = chunk.entries
         was_empty = slots.longest == 0
         self.slots = slots
-        self.next_position = chunk.next_position if chunk.has_events else None
+        drops = chunk.has_events or slots.window is not None
+        self.next_position = chunk.next_position if drops else None
         self.row, self.column = (entries.order != PADDING).nonzero(as_tuple=True)
         self.slot = slots.extend_rows(self.row, self.new_fields(entries))
         self.num_keys = slots.longest
@@ -44,6 +45,7 @@ class AttendOnCache:
         is_step = entries.order.shape[1] == 1 and not chunk.has_events
         reads_all = bool((slots.lengths == slots.longest).all()) and not chunk.has_events and (is_step or was_empty)
         reads_all = reads_all and not slots.has_unreadable
+        reads_all = reads_all and (slots.window is None or slots.longest <= slots.window)
         if reads_all and not self.always_masks:
             return
         cached = slots.entries_for(chunk)
@@ -51,7 +53,7 @@ class AttendOnCache:
         cached.span[self.row, self.slot] = entries.span[self.row, self.column].to(cached.span.dtype)
         cached = self.with_summaries(chunk, cached)
         self.num_keys = slots.longest
-        mask = entries_mask(entries, cached, see_earlier=see_earlier)
+        mask = entries_mask(slots.seen(entries), slots.seen(cached), see_earlier=see_earlier)
         mask &= slots.is_cached().unsqueeze(1) | (entries.order == PADDING).unsqueeze(2)
         self.mask = OnDevices(mask)
         self.see(cached)

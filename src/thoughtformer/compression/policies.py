@@ -8,7 +8,7 @@ reading at once and reading token by token fold alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -73,8 +73,21 @@ class Policy(ABC):
         """This policy for a model's tokenizer."""
         return self
 
-    def bound(self, *, bytes_per_entry: int, num_summaries: int) -> Policy:
-        """This policy for a model whose entries take so many bytes."""
+    def bound(
+        self,
+        *,
+        bytes_per_entry: int,
+        num_summaries: int,
+        window_bytes: Sequence[tuple[int, int]] = (),
+        holds_spans: bool = False,
+    ) -> Policy:
+        """This policy for a model whose entries take so many bytes; as `Method.bound`.
+
+        Args:
+            bytes_per_entry, window_bytes: as there.
+            num_summaries: of a span.
+            holds_spans: layers with a window hold tokens until they are folded.
+        """
         return self
 
     def events(self, row: RowProgress, token_id: int, num_summaries: int) -> Iterator[Event]:
@@ -169,13 +182,24 @@ class ByteBudget(Policy):
     max_bytes: int = 1 << 20
     span_tokens: int = 16
 
-    def bound(self, *, bytes_per_entry: int, num_summaries: int) -> Policy:
-        entries = self.max_bytes // bytes_per_entry
+    def bound(
+        self,
+        *,
+        bytes_per_entry: int,
+        num_summaries: int,
+        window_bytes: Sequence[tuple[int, int]] = (),
+        holds_spans: bool = False,
+    ) -> Policy:
         least = self.first_tokens + self.recent_tokens + self.span_tokens
+        # A window is never folded. Beside it, raw tokens wait there for their sentinels, never more than `least`.
+        in_windows = sum((window - 1 + holds_spans * least) * size for window, size in window_bytes)
+        entries = max(self.max_bytes - in_windows, 0) // bytes_per_entry
         if entries < least:
+            beside = f" beside {in_windows} bytes of layers with a window" if in_windows else ""
             raise ConfigError(
-                f"max_bytes={self.max_bytes} is room for {entries} entries of {bytes_per_entry} bytes, but "
-                f"first_tokens + recent_tokens + span_tokens are {least}. Give at least {least * bytes_per_entry}."
+                f"max_bytes={self.max_bytes} is room for {entries} entries of {bytes_per_entry} bytes{beside}, but "
+                "first_tokens + recent_tokens + span_tokens are "
+                f"{least}. Give at least {in_windows + least * bytes_per_entry}."
             )
         return EntryBudget(
             first_tokens=self.first_tokens,

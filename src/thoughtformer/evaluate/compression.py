@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thoughtformer.compression.method import Method, cached_entries
+from thoughtformer.compression.method import Method, cached_entries, read_ids
 from thoughtformer.compression.model import CompressedModel
 from thoughtformer.compression.registry import METHODS, settings_of
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, CorpusError
+from thoughtformer.rules.schedule import RowProgress
 
 __all__ = ["Blocks", "MethodScore", "equal_methods", "sample_blocks", "score_method", "solve", "summarise"]
 
@@ -187,7 +188,7 @@ def score_method(
         hidden = compressed.read(ids, real, None, wanted=wanted)
         targets = ids[:, blocks.first_scored :].reshape(-1).to(hidden.device)
         for part in range(0, len(targets), 1024):
-            logits = backbone.head()(hidden[part : part + 1024]).float()
+            logits = backbone.logits(hidden[part : part + 1024]).float()
             total += float(F.cross_entropy(logits, targets[part : part + 1024], reduction="sum"))
     mean, peak = mean_entries(compressed.method, blocks)
     seen = np.arange(1, len(blocks.ids[0]) + 1)[blocks.first_scored :].mean()
@@ -198,12 +199,29 @@ def score_method(
         achieved_removed=1 - mean / float(seen),
         mean_entries=mean,
         peak_entries=peak,
-        mean_kv_bytes=mean * backbone.kv_bytes_per_entry(),
+        mean_kv_bytes=_mean_kv_bytes(compressed, blocks, mean),
         bits_per_byte=total / math.log(2) / blocks.num_bytes,
         loss_nats=total / blocks.num_scored,
         num_tokens=blocks.num_scored,
         seed=seed,
     )
+
+
+def _mean_kv_bytes(compressed: CompressedModel, blocks: Blocks, mean_entries: float) -> float:
+    """Bytes of what a scored token can read, and of what layers with a window hold beside that."""
+    backbone, groups = compressed.backbone, compressed.groups
+    total = mean_entries * backbone.kv_bytes_per_entry(len(groups[0].layers))
+    if len(groups) > 1:
+        held = []
+        for ids in blocks.ids if compressed.method.reads_ids else blocks.ids[:1]:
+            row = RowProgress()
+            for token in ids:
+                held.append([stored + 1 for stored in compressed.num_stored(row)])
+                read_ids(compressed.method, row, [token])
+        scored = np.array(held).reshape(-1, len(blocks.ids[0]), len(groups))[:, blocks.first_scored :]
+        for group, entries in zip(groups[1:], scored.mean(axis=(0, 1))[1:], strict=True):
+            total += float(entries) * backbone.kv_bytes_per_entry(len(group.layers))
+    return total
 
 
 def summarise(scores: Iterable[MethodScore]) -> Iterator[dict[str, Any]]:

@@ -136,6 +136,6 @@ def _likelihood(compressed: CompressedModel, rows: list[list[int]], num_asked: i
     wanted = torch.zeros_like(real)
     wanted[:, -num_asked - 1 : -1] = True
     hidden = compressed.read(ids, real, None, wanted=wanted)
-    logits = compressed.backbone.head()(hidden).float().view(len(rows), num_asked, -1)
+    logits = compressed.backbone.logits(hidden).float().view(len(rows), num_asked, -1)
     targets = ids[:, -num_asked:].to(logits.device)
     return -F.cross_entropy(logits.mT, targets, reduction="none").mean(dim=1).cpu()

@@ -21,20 +21,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thoughtformer.attention.rotary import Rotary
-from thoughtformer.errors import UnsupportedError
+from thoughtformer.cache.groups import LayerGroup
+from thoughtformer.errors import ThoughtformerError, UnsupportedError
+from thoughtformer.models.acceptance import check_configuration, check_told, prove, windows_of
 from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
 from thoughtformer.models.gpthf.layers import Angles, Layer, LayerAttention
-from thoughtformer.models.handed_in import BACKENDS, Acting, Attend, HandedIn, Original, acting, hand_in
+from thoughtformer.models.handed_in import (
+    BACKENDS,
+    SCORE_ARGUMENTS,
+    Acting,
+    Attend,
+    HandedIn,
+    Original,
+    acting,
+    hand_in,
+)
 
-__all__ = ["SUPPORTED_MODELS", "Attend", "Backbone", "Original", "Rotation", "backbone_of", "bare_model"]
-
-#: transformers' `model_type`s whose attention is proven to be replaceable (tests/contract/test_backbones.py).
-SUPPORTED_MODELS = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
+__all__ = ["Attend", "Backbone", "Original", "Rotation", "backbone_of", "bare_model"]
 
 #: Turns rotated queries or keys by so many positions more; None for models whose positions are not rotations.
 Rotation = Callable[
     [Float[Tensor, "batch heads seq head_dim"], Int[Tensor, "batch seq"]], Float[Tensor, "batch heads seq head_dim"]
 ]
+
+
+#: What configurations say of logits behind the head.
+LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,8 @@ class Backbone(ABC):
         self.attention_modules: list[nn.Module] = []
         #: The modules around these, which are called with all that a pass hands in.
         self.layer_modules: list[nn.Module] = []
+        #: How many of the last tokens each layer reads, itself included; None: all.
+        self.windows: list[int | None] = []
         self._seen: list[_Layer] = []
         self._follows_model = self._keys_are_as_model = True
 
@@ -109,6 +123,33 @@ class Backbone(ABC):
         return int(self.config.max_position_embeddings)
 
     @property
+    def text_limit(self) -> int | None:
+        """Longest text that can be compressed at all: the widest window, where no layer reads more; None: any."""
+        return (
+            max((window for window in self.windows if window is not None), default=None) if all(self.windows) else None
+        )
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """Layers that attend alike; those first that a method acts on.
+
+        A window as wide as any text is none. Where every layer has a window, those with the widest are the first, and
+        no text may be longer (`text_limit`).
+        """
+        limit = self.text_limit
+        widest = self.max_tokens if limit is None else min(limit, self.max_tokens)
+        windows = [None if window is None or window >= widest else window for window in self.windows]
+        by_window: dict[int | None, list[int]] = {None: []}
+        for layer, window in enumerate(windows):
+            by_window.setdefault(window, []).append(layer)
+        return [LayerGroup(tuple(layers), window) for window, layers in by_window.items()]
+
+    @property
+    def shapes_scores(self) -> str | None:
+        """What the model's own attention does to scores beside scaling them, by name; None: nothing."""
+        return None
+
+    @property
     def rotation(self) -> Rotation | None:
         """How this model's positions turn queries and keys; None if they are learned."""
         return None
@@ -118,8 +159,23 @@ class Backbone(ABC):
         return cast(nn.Module, self.model.get_input_embeddings())(input_ids)
 
     def head(self) -> nn.Module:
-        """What makes logits from hidden states."""
+        """The last layer, from hidden states to scores of tokens."""
         return cast(nn.Module, self.model.get_output_embeddings())
+
+    @property
+    def head_is_all(self) -> bool:
+        """Logits are the head's scores as they are."""
+        return not any(getattr(self.config, name, None) for name in LOGIT_SETTINGS)
+
+    def logits(self, hidden_states: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocab"]:
+        """The head's scores, scaled and capped as the model does it."""
+        logits, config = self.head()(hidden_states), self.config
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if not cap else torch.tanh(logits / cap) * cap
 
     @abstractmethod
     def forward(
@@ -138,9 +194,10 @@ class Backbone(ABC):
             on: what an adapter acts on; None for the model as it is.
         """
 
-    def kv_bytes_per_entry(self) -> int:
-        """Keys and values of one entry in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def kv_bytes_per_entry(self, num_layers: int | None = None) -> int:
+        """Keys and values of one entry in so many layers; None: all."""
+        num_layers = self.num_layers if num_layers is None else num_layers
+        return 2 * num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def _probe(self, through: Callable[[Tensor, Tensor, Attend], Any]) -> None:
         """Runs two tokens to learn shapes and places, and to see that every layer really asks for its attention."""
@@ -162,6 +219,7 @@ class Backbone(ABC):
                 f"attention, with (heads, width) {sorted(shapes)}. It can't be compressed."
             )
         self._seen = [seen[layer] for layer in range(len(seen))]
+        self.windows = self.windows or [None] * len(seen)
         self._follows_model = {layer.device for layer in self._seen} == {self.model.device}
         self._keys_are_as_model = {layer.dtype for layer in self._seen} == {self.model.dtype}
 
@@ -171,51 +229,50 @@ class TransformersBackbone(Backbone):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._check()
+        #: The rotation once it was looked for.
+        self._rotation: tuple[Rotation | None] | None = None
+        check_configuration(model)
+        self._check_backend()
         self._release = hand_in(model, self)
         asked: dict[int, nn.Module] = {}
+        told: dict[int, dict[str, Any]] = {}
 
         def through(inputs_embeds: Tensor, position_ids: Tensor, attend: Attend) -> None:
             handed_in = HandedIn(attend)
             self._through(inputs_embeds, position_ids, handed_in)
             asked.update(handed_in.asked)
+            told.update(handed_in.told)
 
         try:
             self._probe(through)
-        except BaseException:
+            check_told(model, told)
+            self.windows = windows_of(told)
+            self._score_arguments = [
+                name for name in SCORE_ARGUMENTS if any(of.get(name) is not None for of in told.values())
+            ]
+            prove(model, self.windows, self._logits_by)
+        except BaseException as error:
             self.close()
-            raise
+            if isinstance(error, ThoughtformerError) or not isinstance(error, Exception):
+                raise
+            raise UnsupportedError(
+                f"{type(model).__name__} can't be run with its attention handed in: {type(error).__name__}: {error}"
+            ) from error
         self.attention_modules = [asked[layer] for layer in range(self.num_layers)]
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         self.layer_modules = [parents[module] for module in self.attention_modules]
 
+    def _logits_by(self, input_ids: Tensor, attend: Attend) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.logits(self.forward(self.embed(input_ids), positions, attend))
+
     def close(self) -> None:
         self._release()
 
-    def _check(self) -> None:
-        name, config = type(self.model).__name__, self.config
-        if config.model_type not in SUPPORTED_MODELS:
-            raise UnsupportedError(
-                f"{name} (model_type {config.model_type!r}) is not among the architectures that compression is proven "
-                f"for: {', '.join(SUPPORTED_MODELS)}, and the plain GPT of this package."
-            )
-        self._check_backend()
-        windows = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
-        if windows or (getattr(config, "sliding_window", None) and config.model_type == "mistral"):
-            raise UnsupportedError(
-                f"{name} has layers of {', '.join(sorted(windows)) or 'sliding-window attention'}: their window would "
-                "not be respected. Models with full attention in every layer can be compressed."
-            )
-        if getattr(config, "reorder_and_upcast_attn", False):
-            raise UnsupportedError(f"{name}: reorder_and_upcast_attn=True bypasses the attention interface.")
-        if getattr(config, "rope_parameters", None) and config.rope_parameters.get("rope_type") in (
-            "dynamic",
-            "longrope",
-        ):
-            raise UnsupportedError(
-                f"{name}: rope_type={config.rope_parameters['rope_type']!r} changes the rotations of a text as it "
-                "grows, so that a compressed text can't equal a whole one."
-            )
+    @property
+    def shapes_scores(self) -> str | None:
+        names = {"softcap": "caps its scores", "s_aux": "has a sink in its softmax"}
+        return " and ".join(names[name] for name in self._score_arguments) or None
 
     def _check_backend(self) -> None:
         backend = self.config._attn_implementation
@@ -227,10 +284,14 @@ class TransformersBackbone(Backbone):
 
     @property
     def rotation(self) -> Rotation | None:
-        rotary = next((part for part in self.model.modules() if hasattr(part, "inv_freq")), None)
-        if rotary is None:
+        if self._rotation is None:
+            self._rotation = (self._found_rotation(),)
+        return self._rotation[0]
+
+    def _found_rotation(self) -> Rotation | None:
+        frequency = self._frequency()
+        if frequency is None:
             return None
-        frequency = cast(Tensor, rotary.inv_freq)
 
         def turn(states: Tensor, offset: Tensor) -> Tensor:
             angle = offset.to(torch.float32)[..., None] * frequency.to(offset.device)
@@ -239,7 +300,51 @@ class TransformersBackbone(Backbone):
             first, second = turned.chunk(2, dim=-1)
             return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
+        # Nothing attends, so that only positions tell queries of one token apart.
+        here, there = self._queries(0), self._queries(5)
+        for layer in self.groups[0].layers:
+            turned = turn(here[layer], torch.tensor([[5, 5]], device=here[layer].device))
+            if not torch.allclose(turned, there[layer], rtol=0, atol=0.01 * float(here[layer].abs().max())):
+                raise self._not_understood()
         return turn
+
+    def _not_understood(self) -> UnsupportedError:
+        return UnsupportedError(f"{type(self.model).__name__} turns queries in a way that isn't understood.")
+
+    @torch.no_grad()
+    def _queries(self, position: int) -> dict[int, Tensor]:
+        """Each layer's queries of two tokens from a position on."""
+        queries: dict[int, Tensor] = {}
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+            queries[layer] = query
+            return torch.zeros_like(query)
+
+        device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+        positions = torch.arange(position, position + 2, device=device)[None]
+        with torch.random.fork_rng(enabled=self.model.training):
+            self.forward(self.embed(torch.zeros_like(positions)), positions, cast(Attend, attend))
+        return queries
+
+    def _frequency(self) -> Tensor | None:
+        """Angles that one position turns the queries of the layers that a method acts on; None: learned positions.
+
+        Raises:
+            UnsupportedError: rotations that aren't understood, or differ among these layers.
+        """
+        kinds = getattr(self.config, "layer_types", None)
+        names = {f"{kinds[layer]}_inv_freq" for layer in self.groups[0].layers} if kinds else set()
+        found = [
+            getattr(part, name)
+            for part in self.model.modules()
+            for name in ("inv_freq", *sorted(names))
+            if isinstance(getattr(part, name, None), Tensor)
+        ]
+        if any(not torch.equal(frequency, found[0]) for frequency in found[1:]) or (
+            not found and getattr(self.config, "rope_parameters", None)
+        ):
+            raise self._not_understood()
+        return found[0] if found else None
 
     def forward(
         self,

@@ -28,10 +28,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ACTING", "BACKENDS", "Acting", "Attend", "HandedIn", "Original", "acting", "hand_in"]
+__all__ = ["ACTING", "BACKENDS", "SCORE_ARGUMENTS", "Acting", "Attend", "HandedIn", "Original", "acting", "hand_in"]
 
 #: Attention backends that read a mask of ours.
 BACKENDS = ("sdpa", "eager")
+#: What a module may tell its attention of how scores become weights (a cap, a sink): only its own attention applies it.
+SCORE_ARGUMENTS = ("softcap", "s_aux")
 PREFIX = "thoughtformer_"
 
 
@@ -97,13 +99,15 @@ def acting(on: Acting | None) -> Iterator[None]:
 class HandedIn:
     """What one call hands to the model: attention, and what its adapter acts on.
 
-    One object, because accelerate's hooks copy containers. It notes which module asked for a layer's attention.
+    One object, because accelerate's hooks copy containers. It notes which module asked for a layer's attention, and
+    what else it told.
     """
 
     def __init__(self, attend: Attend, acting: Acting | None = None) -> None:
         self.attend = attend
         self.acting = acting
         self.asked: dict[int, nn.Module] = {}
+        self.told: dict[int, dict[str, Any]] = {}
 
 
 class _StandIn:
@@ -241,6 +245,8 @@ def _implementation(backend: str) -> Callable[..., Any]:
             return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         layer = cast(int, module.layer_idx)
         handed_in.asked[layer] = module
+        handed_in.told[layer] = kwargs
+        scores = {name: kwargs[name] for name in SCORE_ARGUMENTS if kwargs.get(name) is not None}
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
         def original(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -252,7 +258,7 @@ def _implementation(backend: str) -> Callable[..., Any]:
                 shape = (query.shape[2], key.shape[2])
                 hidden = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1 + shape[1] - shape[0])
                 mask = query.new_zeros(shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
-            return own(module, query, key, value, mask, scaling=scaling, dropout=dropout)[0].transpose(1, 2)
+            return own(module, query, key, value, mask, scaling=scaling, dropout=dropout, **scores)[0].transpose(1, 2)
 
         output = handed_in.attend(layer, query, key, value, scale=scale, dropout=dropout, original=original)
         return output.transpose(1, 2), None

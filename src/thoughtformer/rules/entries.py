@@ -28,7 +28,7 @@ from torch import Tensor
 from thoughtformer.attention.blocks import AttentionPlan
 from thoughtformer.rules.plans import BLOCK_QUERIES, plan_of_runs
 
-__all__ = ["FOREVER", "OPEN", "PADDING", "TOKEN", "Entries", "entries_mask", "entries_plan"]
+__all__ = ["FOREVER", "OPEN", "PADDING", "TOKEN", "Entries", "entries_mask", "entries_plan", "in_window"]
 
 #: What an entry is, its `order`: a token, the sentinel that opens a span, its summaries from `OPEN + 1` on, nothing.
 TOKEN, OPEN, PADDING = 0, 1, -1
@@ -70,6 +70,18 @@ class Entries:
         return Entries(
             *(torch.cat([getattr(self, field.name), getattr(other, field.name)], dim=-1) for field in fields(self))
         )
+
+
+def in_window(entries: Entries, window: int) -> Entries:
+    """The entries as a layer sees them whose tokens read the last `window` tokens, themselves included.
+
+    Such a layer forgets by itself: what is dropped or folded elsewhere stays readable while it is near, and no token
+    reads a summary. Sentinels read their span here as well, however far back it is.
+    """
+    is_token = entries.order == TOKEN
+    since = torch.where(is_token, entries.since, FOREVER)
+    until = torch.where(is_token, entries.position + (window - 1), entries.until)
+    return Entries(position=entries.position, order=entries.order, span=entries.span, since=since, until=until)
 
 
 def visible(query: Entries, key: Entries, *, see_earlier: bool = False) -> Bool[Tensor, "*both"]:

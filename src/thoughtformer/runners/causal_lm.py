@@ -104,27 +104,27 @@ class CausalLMRunner(Runner):
         cache: RowsCache,
     ) -> Float[Tensor, "wanted vocab"]:
         assert isinstance(cache, CompressedCache)
-        return self.model.backbone.head()(self.model.read(ids, real, cache, wanted=wanted))
+        return self.model.backbone.logits(self.model.read(ids, real, cache, wanted=wanted))
 
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
-        method, row = self.model.method, RowProgress()
-        most = 0
-        for token in prompt:
+        model, method, row = self.model, self.model.method, RowProgress()
+        most = [0] * len(model.groups)
+        for token in [*prompt, *([] if method.reads_ids else [0] * num_new_tokens)]:
             read_ids(method, row, [token])
-            most = max(most, method.num_stored(row))
+            most = [max(pair) for pair in zip(most, model.num_stored(row), strict=True)]
         if method.reads_ids:
             # Which tokens come isn't known. A fold makes the row no longer, unless it leaves several summaries.
-            each = max(1, method.num_summaries)
+            total, each = len(prompt) + num_new_tokens, max(1, method.num_summaries)
             longest = method.num_stored(row) + num_new_tokens
-            most = max(most, longest) if each == 1 else each * (len(prompt) + num_new_tokens)
-        else:
-            for _ in range(num_new_tokens):
-                read_ids(method, row, [0])
-                most = max(most, method.num_stored(row))
-        return {"entries": most}
+            most[0] = max(most[0], longest) if each == 1 else each * total
+            for number, group in enumerate(model.groups[1:], start=1):
+                assert group.window is not None
+                most[number] = total if method.num_sentinels_read else min(total, group.window - 1)
+        return {f"group {number}": entries for number, entries in enumerate(most)}
 
     def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
-        return self.model.cache_bytes(max(row["entries"] for row in most_entries), len(most_entries))
+        longest = [max(row[name] for row in most_entries) for name in most_entries[0]]
+        return self.model.cache_bytes(longest, len(most_entries))
 
     def weights_state(self) -> bytes | None:
         return self.model.weights_state()
@@ -175,8 +175,11 @@ class _Follower(ContextFollower):
         return RequestContext(
             closed_sentences=closed,
             open_tokens=still_open,
-            held_bytes=model.cache_bytes(int(cache.num_entries[index]), 1),
-            plain_bytes=len(ids) * model.backbone.kv_bytes_per_entry(),
+            held_bytes=model.cache_bytes([int(lengths[index]) for lengths in cache.store.lengths_by_group()], 1),
+            plain_bytes=sum(
+                min(len(ids), group.window or len(ids)) * model.backbone.kv_bytes_per_entry(len(group.layers))
+                for group in model.groups
+            ),
             folded=folded,
             rest=self.runner.decode(ids[start:]) if has_folded else None,
         )

@@ -129,9 +129,9 @@ class AdapterTraining(nn.Module):
             hidden = backbone.forward(backbone.embed(ids), positions, plain)  # LoRA doesn't act unless told so
             padded = states.new_zeros(*input_ids.shape, hidden.shape[-1])
             padded[is_token] = hidden[where].to(padded.dtype)
-            target = backbone.head()(padded[scored]).float().log_softmax(dim=-1)
+            target = backbone.logits(padded[scored]).float().log_softmax(dim=-1)
         self.compressed.train(was_training)
-        logits = backbone.head()(states).float().log_softmax(dim=-1)
+        logits = backbone.logits(states).float().log_softmax(dim=-1)
         return F.kl_div(logits, target, reduction="sum", log_target=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -147,9 +147,9 @@ def _cross_entropy(
     weights: Float[Tensor, " scored"],
 ) -> Tensor:
     head = backbone.head()
-    if isinstance(head, nn.Linear) and head.bias is None:
+    if isinstance(head, nn.Linear) and head.bias is None and backbone.head_is_all:
         return chunked_cross_entropy(states, head.weight, targets, weights, lambda logits, part: None)[0]
-    return (F.cross_entropy(head(states).float(), targets, reduction="none") * weights).sum()
+    return (F.cross_entropy(backbone.logits(states).float(), targets, reduction="none") * weights).sum()
 
 
 class AdapterTrainer(WholeCheckpointTrainer):

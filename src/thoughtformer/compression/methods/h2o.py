@@ -35,6 +35,7 @@ class HeavyHitters(Method):
     name = "h2o"
     can_join = False
     can_train = False
+    computes_scores = True
     needs_store = True
     max_entries: int = 64
     recent_fraction: float = 0.5

@@ -32,6 +32,7 @@ class StreamingLLM(Method):
 
     name = "streaming"
     needs_store = True
+    computes_scores = True
     max_entries: int = 64
     first_tokens: int = 4
 
@@ -43,6 +44,10 @@ class StreamingLLM(Method):
             raise ConfigError(
                 f"max_entries={self.max_entries} leaves no window beside first_tokens={self.first_tokens}."
             )
+
+    def check(self, backbone: Backbone) -> None:
+        if backbone.rotation is not None:
+            super().check(backbone)
 
     def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
         if row.num_tokens >= self.max_entries:
