@@ -14,7 +14,7 @@ import torch
 from thoughtformer.bench.peers import PEERS, PeerProcess, find_peer
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.compression import METHODS, compress
-from thoughtformer.compression.adapter import read_adapter_manifest
+from thoughtformer.compression.registry import trained_with
 from thoughtformer.convert.llama import export_llama
 from thoughtformer.errors import ConfigError, InputError, nearest
 from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
@@ -22,7 +22,7 @@ from thoughtformer.evaluate.compression import Blocks, MethodScore, sample_block
 from thoughtformer.evaluate.planted_facts import plant_facts, score_recall
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.loading import BUNDLED_ADAPTERS, load, load_gpthf, resolve
+from thoughtformer.models.loading import load, load_gpthf
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.plain import document_tokenizer
 
@@ -117,13 +117,6 @@ def _base(options: QualityOptions) -> tuple[Any, Any, int]:
     return model, document_tokenizer(tokenizer), options.context_tokens or int(model.config.max_position_embeddings)
 
 
-def _sentinels(options: QualityOptions) -> dict[str, Any]:
-    if options.adapter is None:
-        return {}
-    manifest = read_adapter_manifest(resolve(options.adapter, BUNDLED_ADAPTERS))
-    return {name: manifest[name] for kind in METHODS.values() for name in kind.trained_settings if name in manifest}
-
-
 def _names(options: QualityOptions) -> list[str]:
     return [name for name in options.methods if options.adapter is not None or not METHODS[name].needs_adapter]
 
@@ -162,7 +155,7 @@ def compression(options: QualityOptions) -> Iterator[Record]:
 def _score(
     options: QualityOptions, model: Any, tokenizer: Any, name: str, removed: float, blocks: Blocks, seed: int
 ) -> MethodScore:
-    method = solve(name, removed, blocks, seed=seed, trained=_sentinels(options), tokenizer=tokenizer)
+    method = solve(name, removed, blocks, seed=seed, trained=trained_with(options.adapter), tokenizer=tokenizer)
     with compress(model, method, adapter=options.adapter if method.needs_adapter else None) as compressed:
         return score_method(compressed, blocks, removed=removed, seed=seed)
 
@@ -267,7 +260,12 @@ def recall(options: QualityOptions) -> Iterator[Record]:
             options.on_progress(f"recall: {name} at {removed:.0%} removed")
             try:
                 method = solve(
-                    name, removed, blocks, seed=options.seeds[0], trained=_sentinels(options), tokenizer=tokenizer
+                    name,
+                    removed,
+                    blocks,
+                    seed=options.seeds[0],
+                    trained=trained_with(options.adapter),
+                    tokenizer=tokenizer,
                 )
             except ConfigError as error:
                 place = {**workload, "removed": removed}

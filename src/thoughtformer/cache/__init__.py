@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from thoughtformer.cache.gpthf import GPTHFCache
 from thoughtformer.cache.rows import distinct_storage_bytes
-from thoughtformer.cache.stage import StageCache, stage_bytes
+from thoughtformer.cache.stage import StageCache
 
-__all__ = ["GPTHFCache", "StageCache", "distinct_storage_bytes", "stage_bytes"]
+__all__ = ["GPTHFCache", "StageCache", "distinct_storage_bytes"]

@@ -29,17 +29,14 @@ KEY = "thoughtformer"
 IDS = "ids"
 
 
-def write_saved(
-    path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, replace: bool = True
-) -> None:
-    """Writes a file, whole or not at all.
+def write_saved(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file, whole or not at all; one of that name is replaced.
 
     Args:
         path: its name.
         kind: `context` or `session`.
         manifest: plain values.
         tensors: by name.
-        replace: whether a file of that name may be there.
 
     Raises:
         OutputError: it can't be written.
@@ -47,7 +44,7 @@ def write_saved(
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     values = {"version": FORMAT_VERSION, "kind": kind, "manifest": dict(manifest)}
     told = json.dumps(values | {"digest": _digest(values, saved)})
-    with new_file(path, replace=replace) as draft:
+    with new_file(path, replace=True) as draft:
         # Not save_file: that makes a temporary file of its own, which stays if the process is killed.
         draft.write_bytes(save(saved, metadata={KEY: told}))
 

@@ -9,37 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from thoughtformer.attention.cached import CachedAttention
-from thoughtformer.cache.slots import RowSlots, slots_bytes
+from thoughtformer.cache.slots import RowSlots
 from thoughtformer.rules import RowCounters, TokenStructure, VisibilityRule
 
-__all__ = ["StageCache", "stage_bytes"]
+__all__ = ["FIELDS", "StageCache"]
 
 #: What is known of an entry beside its keys and values.
 FIELDS = ("document", "sentence", "offset", "position", "is_end")
-
-
-def stage_bytes(
-    rule: VisibilityRule,
-    *,
-    num_layers: int,
-    num_rows: int,
-    longest_row_entries: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> int:
-    """Bytes of a committed stage cache, block rounding included; what `StageCache.tensors()` must measure."""
-    return slots_bytes(
-        len(FIELDS),
-        num_layers=num_layers,
-        num_rows=num_rows,
-        longest_row_entries=longest_row_entries,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        block_entries=rule.block_entries,
-        block_growth=rule.block_growth,
-    )
 
 
 class StageCache(RowSlots):

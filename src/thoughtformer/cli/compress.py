@@ -223,19 +223,15 @@ def _scores(
     batch_size: int,
 ) -> Iterator[MethodScore | dict[str, Any]]:
     """Scores; and for what can't hold as many entries, the method, the fraction, and why."""
-    from thoughtformer.compression import METHODS, compress
-    from thoughtformer.compression.adapter import SentinelAdapter, read_adapter_manifest
+    from thoughtformer.compression import compress
+    from thoughtformer.compression.adapter import SentinelAdapter
+    from thoughtformer.compression.registry import trained_with
     from thoughtformer.evaluate.compression import score_method, solve
     from thoughtformer.models.backbone import backbone_of
     from thoughtformer.models.fingerprint import fingerprint
     from thoughtformer.models.loading import BUNDLED_ADAPTERS, resolve
 
-    sentinels: dict[str, Any] = {}
-    if adapter is not None:
-        manifest = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
-        sentinels = {
-            name: manifest[name] for kind in METHODS.values() for name in kind.trained_settings if name in manifest
-        }
+    sentinels = trained_with(adapter)
     injected = None
     if lora and adapter is not None:
         injected = SentinelAdapter.load(

@@ -179,7 +179,7 @@ def open_model(
 def _method(asked: Compression, tokenizer: Any, config: Any) -> Method:
     from thoughtformer.compression.context import read_manifest
     from thoughtformer.compression.folding import Folding
-    from thoughtformer.compression.registry import METHODS, make_method, method_from
+    from thoughtformer.compression.registry import METHODS, make_method, method_from, trained_with
 
     if asked.context is not None:
         manifest = read_manifest(asked.context)
@@ -196,23 +196,11 @@ def _method(asked: Compression, tokenizer: Any, config: Any) -> Method:
         if wrong:
             raise InputError(f"{', '.join(wrong)}: for methods that fold; {name} drops tokens.")
         return make_method(name, settings if asked.removed is None else settings | {"removed": asked.removed})
-    trained = _trained(asked, name)
+    trained = trained_with(asked.adapter, [name])
     policy = _policy(asked, tokenizer, config, trained)
     known = [field.name for field in fields(policy)]
     of_policy = {setting: settings.pop(setting) for setting in list(settings) if setting in known}
     return make_method(name, trained | settings | {"policy": replace(policy, **of_policy)})
-
-
-def _trained(asked: Compression, name: str) -> dict[str, Any]:
-    """The settings that the adapter was trained with."""
-    from thoughtformer.compression.adapter import read_adapter_manifest
-    from thoughtformer.compression.registry import METHODS
-    from thoughtformer.names import BUNDLED_ADAPTERS, resolve
-
-    if asked.adapter is None:
-        return {}
-    values = read_adapter_manifest(resolve(asked.adapter, BUNDLED_ADAPTERS))
-    return {setting: values[setting] for setting in METHODS[name].trained_settings}
 
 
 def _policy(asked: Compression, tokenizer: Any, config: Any, trained: dict[str, Any]) -> Any:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, EntrySlots, Store
 from thoughtformer.cache.slots import slots_bytes
@@ -21,7 +20,7 @@ from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.compression.on_cache import AttendOnCache
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, UnsupportedError
-from thoughtformer.models.backbone import Backbone, Original
+from thoughtformer.models.backbone import Attend, Backbone
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
 __all__ = ["METHODS", "PassAttention", "Method", "cached_entries", "read_ids"]
@@ -33,20 +32,8 @@ MethodKind = TypeVar("MethodKind", bound="Method")
 
 
 @runtime_checkable
-class PassAttention(Protocol):
-    """The attention of one forward pass, called layer by layer; `models.backbone.Attend` with an end."""
-
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        dropout: float,
-        original: Original,
-    ) -> Tensor: ...
+class PassAttention(Attend, Protocol):
+    """The attention of one forward pass, called layer by layer, with an end."""
 
     def finish(self) -> None:
         """All layers are done: what no later token may read is dropped from the store."""

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import thoughtformer.compression.methods  # noqa: F401  registers them
+from thoughtformer.compression.adapter import read_adapter_manifest
 from thoughtformer.compression.method import METHODS, Method
 from thoughtformer.compression.policies import POLICIES, Policy, RemovedFraction
 from thoughtformer.errors import ConfigError, nearest
-from thoughtformer.names import nearest_method
+from thoughtformer.names import BUNDLED_ADAPTERS, nearest_method, resolve
 
-__all__ = ["METHODS", "make_method", "method_from", "settings_of"]
+__all__ = ["METHODS", "make_method", "method_from", "settings_of", "trained_with"]
+
+
+def trained_with(adapter: str | Path | None, methods: Iterable[str] = METHODS) -> dict[str, Any]:
+    """The settings of these methods that an adapter was trained with; a bundled one by its name.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    if adapter is None:
+        return {}
+    manifest = read_adapter_manifest(resolve(adapter, BUNDLED_ADAPTERS))
+    names = [name for method in methods for name in METHODS[method].trained_settings]
+    return {name: manifest[name] for name in names if name in manifest}
 
 
 def settings_of(method: Method) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 
-from thoughtformer.engine.request import Request
 from thoughtformer.engine.scheduler import Scheduler
 
 __all__ = ["Worker"]
@@ -51,10 +50,6 @@ class Worker:
         self._thread.join(timeout)
         if self._thread.is_alive():
             logger.error("a round takes longer than %g seconds: its requests are left to it", timeout)
-
-    def cancel(self, request: Request) -> None:
-        """See `Scheduler.cancel`."""
-        self.scheduler.cancel(request)
 
     def _run(self) -> None:
         try:

@@ -204,6 +204,11 @@ class Backbone(ABC):
         seen: dict[int, _Layer] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+            if value.shape != key.shape:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} has keys of width {key.shape[3]} and values of width "
+                    f"{value.shape[3]}: it can't be compressed."
+                )
             seen[layer] = _Layer(num_kv_heads=key.shape[1], head_dim=key.shape[3], dtype=key.dtype, device=key.device)
             return query
 

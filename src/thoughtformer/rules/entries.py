@@ -65,12 +65,6 @@ class Entries:
     def to(self, device: torch.device) -> Entries:
         return self if self.position.device == device else self.map(lambda field: field.to(device))
 
-    def beside(self, other: Entries) -> Entries:
-        """These entries, then `other`'s, row by row."""
-        return Entries(
-            *(torch.cat([getattr(self, field.name), getattr(other, field.name)], dim=-1) for field in fields(self))
-        )
-
 
 def in_window(entries: Entries, window: int) -> Entries:
     """The entries as a layer sees them whose tokens read the last `window` tokens, themselves included.

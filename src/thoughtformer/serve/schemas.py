@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message"]
 
@@ -37,6 +37,17 @@ OFF: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
 }
+#: Keys that say nothing about the text: `prediction` is about speed, `parallel_tool_calls` about tools that there are not.
+IGNORED = (
+    "store",
+    "metadata",
+    "service_tier",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+)
 Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
 #: Wrong values are told of one by one: a long list of them must not become a long list of errors.
 Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
@@ -98,7 +109,11 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": self.role, "content": self.text}
 
 
-class GenerationRequest(_Strict):
+#: What else is taken: each of `OFF` and `IGNORED` is a key, whatever its value.
+_Keys: Any = create_model("_Keys", __base__=_Strict, **dict.fromkeys((*OFF, *IGNORED), (Any, None)))  # type: ignore[call-overload]
+
+
+class GenerationRequest(_Keys):
     """What completions and chats share.
 
     `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `session` and `return_context` aren't
@@ -122,42 +137,7 @@ class GenerationRequest(_Strict):
     return_context: bool = False
 
     best_of: Any = None
-    echo: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    suffix: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    min_tokens: Any = None
-    length_penalty: Any = None
-    use_beam_search: Any = None
-    skip_special_tokens: Any = None
-    include_stop_str_in_output: Any = None
-    add_generation_prompt: Any = None
-    continue_final_message: Any = None
-    chat_template_kwargs: Any = None
-    # These say nothing about the text: `prediction` is about speed, `parallel_tool_calls` about tools, of which there
-    # are none.
     user: Any = None
-    store: Any = None
-    metadata: Any = None
-    service_tier: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
 
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:

@@ -227,20 +227,11 @@ def train_adapter(
 ) -> AdapterTrainingResult:
     """Trains sentinels for a base model and writes the adapter and its recipe to `out`.
 
-    Args:
-        recipe: the run.
-        base: the model, as `load` takes it.
-        data: sources as `Corpus` takes them.
-        out: a new or empty folder, unless `resume` or `overwrite` is set.
-        resume: go on from the last checkpoint in `out`, with exactly the steps that would have followed.
-        overwrite: remove the run that is in `out`.
-        column: where records of .jsonl, .parquet and `datasets` hold their text.
-        half: write the adapter in float16.
-        on_tokenised: told of each tokenised document: how many so far, and its bytes.
-        on_start: told when the text is ready and training starts.
+    Arguments and errors as for `train`, and those of a model that can't be compressed.
 
-    Raises:
-        OutputError, CorpusError, ConfigError, CheckpointError, UnsupportedError: as their names say.
+    Args:
+        base: the model, as `load` takes it.
+        half: write the adapter in float16.
     """
     out = Path(out)
     corpus = Corpus(sources=list(data), column=column, max_bytes=recipe.max_bytes, encoding=encoding)

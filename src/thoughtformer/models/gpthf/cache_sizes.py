@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from thoughtformer.cache import GPTHFCache, StageCache, stage_bytes
+from thoughtformer.cache import GPTHFCache, StageCache
+from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.cache.stage import FIELDS
 from thoughtformer.models.gpthf.configuration import GPTHFConfig
 from thoughtformer.models.gpthf.stages import Stage
@@ -68,14 +69,16 @@ def cache_bytes(
 ) -> int:
     """What `num_bytes()` of a committed cache must be; knows block sizes and nothing of the tensors."""
     stages = sum(
-        stage_bytes(
-            part.rule,
+        slots_bytes(
+            len(FIELDS),
             num_layers=len(part.stage.layers),
             num_rows=num_rows,
             longest_row_entries=max(longest_row_entries[part.name], reserve_tokens if part.rule.keeps_all else 0),
             num_kv_heads=part.stage.shape.num_kv_heads,
             head_dim=part.stage.shape.head_dim,
             dtype=dtype,
+            block_entries=part.rule.block_entries,
+            block_growth=part.rule.block_growth,
         )
         for part in cached
     )
