@@ -37,7 +37,7 @@ OFF: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
 }
-#: Keys that say nothing about the text: `prediction` is about speed, `parallel_tool_calls` about tools that there are not.
+#: Keys that say nothing about the text; `parallel_tool_calls` is about tools, and there are none.
 IGNORED = (
     "store",
     "metadata",
