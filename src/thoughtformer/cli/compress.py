@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -287,7 +287,7 @@ def context(
     """
     from thoughtformer.errors import OutputError
 
-    asked = replace(compression, context=append)
+    asked = compression.on(append)
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists. Replace it with --overwrite, or name another.")
     if not asked.is_asked:

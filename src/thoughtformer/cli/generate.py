@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +88,7 @@ def generate(
         prompt, file = None, Path("-")
     if (prompt is None) == (file is None):
         raise InputError(NO_PROMPT)
-    asked = replace(compression, context=context)
+    asked = compression.on(context)
     # Editors end a file with a line break that is not meant as text.
     text = prompt if file is None else read_text(file, encoding).removesuffix("\n").removesuffix("\r")
     assert text is not None

@@ -74,7 +74,13 @@ class Compression:
     ] = None
     context: Path | None = None
 
-    def __post_init__(self) -> None:
+    def on(self, context: Path | None = None) -> Compression:
+        """What was said, of a saved context if one was given; raises `InputError` for what doesn't go together."""
+        asked = replace(self, context=context)
+        asked._check()
+        return asked
+
+    def _check(self) -> None:
         given = self.given
         if self.context is not None and (given or self.method is not None):
             wrong = ", ".join([*given, *["--method"] * (self.method is not None)])

@@ -101,6 +101,7 @@ def serve(
             f"--host {host} lets other machines in: set {TOKEN_VARIABLE} to a bearer token that they must send, or "
             "listen at 127.0.0.1."
         )
+    asked = compression.on()
     body_bytes, session_bytes = parse_size(max_body_size, "--max-body-size"), parse_size(session_size, "--session-size")
     assert body_bytes is not None
     assert session_bytes is not None
@@ -123,7 +124,7 @@ def serve(
     )
     set_threads(threads)
     _check_free(host, port)  # before the model is read
-    served, tokenizer = open_model(model, compression, allow_extrapolation=allow_extrapolation)
+    served, tokenizer = open_model(model, asked, allow_extrapolation=allow_extrapolation)
     with ExitStack() as stack:
         known = None
         if store is not None:
