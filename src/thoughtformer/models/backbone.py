@@ -267,9 +267,9 @@ class TransformersBackbone(Backbone):
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         self.layer_modules = [parents[module] for module in self.attention_modules]
 
-    def _logits_by(self, input_ids: Tensor, attend: Attend) -> Tensor:
+    def _logits_by(self, input_ids: Tensor, attend: Attend, last: int) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.logits(self.forward(self.embed(input_ids), positions, attend))
+        return self.logits(self.forward(self.embed(input_ids), positions, attend)[:, -last:])
 
     def close(self) -> None:
         self._release()
