@@ -72,7 +72,7 @@ _KVPRESS = {
 
 
 def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
-    """The folder behind a bundled name, a path, or a hub's name of what was downloaded before.
+    """The folder, or GGUF file, behind a bundled name, a path, or a hub's name of what was downloaded before.
 
     Raises:
         CheckpointError: none of these; names the closest of `bundled`.
@@ -84,7 +84,7 @@ def resolve(name_or_path: str | Path, bundled: Sequence[str] = BUNDLED) -> Path:
     if str(name_or_path) in BUNDLED:
         raise CheckpointError(f"{str(name_or_path)!r} is a model, not an adapter.{nearest('', bundled)}")
     path = Path(name_or_path)
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if HUB_NAME.fullmatch(str(name_or_path)) and not path.exists():
         from huggingface_hub import snapshot_download

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import random_text, tiny_model
-from thoughtformer import load
+from prose import tiny_pair
+from thoughtformer import compress, load
 from thoughtformer.convert.gguf import write_gguf
 from thoughtformer.convert.llama import as_llama, export_llama
-from thoughtformer.errors import OutputError, UnsupportedError
+from thoughtformer.errors import CheckpointError, OutputError, UnsupportedError
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["plain_heads", "grouped_heads"])
@@ -46,6 +47,31 @@ def test_exported_folder_reads_and_writes_the_same(tmp_path):
         torch.testing.assert_close(llama(ids).logits, model(ids).logits, rtol=0, atol=2e-4)
     with pytest.raises(OutputError, match="exists"):
         export_llama(model, tokenizer, tmp_path / "llama")
+
+
+def test_a_gguf_file_loads_and_can_be_compressed(tmp_path):
+    """What llama.cpp reads, `load` reads too: the same logits and ids, and a folder that it was saved to."""
+    pytest.importorskip("gguf")
+    model, tokenizer = tiny_pair(plain=True)
+    model = model.float()
+    write_gguf(model, tokenizer, tmp_path / "tiny.gguf")
+    loaded, theirs = load(tmp_path / "tiny.gguf")
+    text = "The sea was calm. It was late."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids[0, 1:].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+        with compress(loaded, "streaming", max_entries=8) as small:
+            assert small(ids).logits.isfinite().all()
+    loaded.save_pretrained(tmp_path / "folder")
+    theirs.save_pretrained(tmp_path / "folder")
+    again, _ = load(tmp_path / "folder")
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    for damaged in (b"no such file", whole[:3000], whole[: len(whole) // 2], whole[:-100]):
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="no causal LM that transformers can load"):
+            load(tmp_path / "damaged.gguf")
 
 
 def test_gguf_holds_the_weights(tmp_path):

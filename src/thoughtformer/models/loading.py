@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thoughtformer.errors import ArgumentError, CheckpointError, TokenizerError, nearest
+from thoughtformer.errors import ArgumentError, CheckpointError, TokenizerError, UnsupportedError, nearest
 from thoughtformer.files import read_json
 from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
 from thoughtformer.models.gpthf.configuration import GPTHFConfig
@@ -62,21 +63,28 @@ def load(
     """A causal LM in evaluation mode, and its tokenizer: of this package, or any of transformers in safetensors.
 
     Args:
-        name_or_path: `tiny-gpthf`, `tiny-gpt`, a folder with a causal LM, or a hub's name of one that was downloaded.
+        name_or_path: `tiny-gpthf`, `tiny-gpt`, a folder with a causal LM, a GGUF file of an architecture that
+            transformers reads from such, or a hub's name of one that was downloaded.
         dtype: default: what config.json says, float32 for the bundled ones; on the CPU float32.
         device: default: the CPU.
 
     Raises:
         CheckpointError: no such model; weights that are truncated, of another architecture, or pickled.
         TokenizerError: no tokenizer, or one that doesn't fit the model.
+        UnsupportedError: a GGUF file without the package that reads it.
     """
-    folder = resolve(name_or_path)
-    values = _config_values(folder)
-    if values.get("model_type") == GPTHFConfig.model_type:
-        return load_gpthf(folder, dtype=dtype, device=device)
-    _refuse_pickles(folder)
+    folder, file = resolve(name_or_path), {}
+    if folder.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise UnsupportedError('reading GGUF needs the package gguf: pip install "thoughtformer[bench]".')
+        folder, file = folder.parent, {"gguf_file": folder.name}
+    else:
+        values = _config_values(folder)
+        if values.get("model_type") == GPTHFConfig.model_type:
+            return load_gpthf(folder, dtype=dtype, device=device)
+        _refuse_pickles(folder)
     device = torch.device(device or "cpu")
-    if dtype is None and device.type == "cpu":
+    if dtype is None and (device.type == "cpu" or file):
         dtype = torch.float32
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,14 +94,20 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **file,
         )
         model, found = loaded
-    except UNLOADABLE as error:
+        if file:
+            # Its weights are plain ones now; with these, transformers would refuse to save it.
+            model.config.__dict__.pop("quantization_config", None)
+            model.hf_quantizer, model.is_quantized = None, False
+    # What reads GGUF raises whatever it comes across in a damaged file.
+    except Exception if file else UNLOADABLE as error:
         raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
     # transformers draws weights at random that a folder lacks, and says so in its log alone.
     _refuse_unfit(folder, {"lacks": found["missing_keys"], "has another shape of": found["mismatched_keys"]})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **file)
     except Exception as error:  # transformers and tokenizers raise what they like for a missing or malformed file
         raise TokenizerError(f"can't read a tokenizer in {folder}: {error}") from error
     if not tokenizer.is_fast:
