@@ -83,6 +83,8 @@ def load(
         if values.get("model_type") == GPTHFConfig.model_type:
             return load_gpthf(folder, dtype=dtype, device=device)
         _refuse_pickles(folder)
+    # What reads GGUF raises whatever it comes across in a damaged file.
+    unloadable = (Exception,) if file else UNLOADABLE
     device = torch.device(device or "cpu")
     if dtype is None and (device.type == "cpu" or file):
         dtype = torch.float32
@@ -101,8 +103,7 @@ def load(
             # Its weights are plain ones now; with these, transformers would refuse to save it.
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
-    # What reads GGUF raises whatever it comes across in a damaged file.
-    except Exception if file else UNLOADABLE as error:
+    except unloadable as error:
         raise CheckpointError(f"{folder} holds no causal LM that transformers can load: {error}") from error
     # transformers draws weights at random that a folder lacks, and says so in its log alone.
     _refuse_unfit(folder, {"lacks": found["missing_keys"], "has another shape of": found["mismatched_keys"]})
