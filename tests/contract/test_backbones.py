@@ -179,9 +179,26 @@ def test_a_window_as_wide_as_the_text_is_none():
     assert int(cache.num_entries[0]) < 20
     for view in (compressed, streaming):
         with pytest.raises(
-            ContextOverflowError, match="65 tokens, but every layer of MistralForCausalLM reads a window"
+            ContextOverflowError,
+            match="65 tokens, but layers of MistralForCausalLM that methods act on read a window of 64",
         ):
             view(random_ids(1, 65))
+
+
+def test_a_window_taken_for_none_never_begins_to_act():
+    """Wider than any text of the trained length, in some layers: an extrapolated text would come to its end."""
+    model = tiny_lm("qwen2", sliding_window=200, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    compressed = compress(model, "full", allow_extrapolation=True)
+    assert [group.window for group in compressed.groups] == [None]
+    with pytest.raises(ContextOverflowError, match="read a window of 200"):
+        compressed(random_ids(1, 201))
+
+
+def test_an_unproven_model_is_not_taken_in_training():
+    settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(Starcoder2Config(**SMALL, **settings, sliding_window=None)).train()
+    with pytest.raises(UnsupportedError, match=r"call model\.eval\(\)"):
+        compress(model, "full")
 
 
 def test_rotations_that_are_not_understood_are_refused_where_they_matter():
@@ -229,6 +246,14 @@ def test_a_budget_of_bytes_counts_the_windows():
         entries = longest_rows(cache)
         largest = max(largest, entries[0] * full + entries[1] * in_window)
     assert most - 5 * full <= largest <= most
+    # What waits for sentinels is in windows as well.
+    most = 11 * in_window + 40 * (full + in_window)
+    sentinels = tiny_compressed(model, Sentinel(policy=ByteBudget(max_bytes=most, **policy)))
+    cache = sentinels.new_cache(1)
+    for column in random_ids(1, 70).unbind(1):
+        sentinels(column[:, None], cache=cache)
+        entries = longest_rows(cache)
+        assert entries[0] * full + entries[1] * in_window <= most
     with pytest.raises(ConfigError, match=f"beside {11 * in_window} bytes of layers with a window"):
         compress(model, Combiner(policy=ByteBudget(max_bytes=11 * in_window + 9 * full, **policy)))
 

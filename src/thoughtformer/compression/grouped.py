@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,7 +12,6 @@ from thoughtformer.cache.groups import LayerGroup, WindowSlots
 from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.compression.method import PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
-from thoughtformer.models.backbone import Original
 from thoughtformer.rules.schedule import Chunk
 
 __all__ = ["AttendByGroup", "attend_in_window"]
@@ -39,13 +39,10 @@ class AttendByGroup:
         query: Float[Tensor, "batch heads seq head_dim"],
         key: Float[Tensor, "batch kv_heads seq head_dim"],
         value: Float[Tensor, "batch kv_heads seq head_dim"],
-        *,
-        scale: float,
-        dropout: float,
-        original: Original,
+        **settings: Any,
     ) -> Float[Tensor, "batch heads seq head_dim"]:
         attention, number = self.places[layer]
-        return attention(number, query, key, value, scale=scale, dropout=dropout, original=original)
+        return attention(number, query, key, value, **settings)
 
 
 def attend_in_window(chunk: Chunk, slots: WindowSlots | None, *, window: int, execution: str) -> PassAttention:

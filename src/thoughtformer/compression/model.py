@@ -454,8 +454,8 @@ class CompressedModel(GeneratingView):
         limit = self.backbone.text_limit
         if limit is not None and num_tokens > limit:
             raise ContextOverflowError(
-                f"{what} {num_tokens} tokens, but every layer of {type(self.model).__name__} reads a window of {limit} "
-                f"or fewer: longer texts can't be compressed exactly. Leave out {num_tokens - limit} tokens."
+                f"{what} {num_tokens} tokens, but layers of {type(self.model).__name__} that methods act on read a "
+                f"window of {limit}: longer texts can't be compressed exactly. Leave out {num_tokens - limit} tokens."
             )
         limit = self.backbone.max_tokens
         if num_tokens > limit and not self.allow_extrapolation:

@@ -191,8 +191,9 @@ class ByteBudget(Policy):
         holds_spans: bool = False,
     ) -> Policy:
         least = self.first_tokens + self.recent_tokens + self.span_tokens
-        # A window is never folded. Beside it, raw tokens wait there for their sentinels, never more than `least`.
-        in_windows = sum((window - 1 + holds_spans * least) * size for window, size in window_bytes)
+        # A window is never folded. Beside it, whatever is still raw may wait there for sentinels.
+        in_windows = sum((window - 1) * size for window, size in window_bytes)
+        bytes_per_entry += holds_spans * sum(size for _, size in window_bytes)
         entries = max(self.max_bytes - in_windows, 0) // bytes_per_entry
         if entries < least:
             beside = f" beside {in_windows} bytes of layers with a window" if in_windows else ""

@@ -111,7 +111,7 @@ def prove(model: PreTrainedModel, windows: Sequence[int | None], logits: Callabl
     Done once for a model as it is. An architecture that no test covers is told once.
 
     Args:
-        model: in evaluation mode, or nothing is compared: dropout would differ.
+        model: in evaluation mode; in training, where dropout would differ, only what tests cover is taken.
         windows: of each layer.
         logits: of the last so many of some ids, through an attention.
 
@@ -121,6 +121,10 @@ def prove(model: PreTrainedModel, windows: Sequence[int | None], logits: Callabl
     config = model.config
     state = (config._attn_implementation, model.dtype, tuple(windows))
     proven = _PROVEN.setdefault(model, set())
+    if model.training and config.model_type not in TESTED_MODELS:
+        raise UnsupportedError(
+            f"{type(model).__name__} is taken by a proof, which dropout spoils: call model.eval() before compress()."
+        )
     if model.training or state in proven:
         return
     limit = int(getattr(config, "max_position_embeddings", None) or MOST_PROOF_TOKENS)

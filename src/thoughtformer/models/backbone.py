@@ -124,24 +124,19 @@ class Backbone(ABC):
 
     @property
     def text_limit(self) -> int | None:
-        """Longest text that can be compressed at all: the widest window, where no layer reads more; None: any."""
-        return (
-            max((window for window in self.windows if window is not None), default=None) if all(self.windows) else None
-        )
+        """Longest text that can be compressed at all: a window that is taken for none mustn't begin to act."""
+        return min((window for layer in self.groups[0].layers if (window := self.windows[layer])), default=None)
 
     @property
     def groups(self) -> list[LayerGroup]:
         """Layers that attend alike; those first that a method acts on.
 
-        A window as wide as any text is none. Where every layer has a window, those with the widest are the first, and
-        no text may be longer (`text_limit`).
+        A window as wide as any text is taken for none. Where every layer has one, so are the widest (`text_limit`).
         """
-        limit = self.text_limit
-        widest = self.max_tokens if limit is None else min(limit, self.max_tokens)
-        windows = [None if window is None or window >= widest else window for window in self.windows]
+        widest = min(self.max_tokens, max(window or self.max_tokens for window in self.windows))
         by_window: dict[int | None, list[int]] = {None: []}
-        for layer, window in enumerate(windows):
-            by_window.setdefault(window, []).append(layer)
+        for layer, window in enumerate(self.windows):
+            by_window.setdefault(None if window is None or window >= widest else window, []).append(layer)
         return [LayerGroup(tuple(layers), window) for window, layers in by_window.items()]
 
     @property
