@@ -90,6 +90,23 @@ def test_plans_equal_the_mask(name, plan):
     close(made.attend(query, key, value), DenseAttention(dense_mask(rule, tokens)).attend(query, key, value))
 
 
+@pytest.mark.parametrize("name", list(TOKEN_RULES))
+def test_plans_equal_the_mask_where_sentences_are_known(name):
+    """Ends alone of many sentences, then text; beside it a document with few, and one that never ends."""
+    many, few = [5, 6, END] * 150 + [7, 8, END, 5], [5, END] * 3 + [6, 7, END, 8]
+    ids = torch.tensor([START, *many, START, *few, START, *many, START, 5, 6, 7])
+    tokens = structure(ids)
+    known = ~tokens.is_end & (tokens.sentence < 140) & (tokens.document % 2 == 1)
+    tokens = tokens[~known]
+    assert 0 < int(known.sum()) < len(ids)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, len(tokens), 2, 4, generator=generator, dtype=torch.float64) * 3
+    rule = TOKEN_RULES[name]
+    close(
+        rule.plan(tokens).attend(query, key, value), DenseAttention(dense_mask(rule, tokens)).attend(query, key, value)
+    )
+
+
 @pytest.mark.parametrize("name", list(RULES))
 def test_rule_keeps_what_a_later_token_may_read(name, text):
     """What `keeps` drops after a prefix, no later token reads; what it keeps, some continuation reads."""

@@ -94,21 +94,30 @@ def sentence_plan(
 
     A block's queries follow one another in a document. What they may read is found in time that grows with the text's
     length: the ends before the block's first sentence, or the sentence `recent` before that, and all tokens from there.
+    Ends that a document starts with, as a text of known sentences does, read all before them: one call does for many.
     """
     document = document_ordinal(tokens)
     if bool(tokens.is_end.all()):  # as in an hourglass's body
         return causal_plan(document)
     builder = PlanBuilder(len(tokens))
-    start, length = _blocks(document, block_queries)
+    document_start, document_length = runs(document)
+    first_token = torch.repeat_interleave(document_start, document_length)
+    ends_before = tokens.is_end.long().cumsum(0) - tokens.is_end.long()
+    first_end = ends_before[first_token]
+    num_inner = torch.arange(len(tokens)) - first_token - (ends_before - first_end)
+    leads = tokens.is_end & (num_inner == 0)
+    num_leading = torch.tensor([int(part.sum()) for part in leads.split(document_length.tolist())])
+    num_leading = torch.where(num_leading > block_queries, num_leading, 0)
+    leading = (leads & (num_leading > 0).repeat_interleave(document_length)).nonzero().squeeze(1)
+    builder.add_causal(leading, document[leading])
+    start, length = _blocks(document_start + num_leading, document_length - num_leading, block_queries)
     sentence_start, sentence_length = runs(sentence_ordinal(tokens))
     near_start = recent_start(document[sentence_start], tokens.sentence[sentence_start], sentence_start, recent)
     near_start = torch.repeat_interleave(near_start, sentence_length)[start]
     near_length = start + length - near_start
     # The ends of a document lie side by side in `end_index`.
     end_index = tokens.is_end.nonzero().squeeze(1)
-    ends_before = tokens.is_end.long().cumsum(0) - tokens.is_end.long()
-    document_start, document_length = runs(document)
-    first_end = ends_before[torch.repeat_interleave(document_start, document_length)][start]
+    first_end = first_end[start]
     num_ends = ends_before[near_start] - first_end
     for width, members in grouped(length):
         most = int((num_ends + near_length)[members].max())
@@ -125,10 +134,9 @@ def sentence_plan(
 
 
 def _blocks(
-    ordinal: Int[Tensor, " tokens"], block_queries: int
+    start: Int[Tensor, " runs"], length: Int[Tensor, " runs"], block_queries: int
 ) -> tuple[Int[Tensor, " blocks"], Int[Tensor, " blocks"]]:
-    """Start and length of blocks that cut each run of equal ordinals."""
-    start, length = runs(ordinal)
+    """Start and length of blocks that cut each run."""
     num_blocks = -(-length // block_queries)
     first = torch.repeat_interleave(start, num_blocks)
     end = torch.repeat_interleave(start + length, num_blocks)
