@@ -89,13 +89,13 @@ def test_names_known_before_anything_heavy_is_imported_are_those_that_there_are(
 @pytest.mark.parametrize(
     ("name", "here"),
     [
-        ("snapkv", "h2o"),
-        ("SnapKVPress", "h2o"),
+        ("SnapKVPress", "snapkv"),
+        ("pyramid_kv", "snapkv"),
         ("streaming_llm", "streaming"),
         ("StreamingLLMPress", "streaming"),
         ("knorm", "h2o"),
-        ("expected_attention", "h2o"),
-        ("TOVAPress", "h2o"),
+        ("ExpectedAttentionPress", "expected_attention"),
+        ("TOVAPress", "tova"),
         ("RandomPress", "random"),
     ],
 )

@@ -128,7 +128,7 @@ def requests(pair: tuple[Any, Any], **settings: Any) -> list[dict[str, Any]]:
 
 
 def requests_of_h2o(pair: tuple[Any, Any]) -> list[dict[str, Any]]:
-    """The same by `generate`: rows of H2O don't share a batch."""
+    """The same by `generate`, one by one: when these were recorded, rows of H2O didn't share a batch."""
     model, tokenizer = pair
     done = []
     for seed in (None, 7):

@@ -12,12 +12,15 @@ from lms import tiny_lm
 from prose import PAGE, tiny_pair
 from thoughtformer.compression import METHODS
 from thoughtformer.engine import Limits, Scheduler, runner_of
-from thoughtformer.errors import UnsupportedError
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "full": (),
     "streaming": ("--max-entries", "40", "--set", "first_tokens=2"),
     "h2o": ("--max-entries", "40", "--set", "recent_fraction=0.25"),
+    "tova": ("--max-entries", "40"),
+    "snapkv": ("--max-entries", "40", "--set", "every_tokens=16", "--set", "observed_tokens=8"),
+    "expected_attention": ("--max-entries", "40", "--set", "every_tokens=16", "--set", "covariance=full"),
+    "sepllm": ("--set", "recent_tokens=20"),
     "truncation": ("--set", "piece_tokens=40"),
     "random": ("--max-entries", "40"),
     "combiner": ("--removed", "0.5", "--span-tokens", "4"),
@@ -49,6 +52,10 @@ def test_every_method_writes_as_the_library_does(run, llama, method):
         "full": {},
         "streaming": {"max_entries": 40, "first_tokens": 2},
         "h2o": {"max_entries": 40, "recent_fraction": 0.25},
+        "tova": {"max_entries": 40},
+        "snapkv": {"max_entries": 40, "every_tokens": 16, "observed_tokens": 8},
+        "expected_attention": {"max_entries": 40, "every_tokens": 16, "covariance": "full"},
+        "sepllm": {"recent_tokens": 20, "tokenizer": tokenizer},
         "truncation": {"piece_tokens": 40},
         "random": {"max_entries": 40},
         "combiner": {"removed": 0.5, "span_tokens": 4},
@@ -92,7 +99,7 @@ def test_a_context_of_any_method(run, llama, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "snapkv"], "nearest to kvpress's snapkv"),
+        (["--method", "knorm"], "nearest to kvpress's knorm"),
         (["--method", "streaming", "--set", "first_token=3"], "Did you mean 'first_tokens'"),
         (["--method", "streaming", "--set", "first_tokens"], "write name=value"),
         (["--method", "streaming", "--removed", "0.5"], "streaming holds a number of entries"),
@@ -119,19 +126,6 @@ def test_a_gpthf_keeps_its_own_way(run):
     code, _, err = run("generate", "--prompt", "a", "--method", "local", "--removed", "0.5")
     assert code == 2
     assert "folds its sentences itself" in err
-
-
-def test_heavy_hitters_are_written_one_at_a_time(llama):
-    model, tokenizer = thoughtformer.load(llama)
-    with thoughtformer.compress(model, "h2o", max_entries=40) as compressed:
-        runner = runner_of(compressed, tokenizer)
-        with pytest.raises(UnsupportedError, match=r"'h2o' can't be batched.*max_rows=1"):
-            Scheduler(runner)
-        scheduler = Scheduler(runner, Limits(max_rows=1))
-        requests = [scheduler.submit(PAGE[:200]) for _ in range(2)]
-        while scheduler.has_work:
-            scheduler.round()
-        assert requests[0].ids == requests[1].ids
 
 
 @pytest.mark.parametrize("max_entries", [31, 32, 33, 64, 65])

@@ -241,10 +241,13 @@ def test_a_context_that_contradicts_itself_is_refused_though_its_digest_is_right
         "ids": {"ids": tensors["ids"] + 400},
         "a tensor less": {"lengths": tensors["lengths"][:0]},
     }
-    if name != "h2o":
-        entries = tensors["entries"].clone()
-        entries[0, 0, 1] = entries[0, 0, 0]
-        changes["two entries of one position"] = {"entries": entries}
+    entries = tensors["position.1" if name == "h2o" else "entries"].clone()
+    entries[0, 0, 1] = entries[0, 0, 0]
+    changes["two entries of one position"] = {"position.1" if name == "h2o" else "entries": entries}
+    if name == "h2o":
+        fewer = tensors["position.1"].clone()
+        fewer[0, 1, 3] = -1
+        changes["a head with fewer entries"] = {"position.1": fewer}
     for changed in changes.values():
         saving.write_saved(path, "context", manifest, tensors | changed)
         with pytest.raises(CheckpointError, match="contradicts itself"):

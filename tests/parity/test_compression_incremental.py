@@ -47,6 +47,7 @@ def test_at_once_equals_step_by_step(family, method):
     """Also: the cache holds as many entries as the schedule says, in as many bytes as the formula says."""
     ids = random_ids(2, LENGTH)
     compressed = tiny_compressed(tiny_lm(family), method)
+    method = compressed.method  # that knows the model's layers
     at_once = compressed(ids, use_cache=False).logits
     cache = compressed.new_cache(2)
     close(step_by_step(compressed, ids, cache), at_once)

@@ -10,7 +10,8 @@ import torch
 
 from lms import SERVED, random_ids, served_pair, tiny_lm
 from prose import KINDS, PAGE, prose, tiny_pair
-from thoughtformer.compression import HeavyHitters, compress
+from thoughtformer.cache.entries import BLOCK_ENTRIES, EntrySlots
+from thoughtformer.compression import Full, compress
 from thoughtformer.decode import Drafter
 from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, runner_of
 from thoughtformer.engine.request import Request
@@ -200,19 +201,32 @@ def test_a_follower_that_fails_ends_its_request_alone(pair):
     assert isinstance(request.error, ZeroDivisionError)
 
 
+class Overwriting(EntrySlots):
+    can_wait = False
+
+
+class Alone(Full):
+    """Its rows can't be joined, nor what they read taken back."""
+
+    can_join = False
+
+    def new_store(self, **shape):
+        return Overwriting(self.entry_fields, block_entries=BLOCK_ENTRIES, **shape)
+
+
 @torch.no_grad()
-def test_heavy_hitters_refuse_by_name():
-    compressed = compress(tiny_lm(), HeavyHitters(max_entries=8))
+def test_methods_that_cannot_refuse_by_name():
+    compressed = compress(tiny_lm(), Alone())
     cache = compressed.new_cache(1)
     assert not cache.can_speculate
-    with pytest.raises(UnsupportedError, match="'h2o' overwrites what it drops"):
+    with pytest.raises(UnsupportedError, match="'full' overwrites what it drops"):
         cache.autocommit = False
     compressed(random_ids(1, 12), cache=cache)
     cache.commit()
     cache.rollback()
     assert cache.get_seq_length() == 12
     _, tokenizer = tiny_pair()
-    with pytest.raises(UnsupportedError, match=r"'h2o' overwrites what it drops.*leave the drafter out"):
+    with pytest.raises(UnsupportedError, match=r"'full' overwrites what it drops.*leave the drafter out"):
         Engine(compressed, tokenizer, max_rows=1, drafter=Oracle([]))
-    with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
+    with pytest.raises(UnsupportedError, match=r"'full' can't be batched.*max_rows=1"):
         Engine(compressed, tokenizer)

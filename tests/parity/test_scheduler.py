@@ -419,8 +419,6 @@ def test_what_a_compressed_model_cannot_do(tmp_path):
         Engine(model, tokenizer, store=store)
     with pytest.raises(UnsupportedError, match="can't be compiled"):
         Scheduler(runner_of(model, tokenizer, compile=True))
-    with pytest.raises(UnsupportedError, match="'h2o' can't be batched"):
-        Scheduler(runner_of(tiny_compressed(tiny_lm("llama"), TINY_METHODS["h2o"]), tokenizer))
     plain, tokenizer = served_pair("sentinel_plain")
     with pytest.raises(InputError, match="starts a document"):
         Scheduler(runner_of(plain, tokenizer)).submit([0, 5, 6, 0, 7])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import floor
 
-from thoughtformer.compression import Full, Local, RandomEviction, Scattered, Truncation
+from thoughtformer.compression import Full, Local, RandomEviction, Scattered, SepLLM, Truncation
 from thoughtformer.compression.draws import uniform
 from twins import MethodTwin
 
@@ -41,7 +41,28 @@ def random(method: RandomEviction, ids: Sequence[int]) -> Iterator[list[int]]:
         yield list(held)
 
 
+def sepllm(method: SepLLM, ids: Sequence[int]) -> Iterator[list[int]]:
+    """Section 4.1: initial tokens, separators, neighbouring tokens; section 4.3: no more than some separators."""
+    assert method.separator_ids
+    for j in range(len(ids)):
+        near = range(max(0, j - method.recent_tokens + 1), j + 1)
+        separators = [p for p in range(method.first_tokens, near[0]) if ids[p] in method.separator_ids]
+        if method.max_separators is not None:
+            separators = separators[len(separators) - min(method.max_separators, len(separators)) :]
+        yield sorted({*range(min(method.first_tokens, j + 1)), *separators, *near})
+
+
+_SEPARATORS = frozenset(range(3, 15))
 METHODS = {
+    "sepllm": MethodTwin(
+        cases={
+            "sepllm": SepLLM(first_tokens=2, recent_tokens=5, separator_ids=_SEPARATORS),
+            "sepllm_few": SepLLM(first_tokens=1, recent_tokens=4, max_separators=3, separator_ids=_SEPARATORS),
+            "sepllm_alone": SepLLM(first_tokens=0, recent_tokens=1, max_separators=0, separator_ids=_SEPARATORS),
+        },
+        reads=sepllm,
+        served={"sepllm": ("llama", SepLLM(recent_tokens=20, separator_ids=frozenset(range(10, 60))))},
+    ),
     "full": MethodTwin(cases={"full": Full()}, reads=full),
     "truncation": MethodTwin(cases={"truncation": Truncation(piece_tokens=13)}, reads=truncation),
     "local": MethodTwin(cases={"local": Local(removed=0.6)}, reads=local),

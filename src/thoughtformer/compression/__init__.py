@@ -5,13 +5,17 @@ from thoughtformer.compression.compress import compress
 from thoughtformer.compression.context import Context
 from thoughtformer.compression.method import Method
 from thoughtformer.compression.methods.combiner import Combiner
+from thoughtformer.compression.methods.expected_attention import ExpectedAttention
 from thoughtformer.compression.methods.full import Full
 from thoughtformer.compression.methods.h2o import HeavyHitters
 from thoughtformer.compression.methods.local import Local
 from thoughtformer.compression.methods.random import RandomEviction
 from thoughtformer.compression.methods.scattered import Scattered
 from thoughtformer.compression.methods.sentinel import Sentinel
+from thoughtformer.compression.methods.sepllm import SepLLM
+from thoughtformer.compression.methods.snapkv import SnapKV
 from thoughtformer.compression.methods.streaming import StreamingLLM
+from thoughtformer.compression.methods.tova import TOVA
 from thoughtformer.compression.methods.truncation import Truncation
 from thoughtformer.compression.model import CompressedModel
 from thoughtformer.compression.policies import (
@@ -27,6 +31,7 @@ from thoughtformer.compression.registry import METHODS
 
 __all__ = [
     "METHODS",
+    "TOVA",
     "AdapterConfig",
     "ByteBudget",
     "Callback",
@@ -35,6 +40,7 @@ __all__ = [
     "Context",
     "EntryBudget",
     "EveryTokens",
+    "ExpectedAttention",
     "Full",
     "HeavyHitters",
     "Local",
@@ -46,6 +52,8 @@ __all__ = [
     "SentenceEnds",
     "Sentinel",
     "SentinelAdapter",
+    "SepLLM",
+    "SnapKV",
     "StreamingLLM",
     "Truncation",
     "compress",

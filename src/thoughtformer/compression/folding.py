@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from thoughtformer.compression.method import Method
+from thoughtformer.compression.method import LayersShape, Method
 from thoughtformer.compression.policies import Policy, RemovedFraction
 from thoughtformer.compression.solving import Search
 from thoughtformer.rules.schedule import Event, RowProgress
@@ -43,11 +43,11 @@ class Folding(Method):
         first = self.policy.first_tokens
         return min(first, before) + max(before - max(row.next_start, first), 0)
 
-    def bound(self: FoldingKind, *, bytes_per_entry: int, window_bytes: Sequence[tuple[int, int]] = ()) -> FoldingKind:
+    def bound(self: FoldingKind, shape: LayersShape) -> FoldingKind:
         policy = self.policy.bound(
-            bytes_per_entry=bytes_per_entry,
+            bytes_per_entry=shape.bytes_per_entry,
             num_summaries=self.num_summaries,
-            window_bytes=window_bytes,
+            window_bytes=shape.window_bytes,
             holds_spans=self.num_sentinels_read > 0,
         )
         return replace(self, policy=policy)

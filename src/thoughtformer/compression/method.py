@@ -23,7 +23,7 @@ from thoughtformer.errors import ConfigError, UnsupportedError
 from thoughtformer.models.backbone import Attend, Backbone
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
-__all__ = ["METHODS", "PassAttention", "Method", "cached_entries", "read_ids"]
+__all__ = ["METHODS", "LayersShape", "Method", "PassAttention", "cached_entries", "read_ids"]
 
 #: Every method by name.
 METHODS: dict[str, type[Method]] = {}
@@ -38,6 +38,25 @@ class PassAttention(Attend, Protocol):
     def finish(self) -> None:
         """All layers are done: what no later token may read is dropped from the store."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersShape:
+    """Of the layers that a method acts on, what their entries take.
+
+    Attributes:
+        num_layers: that it acts on.
+        num_heads: of queries.
+        head_dim: numbers of a query.
+        bytes_per_entry: keys and values in all these layers.
+        window_bytes: of other layers, by group: their window, and the bytes of an entry.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    bytes_per_entry: int
+    window_bytes: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +147,8 @@ class Method(ABC):
         """The method for a model's tokenizer."""
         return self
 
-    def bound(self: MethodKind, *, bytes_per_entry: int, window_bytes: Sequence[tuple[int, int]] = ()) -> MethodKind:
-        """The method for a model whose entries take so many bytes.
-
-        Args:
-            bytes_per_entry: in the layers that it acts on.
-            window_bytes: of the others, by group: the window, and the bytes of an entry.
-        """
+    def bound(self: MethodKind, shape: LayersShape) -> MethodKind:
+        """The method for a model whose layers have this shape."""
         return self
 
     #: It computes its own scores, and knows nothing of what a model's attention does to them.

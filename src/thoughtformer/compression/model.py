@@ -25,7 +25,7 @@ from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.at_once import EXECUTIONS
 from thoughtformer.compression.grouped import AttendByGroup, attend_in_window
-from thoughtformer.compression.method import Method, PassAttention, read_ids
+from thoughtformer.compression.method import LayersShape, Method, PassAttention, read_ids
 from thoughtformer.compression.registry import settings_of
 from thoughtformer.compression.view import GeneratingView
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
@@ -120,13 +120,19 @@ class CompressedModel(GeneratingView):
         method.check(self.backbone)
         if self.backbone.shapes_scores is not None and execution == "gathered":
             execution = "dense"  # by the model's own attention, which alone knows how
+        num_layers = len(self.groups[0].layers)
         method = method.bound(
-            bytes_per_entry=self.backbone.kv_bytes_per_entry(len(self.groups[0].layers)),
-            window_bytes=[
-                (group.window, self.backbone.kv_bytes_per_entry(len(group.layers)))
-                for group in self.groups
-                if group.window is not None
-            ],
+            LayersShape(
+                num_layers=num_layers,
+                num_heads=self.backbone.num_heads,
+                head_dim=self.backbone.head_dim,
+                bytes_per_entry=self.backbone.kv_bytes_per_entry(num_layers),
+                window_bytes=[
+                    (group.window, self.backbone.kv_bytes_per_entry(len(group.layers)))
+                    for group in self.groups
+                    if group.window is not None
+                ],
+            )
         )
         if allow_extrapolation and self.backbone.rotation is None:
             raise UnsupportedError(

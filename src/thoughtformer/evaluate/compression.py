@@ -24,7 +24,7 @@ from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, CorpusError
 from thoughtformer.rules.schedule import RowProgress
 
-__all__ = ["Blocks", "MethodScore", "equal_methods", "sample_blocks", "score_method", "solve", "summarise"]
+__all__ = ["Blocks", "MethodScore", "sample_blocks", "score_method", "solve", "summarise"]
 
 #: How far a method's mean of entries held may be from the target.
 TOLERANCE = 0.01
@@ -107,31 +107,6 @@ def mean_entries(method: Method, blocks: Blocks) -> tuple[float, int]:
     return float(np.mean(cached)), int(np.max(cached))
 
 
-def equal_methods(
-    names: Sequence[str],
-    removed: float,
-    blocks: Blocks,
-    *,
-    seed: int,
-    span_tokens: int | None = None,
-    trained: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Method]:
-    """The named methods, each set so that its mean of entries held is that of `removed`.
-
-    Args:
-        names: of `METHODS`.
-        removed: fraction of the tokens seen that isn't held, on average over the scored tokens.
-        blocks: the texts.
-        seed: of methods that draw.
-        span_tokens: of methods that fold; default: what suits the fraction.
-        trained: what the adapter in use was trained with.
-
-    Raises:
-        ConfigError: a method that no setting brings within one per cent.
-    """
-    return {name: solve(name, removed, blocks, seed=seed, span_tokens=span_tokens, trained=trained) for name in names}
-
-
 def solve(
     name: str,
     removed: float,
@@ -142,7 +117,20 @@ def solve(
     trained: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: Any = None,
 ) -> Method:
-    """One method, as `equal_methods` sets it; raises `ConfigError`. `tokenizer` is for methods that go by tokens."""
+    """The named method, set so that its mean of entries held is that of `removed`.
+
+    Args:
+        name: of `METHODS`.
+        removed: fraction of the tokens seen that isn't held, on average over the scored tokens.
+        blocks: the texts.
+        seed: of methods that draw.
+        span_tokens: of methods that fold; default: what suits the fraction.
+        trained: what the adapter in use was trained with.
+        tokenizer: for methods that go by what tokens say.
+
+    Raises:
+        ConfigError: no setting brings it within one per cent.
+    """
     seen = np.arange(1, len(blocks.ids[0]) + 1)[blocks.first_scored :].mean()
     one = replace(blocks, ids=blocks.ids[:1])
 

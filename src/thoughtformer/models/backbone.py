@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +48,10 @@ Rotation = Callable[
 LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """What a probe saw of a layer's keys."""
+class _Layer(NamedTuple):
+    """What a probe saw of a layer's queries and keys."""
 
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -82,6 +81,11 @@ class Backbone(ABC):
     @property
     def num_layers(self) -> int:
         return len(self._seen)
+
+    @property
+    def num_heads(self) -> int:
+        """Of queries."""
+        return self._seen[0].num_heads
 
     @property
     def num_kv_heads(self) -> int:
@@ -204,7 +208,7 @@ class Backbone(ABC):
                     f"{type(self.model).__name__} has keys of width {key.shape[3]} and values of width "
                     f"{value.shape[3]}: it can't be compressed."
                 )
-            seen[layer] = _Layer(num_kv_heads=key.shape[1], head_dim=key.shape[3], dtype=key.dtype, device=key.device)
+            seen[layer] = _Layer(query.shape[1], key.shape[1], key.shape[3], key.dtype, key.device)
             return query
 
         device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device

@@ -1,0 +1,228 @@
+"""Keys and values of which each layer and key head holds other tokens: one tensor of slots a layer, with what is known.
+
+Rows, layers and heads differ in what they hold; heads of one layer and row don't differ in how much.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
+from thoughtformer.rules.schedule import RowReading
+
+__all__ = ["HeadStore", "Replayed", "head_store_bytes"]
+
+#: What is held in slots, beside the position in the row's text (-1: an empty slot) and `attention`, a number a slot.
+KEYS_AND_VALUES = ("keys", "values")
+IN_SLOTS = (*KEYS_AND_VALUES, "attention", "position")
+
+
+class Replayed(Protocol):
+    """A pass that can be made again over less."""
+
+    def again(self, next_position: Int[Tensor, " rows"]) -> None:
+        """Makes it again, as if it had been given each row's tokens before these positions alone."""
+        ...
+
+
+def _num_slots(longest: int, most: int) -> int:
+    return min(-(-max(longest, 1) // BLOCK_ENTRIES) * BLOCK_ENTRIES, most)
+
+
+def head_store_bytes(
+    most_entries: Sequence[int],
+    *,
+    longest_row_entries: int,
+    num_rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    state_numbers: int = 0,
+) -> int:
+    """What the tensors of a `HeadStore` must measure; `state_numbers` are a row's, in a layer."""
+    exact = torch.promote_types(dtype, torch.float32).itemsize
+    slots = sum(_num_slots(longest_row_entries, most) for most in most_entries)
+    in_slots = num_kv_heads * slots * (2 * head_dim * dtype.itemsize + exact + 4)
+    return num_rows * (in_slots + len(most_entries) * state_numbers * exact + 8)
+
+
+class HeadStore(Store):
+    """Keys and values by layer, row, head and slot, with each slot's position and a number that its method keeps.
+
+    A row's entries are in its first slots, in any order. While it waits, it remembers passes instead of what they
+    dropped: to take some of them back, it goes back to the mark and makes them again.
+
+    Args:
+        most_entries: slots that each layer may come to.
+        state: what a method knows of a row in a layer beside that: names, and shapes without rows.
+    """
+
+    can_wait = True
+
+    def __init__(
+        self,
+        most_entries: Sequence[int],
+        state: Mapping[str, Sequence[int]] | None = None,
+        *,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | Sequence[torch.device],
+    ) -> None:
+        assert len(most_entries) == num_layers
+        self.most_entries = list(most_entries)
+        self.lengths = torch.zeros(num_rows, dtype=torch.long)
+        #: Passes since the last commit.
+        self.passes: list[Replayed] = []
+        devices = [device] * num_layers if isinstance(device, torch.device) else device
+        exact = torch.promote_types(dtype, torch.float32)
+        kinds: dict[str, tuple[Sequence[int], torch.dtype]] = {
+            "keys": ((head_dim,), dtype),
+            "values": ((head_dim,), dtype),
+            "attention": ((), exact),
+            "position": ((), torch.int32),
+        }
+        self.held: dict[str, list[Tensor]] = {}
+        for name, (tail, kind) in kinds.items():
+            shapes = [(num_rows, num_kv_heads, _num_slots(0, most), *tail) for most in most_entries]
+            self.held[name] = [
+                torch.full(shape, _EMPTY.get(name, 0), dtype=kind, device=place)
+                for shape, place in zip(shapes, devices, strict=True)
+            ]
+        for name, tail in (state or {}).items():
+            self.held[name] = [torch.zeros(num_rows, *tail, dtype=exact, device=place) for place in devices]
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        """What is held under a name, by layer."""
+        return self.held[name]
+
+    def counts_in(self, layer: int) -> Int[Tensor, " rows"]:
+        """Entries that each head of a row holds in a layer."""
+        return (self.held["position"][layer][:, 0] >= 0).sum(dim=1)
+
+    def tensors(self) -> list[Tensor]:
+        return [*(tensor for tensors in self.held.values() for tensor in tensors), self.lengths]
+
+    def make_room(self, longest: int) -> None:
+        """Allots slots for a row of so many entries, in blocks; what lies behind them is lost."""
+        for name in IN_SLOTS:
+            for layer, most in enumerate(self.most_entries):
+                tensor, slots = self.held[name][layer], _num_slots(longest, most)
+                more = slots - tensor.shape[2]
+                if more > 0:
+                    filling = tensor.new_full((*tensor.shape[:2], more, *tensor.shape[3:]), _EMPTY.get(name, 0))
+                    self.held[name][layer] = torch.cat([tensor, filling], dim=2)
+                elif more:
+                    self.held[name][layer] = tensor[:, :, :slots].clone()
+
+    def fit(self) -> None:
+        """Allots exactly the blocks that the longest row needs."""
+        self.make_room(int(self.lengths.max()) if len(self.lengths) else 0)
+
+    def keep(self, layer: int, row: int, slots: Int[Tensor, "kv_heads kept"]) -> None:
+        """Of a row in a layer, holds these slots of each head alone, in this order."""
+        kept = slots.shape[1]
+        for name in IN_SLOTS:
+            held = self.held[name][layer][row]
+            index = slots.view(*slots.shape, *[1] * (held.dim() - 2)).expand(*slots.shape, *held.shape[2:])
+            held[:, :kept] = held.gather(1, index)
+            held[:, kept:] = _EMPTY.get(name, 0)
+
+    def select(self, rows: Int[Tensor, " selected"]) -> None:
+        self.held = {
+            name: [tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors]
+            for name, tensors in self.held.items()
+        }
+        self.lengths = self.lengths[rows]
+        self.fit()
+
+    def fork_rows(self, rows: Int[Tensor, " selected"]) -> HeadStore:
+        copied = copy.copy(self)
+        copied.passes = []
+        copied.select(rows)  # makes new tensors of all
+        return copied
+
+    def join(self, other: HeadStore) -> None:
+        longest = max(int(self.lengths.max()), int(other.lengths.max()))
+        for store in (self, other):
+            store.make_room(longest)
+        for name, tensors in self.held.items():
+            self.held[name] = [torch.cat(pair) for pair in zip(tensors, other.held[name], strict=True)]
+        self.lengths = torch.cat([self.lengths, other.lengths])
+
+    def clear(self) -> None:
+        self.lengths = torch.zeros_like(self.lengths)
+        for name, tensors in self.held.items():
+            for tensor in tensors:
+                tensor.fill_(_EMPTY.get(name, 0))
+        self.passes = []
+        self.fit()
+
+    def saved(self) -> dict[str, Tensor]:
+        return {"lengths": self.lengths} | {
+            f"{name}.{layer}": tensor.clone()
+            for name, tensors in self.held.items()
+            for layer, tensor in enumerate(tensors)
+        }
+
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
+        lengths = saved["lengths"].cpu()
+        if lengths.shape != self.lengths.shape or int(lengths.min()) < 0 or int(lengths.max()) > max(self.most_entries):
+            raise ValueError(f"lengths {lengths.tolist()}")
+        self.lengths = lengths
+        self.fit()
+        for name, tensors in self.held.items():
+            for layer, tensor in enumerate(tensors):
+                found = saved[f"{name}.{layer}"]
+                if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                    raise ValueError(f"{name}.{layer} is {found.dtype} of {tuple(found.shape)}")
+                tensor.copy_(found)
+
+    def snapshot(self, *, whole: bool) -> HeadStore | None:
+        """A copy before several passes, or where some may be taken back; before one nothing: a full store overwrites
+        what it drops, and copying it at every step would double what it costs."""
+        if not (whole or self.waits):
+            return None
+        copied = self.mark()
+        copied.passes = self.passes.copy()
+        return copied
+
+    def restored(self, snapshot: HeadStore) -> HeadStore:
+        # Passes write to this very store.
+        self.held, self.lengths, self.passes = snapshot.held, snapshot.lengths, snapshot.passes
+        return self
+
+    def mark(self) -> HeadStore:
+        return self.fork_rows(torch.arange(len(self.lengths)))
+
+    def back_to(self, mark: HeadStore) -> None:
+        self.held, self.lengths, self.passes = mark.held, mark.lengths, []
+
+    def commit(self, next_position: Int[Tensor, " rows"]) -> None:
+        self.passes = []
+
+    def commit_first(self, mark: HeadStore, readings: Sequence[RowReading]) -> None:
+        passes = self.passes
+        self.back_to(mark)
+        next_position = torch.tensor([reading.first_position + len(reading.ids) for reading in readings])
+        for each in passes:
+            each.again(next_position)
+
+    def check_positions(self, row: int, num_tokens: int) -> None:
+        for layer, position in enumerate(self.held["position"]):
+            count = int(self.counts_in(layer)[row])
+            held, empty = position[row, :, :count].sort(dim=1).values, position[row, :, count:]
+            is_wrong = (held[:, :1] < 0).any() | (held >= num_tokens).any() | (held.diff(dim=1) <= 0).any()
+            if bool(is_wrong | (empty != -1).any()):
+                raise ValueError("its entries are of positions that its text doesn't have")
+
+
+_EMPTY = {"position": -1}
