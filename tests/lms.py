@@ -162,7 +162,7 @@ def compressed_pair(family: str, method: Method) -> tuple[CompressedModel, Any]:
 
 def longest_rows(cache: Any) -> list[int]:
     """Entries of the longest row, in each group of layers; for `cache_bytes`."""
-    return [int(lengths.max()) for lengths in cache.store.lengths_by_group()]
+    return [int(lengths.max()) for lengths in cache.store.lengths_by_part()]
 
 
 def random_ids(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:

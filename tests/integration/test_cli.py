@@ -84,7 +84,7 @@ def test_a_prompt_from_standard_input(folder):
         ["serve", "-m", "tiny-gptf"],
         ["generate", "-m", "tiny-gpt", "--adapter", "sentinels", "-p", "a"],
         ["bench", "speed", "--case", "prefil"],
-        ["bench", "quality", "-d", "x", "--methods", "snapkv"],
+        ["bench", "quality", "-d", "x", "--methods", "knorm"],
         ["compress", "train", "-m", "nowhere", "-d", "x", "--out", "y"],
         ["compress", "context", "-m", "nowhere", "--file", "x", "--out", "y"],
     ],

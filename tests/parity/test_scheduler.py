@@ -189,7 +189,7 @@ def test_a_compressed_row_holds_no_more_than_expected(kind):
         cache, held = model.new_cache(1), []
         for token in ids:
             runner.step([token], cache)
-            held.append([int(lengths[0]) for lengths in cache.store.lengths_by_group()])
+            held.append([int(lengths[0]) for lengths in cache.store.lengths_by_part()])
     for prompt_tokens in (1, 30, 100, 160):
         bounds = runner.most_entries(ids[:prompt_tokens], 160 - prompt_tokens).values()
         for longest, most in zip(map(max, zip(*held)), bounds, strict=True):

@@ -69,10 +69,16 @@ def masked(model: Any, embeddings: Tensor, positions: Tensor, allowed: Tensor, n
         ).logits[0]
 
 
-def attended_by_hand(model: Any, ids: Sequence[int], attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def attended_by_hand(
+    model: Any,
+    ids: Sequence[int],
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    attend_near: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Logits with a layer's attention written out by `attend(layer, query, key, value)` over one row.
 
-    All have a head for each query head, and queries are scaled.
+    All have a head for each query head, and queries are scaled. `attend_near(window, ...)` is the same for layers with
+    a window; None: they read what is near, raw.
     """
     view = backbone_of(model)
 
@@ -81,7 +87,9 @@ def attended_by_hand(model: Any, ids: Sequence[int], attend: Callable[[int, Tens
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         kinds = getattr(model.config, "layer_types", None)
         window = window_of(model, kinds[layer]) if kinds else None
-        if window is not None:  # reads what is near, whatever the method does
+        if window is not None and attend_near is not None:
+            return attend_near(window, query[0] * scale, key[0], value[0])[None]
+        if window is not None:
             output = torch.zeros_like(query)
             for j in range(len(ids)):
                 near = range(max(0, j - window + 1), j + 1)

@@ -278,7 +278,7 @@ class Points:
 @pytest.mark.parametrize("removed", [0.3, 0.5, 0.7])
 def test_methods_are_equal_within_one_per_cent(removed):
     seen = np.arange(97, 193).mean()
-    for name in set(METHODS) - {"full"}:
+    for name in set(METHODS) - {"full", "quantised"}:
         method = solve(name, removed, blocks(), seed=0, tokenizer=Points())
         assert mean_entries(method, blocks())[0] == pytest.approx((1 - removed) * seen, rel=0.01), name
 

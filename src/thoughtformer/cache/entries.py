@@ -38,8 +38,8 @@ class Store(ABC):
         """Has what is dropped wait from now on, or not."""
         self.waits = waits
 
-    def lengths_by_group(self) -> list[Int[Tensor, " rows"]]:
-        """Entries of each row, in each group of layers."""
+    def lengths_by_part(self) -> list[Int[Tensor, " rows"]]:
+        """Entries of each row, in each part of the store that is sized by itself."""
         return [self.lengths]
 
     @abstractmethod

@@ -66,8 +66,8 @@ class GroupedStore(Store):
     def lengths(self) -> Int[Tensor, " rows"]:  # type: ignore[override]  an attribute of stores that hold entries
         return self.parts[0].lengths
 
-    def lengths_by_group(self) -> list[Int[Tensor, " rows"]]:
-        return [part.lengths for part in self.parts]
+    def lengths_by_part(self) -> list[Int[Tensor, " rows"]]:
+        return [lengths for part in self.parts for lengths in part.lengths_by_part()]
 
     def wait(self, waits: bool) -> None:
         for part in self.parts:

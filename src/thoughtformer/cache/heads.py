@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
+from thoughtformer.cache.quantised import QuantisedBlocks
 from thoughtformer.rules.schedule import RowReading
 
 __all__ = ["HeadStore", "Replayed", "head_store_bytes"]
@@ -61,6 +62,7 @@ class HeadStore(Store):
     Args:
         most_entries: slots that each layer may come to.
         state: what a method knows of a row in a layer beside that: names, and shapes without rows.
+        tiers: bits of a number, and entries of a block, of each tier that holds older entries in fewer bits.
     """
 
     can_wait = True
@@ -69,6 +71,7 @@ class HeadStore(Store):
         self,
         most_entries: Sequence[int],
         state: Mapping[str, Sequence[int]] | None = None,
+        tiers: Sequence[tuple[int, int]] = (),
         *,
         num_layers: int,
         num_rows: int,
@@ -79,7 +82,8 @@ class HeadStore(Store):
     ) -> None:
         assert len(most_entries) == num_layers
         self.most_entries = list(most_entries)
-        self.lengths = torch.zeros(num_rows, dtype=torch.long)
+        #: Entries of each row in its slots, in the layer that holds most.
+        self.raw_lengths = torch.zeros(num_rows, dtype=torch.long)
         #: Passes since the last commit.
         self.passes: list[Replayed] = []
         devices = [device] * num_layers if isinstance(device, torch.device) else device
@@ -99,17 +103,29 @@ class HeadStore(Store):
             ]
         for name, tail in (state or {}).items():
             self.held[name] = [torch.zeros(num_rows, *tail, dtype=exact, device=place) for place in devices]
+        shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype, "device": device}
+        self.tiers = [
+            QuantisedBlocks(bits, block, num_layers=num_layers, num_rows=num_rows, **shape) for bits, block in tiers
+        ]
+
+    @property
+    def lengths(self) -> Int[Tensor, " rows"]:  # type: ignore[override]  an attribute of stores of one part
+        return sum((tier.lengths for tier in self.tiers), self.raw_lengths)
+
+    def lengths_by_part(self) -> list[Int[Tensor, " rows"]]:
+        return [self.raw_lengths, *(tier.lengths for tier in self.tiers)]
 
     def __getitem__(self, name: str) -> list[Tensor]:
         """What is held under a name, by layer."""
         return self.held[name]
 
     def counts_in(self, layer: int) -> Int[Tensor, " rows"]:
-        """Entries that each head of a row holds in a layer."""
+        """Entries that each head of a row holds in the slots of a layer."""
         return (self.held["position"][layer][:, 0] >= 0).sum(dim=1)
 
     def tensors(self) -> list[Tensor]:
-        return [*(tensor for tensors in self.held.values() for tensor in tensors), self.lengths]
+        parts = [*self.held.values(), *(tier.tensors() for tier in self.tiers), [self.raw_lengths]]
+        return [tensor for tensors in parts for tensor in tensors]
 
     def make_room(self, longest: int) -> None:
         """Allots slots for a row of so many entries, in blocks; what lies behind them is lost."""
@@ -125,7 +141,7 @@ class HeadStore(Store):
 
     def fit(self) -> None:
         """Allots exactly the blocks that the longest row needs."""
-        self.make_room(int(self.lengths.max()) if len(self.lengths) else 0)
+        self.make_room(int(self.raw_lengths.max()) if len(self.raw_lengths) else 0)
 
     def keep(self, layer: int, row: int, slots: Int[Tensor, "kv_heads kept"]) -> None:
         """Of a row in a layer, holds these slots of each head alone, in this order."""
@@ -141,43 +157,57 @@ class HeadStore(Store):
             name: [tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors]
             for name, tensors in self.held.items()
         }
-        self.lengths = self.lengths[rows]
+        self.raw_lengths = self.raw_lengths[rows]
         self.fit()
+        for tier in self.tiers:
+            tier.select(rows)
 
     def fork_rows(self, rows: Int[Tensor, " selected"]) -> HeadStore:
         copied = copy.copy(self)
         copied.passes = []
+        copied.tiers = [copy.copy(tier) for tier in self.tiers]
         copied.select(rows)  # makes new tensors of all
         return copied
 
     def join(self, other: HeadStore) -> None:
-        longest = max(int(self.lengths.max()), int(other.lengths.max()))
+        longest = max(int(self.raw_lengths.max()), int(other.raw_lengths.max()))
         for store in (self, other):
             store.make_room(longest)
         for name, tensors in self.held.items():
             self.held[name] = [torch.cat(pair) for pair in zip(tensors, other.held[name], strict=True)]
-        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.raw_lengths = torch.cat([self.raw_lengths, other.raw_lengths])
+        for tier, others in zip(self.tiers, other.tiers, strict=True):
+            tier.join(others)
 
     def clear(self) -> None:
-        self.lengths = torch.zeros_like(self.lengths)
+        self.raw_lengths = torch.zeros_like(self.raw_lengths)
         for name, tensors in self.held.items():
             for tensor in tensors:
                 tensor.fill_(_EMPTY.get(name, 0))
         self.passes = []
         self.fit()
+        for tier in self.tiers:
+            tier.clear()
 
     def saved(self) -> dict[str, Tensor]:
-        return {"lengths": self.lengths} | {
+        saved = {"lengths": self.raw_lengths} | {
             f"{name}.{layer}": tensor.clone()
             for name, tensors in self.held.items()
             for layer, tensor in enumerate(tensors)
         }
+        for number, tier in enumerate(self.tiers):
+            saved |= {f"tier.{number}.{name}": tensor for name, tensor in tier.saved().items()}
+        return saved
 
     def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
         lengths = saved["lengths"].cpu()
-        if lengths.shape != self.lengths.shape or int(lengths.min()) < 0 or int(lengths.max()) > max(self.most_entries):
+        if (
+            lengths.shape != self.raw_lengths.shape
+            or int(lengths.min()) < 0
+            or int(lengths.max()) > max(self.most_entries)
+        ):
             raise ValueError(f"lengths {lengths.tolist()}")
-        self.lengths = lengths
+        self.raw_lengths = lengths
         self.fit()
         for name, tensors in self.held.items():
             for layer, tensor in enumerate(tensors):
@@ -185,6 +215,9 @@ class HeadStore(Store):
                 if found.shape != tensor.shape or found.dtype != tensor.dtype:
                     raise ValueError(f"{name}.{layer} is {found.dtype} of {tuple(found.shape)}")
                 tensor.copy_(found)
+        for number, tier in enumerate(self.tiers):
+            start = f"tier.{number}."
+            tier.restore_saved({name.removeprefix(start): saved[name] for name in saved if name.startswith(start)})
 
     def snapshot(self, *, whole: bool) -> HeadStore | None:
         """A copy before several passes, or where some may be taken back; before one nothing: a full store overwrites
@@ -197,14 +230,15 @@ class HeadStore(Store):
 
     def restored(self, snapshot: HeadStore) -> HeadStore:
         # Passes write to this very store.
-        self.held, self.lengths, self.passes = snapshot.held, snapshot.lengths, snapshot.passes
+        self.back_to(snapshot)
+        self.passes = snapshot.passes
         return self
 
     def mark(self) -> HeadStore:
-        return self.fork_rows(torch.arange(len(self.lengths)))
+        return self.fork_rows(torch.arange(len(self.raw_lengths)))
 
     def back_to(self, mark: HeadStore) -> None:
-        self.held, self.lengths, self.passes = mark.held, mark.lengths, []
+        self.held, self.raw_lengths, self.tiers, self.passes = mark.held, mark.raw_lengths, mark.tiers, []
 
     def commit(self, next_position: Int[Tensor, " rows"]) -> None:
         self.passes = []

@@ -9,6 +9,7 @@ from thoughtformer.compression.methods.expected_attention import ExpectedAttenti
 from thoughtformer.compression.methods.full import Full
 from thoughtformer.compression.methods.h2o import HeavyHitters
 from thoughtformer.compression.methods.local import Local
+from thoughtformer.compression.methods.quantised import Quantised
 from thoughtformer.compression.methods.random import RandomEviction
 from thoughtformer.compression.methods.scattered import Scattered
 from thoughtformer.compression.methods.sentinel import Sentinel
@@ -46,6 +47,7 @@ __all__ = [
     "Local",
     "Method",
     "Policy",
+    "Quantised",
     "RandomEviction",
     "RemovedFraction",
     "Scattered",

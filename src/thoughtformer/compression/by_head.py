@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -30,18 +31,17 @@ class ByHead(Method):
     can_train = False
     computes_scores = True
     needs_store = True
-    max_entries: int = 64
 
     @abstractmethod
     def entries_after(self, num_tokens: int) -> int:
-        """Entries that the fullest layer holds after so many tokens."""
+        """Entries that the fullest layer holds in its slots after so many tokens."""
 
     def num_stored(self, row: RowProgress) -> int:
         return self.entries_after(row.num_tokens)
 
+    @abstractmethod
     def most_entries(self, num_layers: int) -> list[int]:
-        """Entries that each layer may come to, the token under way included."""
-        return [self.max_entries] * num_layers
+        """Entries that each layer's slots may come to, the token under way included."""
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:
@@ -51,9 +51,13 @@ class ByHead(Method):
     def new_store(self, **shape: Any) -> Store:
         return HeadStore(self.most_entries(shape["num_layers"]), self.state, **shape)
 
-    def store_bytes(self, *, num_layers: int, **shape: Any) -> int:
-        numbers = sum(torch.Size(tail).numel() for tail in self.state.values())
-        return head_store_bytes(self.most_entries(num_layers), state_numbers=numbers, **shape)
+    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
+        return head_store_bytes(
+            self.most_entries(num_layers),
+            longest_row_entries=longest_row_entries[0],
+            state_numbers=sum(torch.Size(tail).numel() for tail in self.state.values()),
+            **shape,
+        )
 
 
 class AttendByHead(ABC, Generic[Kind]):
@@ -63,7 +67,7 @@ class AttendByHead(ABC, Generic[Kind]):
         self.method, self.store = method, store
         self.position = OnDevices(chunk.entries.position)
         #: What each layer was given, in case the pass is made again.
-        self.given: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+        self.given: dict[int, tuple[Tensor, Tensor, Tensor, float, Original]] = {}
         self.remembers = store.waits
         if self.remembers:
             store.passes.append(self)
@@ -71,7 +75,7 @@ class AttendByHead(ABC, Generic[Kind]):
 
     def begin(self, is_new: Bool[Tensor, "rows seq"]) -> None:
         """Makes room for the new tokens; all else in a row is padding."""
-        position, lengths = self.position.at(is_new.device), self.store.lengths
+        position, lengths = self.position.at(is_new.device), self.store.raw_lengths
         self.is_new = OnDevices(is_new)
         num_tokens = torch.where(is_new, position, -1).amax(dim=1) + 1
         after = torch.tensor([self.method.entries_after(number) for number in num_tokens.tolist()], dtype=torch.long)
@@ -80,7 +84,7 @@ class AttendByHead(ABC, Generic[Kind]):
 
     def finish(self) -> None:
         """All layers are done: the rows hold what is left."""
-        self.store.lengths = self.lengths
+        self.store.raw_lengths = self.lengths
         self.store.fit()
 
     def again(self, next_position: Int[Tensor, " rows"]) -> None:
@@ -106,8 +110,8 @@ class AttendByHead(ABC, Generic[Kind]):
         kv_heads = key.shape[1]
         query = query.reshape(batch, kv_heads, heads // kv_heads, seq, head_dim)
         if self.remembers:
-            self.given[layer] = (query, key, value, scale)
-        return self.attend(layer, query, key, value, scale).reshape(batch, heads, seq, head_dim)
+            self.given[layer] = (query, key, value, scale, original)
+        return self.attend(layer, query, key, value, scale, original).reshape(batch, heads, seq, head_dim)
 
     @abstractmethod
     def attend(
@@ -117,5 +121,6 @@ class AttendByHead(ABC, Generic[Kind]):
         key: Float[Tensor, "batch kv_heads seq head_dim"],
         value: Float[Tensor, "batch kv_heads seq head_dim"],
         scale: float,
+        original: Original,
     ) -> Float[Tensor, "batch kv_heads groups seq head_dim"]:
         """A layer's attention; what it drops is gone afterwards."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from thoughtformer.cache.entries import Store
 from thoughtformer.cache.groups import LayerGroup, WindowSlots
 from thoughtformer.compression.at_once import AttendAtOnce
-from thoughtformer.compression.method import PassAttention
+from thoughtformer.compression.method import Method, PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
-from thoughtformer.rules.schedule import Chunk
+from thoughtformer.models.backbone import Backbone
+from thoughtformer.rules.schedule import Chunk, RowProgress
 
-__all__ = ["AttendByGroup", "attend_in_window"]
+__all__ = ["AttendByGroup", "InWindow"]
 
 
 class AttendByGroup:
@@ -45,8 +48,34 @@ class AttendByGroup:
         return attention(number, query, key, value, **settings)
 
 
-def attend_in_window(chunk: Chunk, slots: WindowSlots | None, *, window: int, execution: str) -> PassAttention:
-    """The attention of layers with a window, under any method."""
-    if slots is None or (slots.longest == 0 and not slots.waits):
-        return AttendAtOnce(chunk.entries, slots, has_events=chunk.has_events, execution=execution, window=window)
-    return AttendOnCache(chunk, slots)
+@dataclass(frozen=True, kw_only=True)
+class InWindow(Method):
+    """What layers with a window hold under a method: raw tokens, as long as they are near.
+
+    Args:
+        window: how many of the last tokens a token reads, itself included.
+        beside: the method, which acts on other layers; what its sentinels have yet to read is held here as well.
+    """
+
+    window: int
+    beside: Method
+
+    @property
+    def holds_spans(self) -> bool:
+        """Older tokens stay until they are folded."""
+        return self.beside.num_sentinels_read > 0
+
+    def num_stored(self, row: RowProgress) -> int:
+        start = max(row.num_tokens - self.window + 1, 0)
+        return row.num_tokens - start + self.beside.num_awaited(row, start)
+
+    def new_store(self, **shape: Any) -> Store:
+        return WindowSlots(self.window, holds_spans=self.holds_spans, **shape)
+
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
+        assert store is None or isinstance(store, WindowSlots)
+        if store is None or (store.longest == 0 and not store.waits):
+            return AttendAtOnce(
+                chunk.entries, store, has_events=chunk.has_events, execution=execution, window=self.window
+            )
+        return AttendOnCache(chunk, store)

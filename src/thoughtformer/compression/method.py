@@ -46,17 +46,23 @@ class LayersShape:
 
     Attributes:
         num_layers: that it acts on.
-        num_heads: of queries.
-        head_dim: numbers of a query.
-        bytes_per_entry: keys and values in all these layers.
-        window_bytes: of other layers, by group: their window, and the bytes of an entry.
+        num_heads, num_kv_heads: of queries, and of keys.
+        head_dim: numbers of a query, a key or a value.
+        dtype: of keys and values.
+        windows: of other layers, by group: their window, and how many they are.
     """
 
     num_layers: int
     num_heads: int
+    num_kv_heads: int
     head_dim: int
-    bytes_per_entry: int
-    window_bytes: Sequence[tuple[int, int]] = ()
+    dtype: torch.dtype
+    windows: Sequence[tuple[int, int]] = ()
+
+    def bytes_per_entry(self, num_layers: int | None = None) -> int:
+        """Keys and values of an entry in so many layers; None: in those that the method acts on."""
+        num_layers = self.num_layers if num_layers is None else num_layers
+        return 2 * num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,14 @@ class Method(ABC):
         """Entries that a store holds of a row."""
         return row.num_cached
 
+    def stored_parts(self, row: RowProgress) -> tuple[int, ...]:
+        """The same for each part of a store that is sized by itself."""
+        return (self.num_stored(row),)
+
+    def in_window(self, window: int) -> Method | None:
+        """What holds layers whose tokens read the last `window` alone; None: what is near is held raw."""
+        return None
+
     def num_awaited(self, row: RowProgress, before: int) -> int:
         """Tokens before a position that layers with a window hold as well, because sentinels have yet to read them."""
         return 0
@@ -205,19 +219,20 @@ class Method(ABC):
     def store_bytes(
         self,
         *,
-        longest_row_entries: int,
+        longest_row_entries: Sequence[int],
         num_layers: int,
         num_rows: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
     ) -> int:
-        """What a store's tensors must measure, block rounding included."""
+        """What a store's tensors must measure, block rounding included, by the longest row in each of its parts."""
+        (longest,) = longest_row_entries
         return slots_bytes(
             len(self.entry_fields),
             num_layers=num_layers,
             num_rows=num_rows,
-            longest_row_entries=longest_row_entries,
+            longest_row_entries=longest,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             dtype=dtype,

@@ -18,13 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, CompressedCache, Store
-from thoughtformer.cache.groups import GroupedStore, LayerGroup, WindowSlots
-from thoughtformer.cache.slots import slots_bytes
+from thoughtformer.cache.entries import CompressedCache, Store
+from thoughtformer.cache.groups import GroupedStore, LayerGroup
 from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.at_once import EXECUTIONS
-from thoughtformer.compression.grouped import AttendByGroup, attend_in_window
+from thoughtformer.compression.grouped import AttendByGroup, InWindow
 from thoughtformer.compression.method import LayersShape, Method, PassAttention, read_ids
 from thoughtformer.compression.registry import settings_of
 from thoughtformer.compression.view import GeneratingView
@@ -120,18 +119,14 @@ class CompressedModel(GeneratingView):
         method.check(self.backbone)
         if self.backbone.shapes_scores is not None and execution == "gathered":
             execution = "dense"  # by the model's own attention, which alone knows how
-        num_layers = len(self.groups[0].layers)
         method = method.bound(
             LayersShape(
-                num_layers=num_layers,
+                num_layers=len(self.groups[0].layers),
                 num_heads=self.backbone.num_heads,
+                num_kv_heads=self.backbone.num_kv_heads,
                 head_dim=self.backbone.head_dim,
-                bytes_per_entry=self.backbone.kv_bytes_per_entry(num_layers),
-                window_bytes=[
-                    (group.window, self.backbone.kv_bytes_per_entry(len(group.layers)))
-                    for group in self.groups
-                    if group.window is not None
-                ],
+                dtype=self.backbone.dtype,
+                windows=[(group.window, len(group.layers)) for group in self.groups if group.window is not None],
             )
         )
         if allow_extrapolation and self.backbone.rotation is None:
@@ -141,6 +136,12 @@ class CompressedModel(GeneratingView):
             )
         self.adapter = adapter
         self.method = method
+        #: What holds each group's layers.
+        self.holders = [method] + [
+            method.in_window(group.window) or InWindow(window=group.window, beside=method)
+            for group in self.groups
+            if group.window is not None
+        ]
         self.execution = execution
         self.prefill_tokens = prefill_tokens
         self.allow_extrapolation = allow_extrapolation or bool(getattr(self.config, "allow_extrapolation", False))
@@ -237,13 +238,11 @@ class CompressedModel(GeneratingView):
         }
 
     def _new_store(self, num_rows: int) -> Store:
-        devices, parts = self.backbone.devices, []
-        for group in self.groups:
-            shape = self._shape(group, num_rows) | {"device": [devices[layer] for layer in group.layers]}
-            if group.window is None:
-                parts.append(self.method.new_store(**shape))
-            else:
-                parts.append(WindowSlots(group.window, holds_spans=self.method.num_sentinels_read > 0, **shape))
+        devices = self.backbone.devices
+        parts = [
+            holder.new_store(**self._shape(group, num_rows), device=[devices[layer] for layer in group.layers])
+            for holder, group in zip(self.holders, self.groups, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else GroupedStore(parts)
 
     def check_history(self, cache: CompressedCache, ids: Sequence[int]) -> None:
@@ -253,37 +252,31 @@ class CompressedModel(GeneratingView):
         (found,) = cache.rows
         if found != expected:
             raise ValueError(f"its row is at {found}, but its ids come to {expected}")
-        cached = tuple(int(lengths[0]) for lengths in cache.store.lengths_by_group())
+        cached = tuple(int(lengths[0]) for lengths in cache.store.lengths_by_part())
         if cached != self.num_stored(expected):
             raise ValueError(f"it holds {cached} entries, but its ids leave {self.num_stored(expected)}")
         cache.store.check_positions(0, len(ids))
 
     def num_stored(self, row: RowProgress) -> tuple[int, ...]:
-        """Entries that a cache holds of a row, in each group of layers."""
-        before = [None if group.window is None else max(row.num_tokens - group.window + 1, 0) for group in self.groups]
-        return tuple(
-            self.method.num_stored(row)
-            if start is None
-            else row.num_tokens - start + self.method.num_awaited(row, start)
-            for start in before
-        )
+        """Entries that a cache holds of a row, in each part that is sized by itself."""
+        return tuple(entries for holder in self.holders for entries in holder.stored_parts(row))
 
-    def cache_bytes(self, longest_row_entries: Sequence[int], num_rows: int) -> int:
+    def cache_bytes(
+        self, longest_row_entries: Sequence[int], num_rows: int, *, dtype: torch.dtype | None = None
+    ) -> int:
         """What `num_bytes()` of a cache must be, block rounding included.
 
         Args:
-            longest_row_entries: the most that any row holds, in each group of layers.
+            longest_row_entries: the most that any row holds, in each part that is sized by itself.
             num_rows: rows.
+            dtype: of keys and values; None: the model's.
         """
-        total = 0
-        for group, longest in zip(self.groups, longest_row_entries, strict=True):
-            shape = self._shape(group, num_rows)
-            if group.window is None:
-                total += self.method.store_bytes(longest_row_entries=longest, **shape)
-            else:
-                total += slots_bytes(
-                    len(ENTRY_FIELDS), longest_row_entries=longest, block_entries=BLOCK_ENTRIES, **shape
-                )
+        total, longest = 0, list(longest_row_entries)
+        for holder, group in zip(self.holders, self.groups, strict=True):
+            parts = [longest.pop(0) for _ in holder.stored_parts(RowProgress())]
+            shape = self._shape(group, num_rows) | ({} if dtype is None else {"dtype": dtype})
+            total += holder.store_bytes(longest_row_entries=parts, **shape)
+        assert not longest
         return total
 
     # Reading.
@@ -426,13 +419,10 @@ class CompressedModel(GeneratingView):
     def _attend(self, chunk: Chunk, store: Store | None) -> PassAttention:
         """The attention of a pass: the method's, and that of each window beside it."""
         stores = store.parts if isinstance(store, GroupedStore) else [store] * len(self.groups)
-        attentions: list[PassAttention] = []
-        for group, part in zip(self.groups, stores, strict=True):
-            if group.window is None:
-                attentions.append(self.method.attend(chunk, part, backbone=self.backbone, execution=self.execution))
-            else:
-                assert part is None or isinstance(part, WindowSlots)
-                attentions.append(attend_in_window(chunk, part, window=group.window, execution=self.execution))
+        attentions = [
+            holder.attend(chunk, part, backbone=self.backbone, execution=self.execution)
+            for holder, part in zip(self.holders, stores, strict=True)
+        ]
         return attentions[0] if len(attentions) == 1 else AttendByGroup(self.groups, attentions)
 
     def run(

@@ -16,7 +16,7 @@ from thoughtformer.cache.heads import HeadStore
 from thoughtformer.compression.by_head import AttendByHead, ByHead
 from thoughtformer.compression.method import PassAttention
 from thoughtformer.compression.solving import Search
-from thoughtformer.models.backbone import Backbone
+from thoughtformer.models.backbone import Backbone, Original
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress
 
 __all__ = ["AttendOneByOne", "OneByOne"]
@@ -27,6 +27,8 @@ Kind = TypeVar("Kind", bound="OneByOne")
 @dataclass(frozen=True, kw_only=True)
 class OneByOne(ByHead):
     """Of a full head's entries that with the smallest number makes room for the next token; of equals the oldest."""
+
+    max_entries: int = 64
 
     @property
     def kind(self) -> str:
@@ -50,6 +52,9 @@ class OneByOne(ByHead):
         row.num_cached = min(row.num_cached, self.max_entries - 1)
         return ()
 
+    def most_entries(self, num_layers: int) -> list[int]:
+        return [self.max_entries] * num_layers
+
     def entries_after(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_entries)
 
@@ -68,7 +73,7 @@ class AttendOneByOne(AttendByHead[OneByOne]):
     A new token takes the slot of the one that makes room, so that a full store never moves anything.
     """
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, original: Original) -> Tensor:
         output = torch.zeros_like(query)
         new, held = self.is_new.at(query.device), self.store["attention"][layer]
         for column in range(query.shape[3]):

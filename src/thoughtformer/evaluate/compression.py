@@ -24,7 +24,7 @@ from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, CorpusError
 from thoughtformer.rules.schedule import RowProgress
 
-__all__ = ["Blocks", "MethodScore", "sample_blocks", "score_method", "solve", "summarise"]
+__all__ = ["Blocks", "MethodScore", "mean_cache_bytes", "sample_blocks", "score_method", "solve", "summarise"]
 
 #: How far a method's mean of entries held may be from the target.
 TOLERANCE = 0.01
@@ -187,7 +187,7 @@ def score_method(
         achieved_removed=1 - mean / float(seen),
         mean_entries=mean,
         peak_entries=peak,
-        mean_kv_bytes=_mean_kv_bytes(compressed, blocks, mean),
+        mean_kv_bytes=mean_cache_bytes(compressed, blocks),
         bits_per_byte=total / math.log(2) / blocks.num_bytes,
         loss_nats=total / blocks.num_scored,
         num_tokens=blocks.num_scored,
@@ -195,21 +195,26 @@ def score_method(
     )
 
 
-def _mean_kv_bytes(compressed: CompressedModel, blocks: Blocks, mean_entries: float) -> float:
-    """Bytes of what a scored token can read, and of what layers with a window hold beside that."""
-    backbone, groups = compressed.backbone, compressed.groups
-    total = mean_entries * backbone.kv_bytes_per_entry(len(groups[0].layers))
-    if len(groups) > 1:
-        held = []
-        for ids in blocks.ids if compressed.method.reads_ids else blocks.ids[:1]:
-            row = RowProgress()
-            for token in ids:
-                held.append([stored + 1 for stored in compressed.num_stored(row)])
-                read_ids(compressed.method, row, [token])
-        scored = np.array(held).reshape(-1, len(blocks.ids[0]), len(groups))[:, blocks.first_scored :]
-        for group, entries in zip(groups[1:], scored.mean(axis=(0, 1))[1:], strict=True):
-            total += float(entries) * backbone.kv_bytes_per_entry(len(group.layers))
-    return total
+def mean_cache_bytes(compressed: CompressedModel, blocks: Blocks, *, dtype: torch.dtype | None = None) -> float:
+    """Bytes of a row's cache, all that it holds counted, as each scored token finds it; on average.
+
+    Args:
+        compressed: the model under a method.
+        blocks: the texts.
+        dtype: of keys and values; None: the model's.
+    """
+    sizes: dict[tuple[int, ...], int] = {}
+    found: list[int] = []
+    for ids in blocks.ids if compressed.method.reads_ids else blocks.ids[:1]:
+        row = RowProgress()
+        for number, token in enumerate(ids):
+            if number >= blocks.first_scored:
+                stored = compressed.num_stored(row)
+                if stored not in sizes:
+                    sizes[stored] = compressed.cache_bytes(stored, 1, dtype=dtype)
+                found.append(sizes[stored])
+            read_ids(compressed.method, row, [token])
+    return float(np.mean(found))
 
 
 def summarise(scores: Iterable[MethodScore]) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,7 @@ class CausalLMRunner(Runner):
 
     def most_entries(self, prompt: Sequence[int], num_new_tokens: int) -> dict[str, int]:
         model, method, row = self.model, self.model.method, RowProgress()
-        most = [0] * len(model.groups)
+        most = [0] * len(model.num_stored(row))
         for token in [*prompt, *([] if method.reads_ids else [0] * num_new_tokens)]:
             read_ids(method, row, [token])
             most = [max(pair) for pair in zip(most, model.num_stored(row), strict=True)]
@@ -120,7 +120,7 @@ class CausalLMRunner(Runner):
             for number, group in enumerate(model.groups[1:], start=1):
                 assert group.window is not None
                 most[number] = total if method.num_sentinels_read else min(total, group.window - 1)
-        return {f"group {number}": entries for number, entries in enumerate(most)}
+        return {f"part {number}": entries for number, entries in enumerate(most)}
 
     def most_bytes(self, most_entries: Sequence[dict[str, int]], most_tokens: int) -> int:
         longest = [max(row[name] for row in most_entries) for name in most_entries[0]]
@@ -175,7 +175,7 @@ class _Follower(ContextFollower):
         return RequestContext(
             closed_sentences=closed,
             open_tokens=still_open,
-            held_bytes=model.cache_bytes([int(lengths[index]) for lengths in cache.store.lengths_by_group()], 1),
+            held_bytes=model.cache_bytes([int(lengths[index]) for lengths in cache.store.lengths_by_part()], 1),
             plain_bytes=sum(
                 min(len(ids), group.window or len(ids)) * model.backbone.kv_bytes_per_entry(len(group.layers))
                 for group in model.groups

@@ -12,7 +12,8 @@ from torch import Tensor
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore
 from thoughtformer.checks import check_count
-from thoughtformer.compression.by_interval import AttendByInterval, ByInterval, Queries
+from thoughtformer.compression.by_interval import AttendByInterval, ByInterval
+from thoughtformer.compression.in_pieces import Queries
 from thoughtformer.compression.method import LayersShape, PassAttention
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, nearest
@@ -97,7 +98,7 @@ class AttendExpected(AttendByInterval[ExpectedAttention]):
         self._turns: dict[tuple[int, torch.device], Tensor] = {}
         super().__init__(chunk, method, store)
 
-    def see(self, layer: int, queries: Queries) -> None:
+    def see(self, layer: int, queries: Queries, weights: Tensor) -> None:
         counts = queries.is_token & (queries.position >= self.method.first_tokens)
         states = queries.states.detach().flatten(1, 2)
         if self.turn is not None:

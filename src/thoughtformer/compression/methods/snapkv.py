@@ -11,7 +11,8 @@ from torch import Tensor
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore
 from thoughtformer.checks import check_count
-from thoughtformer.compression.by_interval import AttendByInterval, ByInterval, Queries
+from thoughtformer.compression.by_interval import AttendByInterval, ByInterval
+from thoughtformer.compression.in_pieces import Queries
 from thoughtformer.compression.method import PassAttention
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError
@@ -83,13 +84,13 @@ class SnapKV(ByInterval):
 class AttendObserved(AttendByInterval[SnapKV]):
     """Sums what the last queries of an interval attend to."""
 
-    def see(self, layer: int, queries: Queries) -> None:
-        _, weights, position, is_token = queries
+    def see(self, layer: int, queries: Queries, weights: Tensor) -> None:
         every, observed = self.method.every_tokens, self.method.observed_tokens
-        is_observed = is_token & (position % every >= every - observed)
+        is_observed = queries.is_token & (queries.position % every >= every - observed)
         if bool(is_observed.any()):
-            seen = weights.masked_fill(~is_observed[:, None, None, :, None], 0).sum(dim=(2, 3))
-            self.store["attention"][layer] += seen.detach()
+            self.store["attention"][layer] += weights.masked_fill(~is_observed[:, None, None, :, None], 0).sum(
+                dim=(2, 3)
+            )
 
     def worth(self, layer: int, row: int, num_entries: int, *, num_tokens: int, scale: float) -> Tensor:
         held, attention = (self.store[name][layer][row, :, :num_entries] for name in ("position", "attention"))

@@ -1,0 +1,220 @@
+"""Entries in fewer bits the older they are (KIVI, Liu et al., arXiv 2402.02750), in layers of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thoughtformer.cache.entries import Store
+from thoughtformer.cache.heads import HeadStore, head_store_bytes
+from thoughtformer.cache.quantised import BITS, quantised_bytes
+from thoughtformer.checks import check_count
+from thoughtformer.compression.at_once import additive
+from thoughtformer.compression.by_head import ByHead
+from thoughtformer.compression.in_pieces import AttendInPieces, Queries
+from thoughtformer.compression.method import LayersShape, PassAttention
+from thoughtformer.errors import ConfigError, UnsupportedError
+from thoughtformer.models.backbone import Backbone, Original
+from thoughtformer.rules.schedule import Chunk, Event, RowProgress
+
+__all__ = ["Quantised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised(ByHead):
+    """Holds the first tokens and the recent ones raw, others in blocks of `bits` a number: tiers by age.
+
+    A block of `block_tokens` leaves the raw ones when `recent_tokens` have followed it. Its keys share scales by
+    channel, its values by token. What then is younger than `finer_tokens` has 8 bits, what is older `bits`; what is
+    older than `held_tokens` is dropped. Layers with a window hold their near tokens so, too.
+
+    Args:
+        bits: of a number: 8, 4 or 2.
+        first_tokens: that stay raw.
+        recent_tokens: that are raw at least.
+        block_tokens: that share scales of keys.
+        finer_tokens: behind the raw ones that have 8 bits before they have fewer; whole blocks.
+        held_tokens: that have fewer bits, finer ones included; whole blocks; None: all.
+        max_bytes: of a row's cache, which decides about `held_tokens`; whoever compresses a model works it out.
+        window: of the layers; None: they read all.
+    """
+
+    name = "quantised"
+    computes_scores = False
+    bits: int = 4
+    first_tokens: int = 4
+    recent_tokens: int = 64
+    block_tokens: int = 64
+    finer_tokens: int = 0
+    held_tokens: int | None = None
+    max_bytes: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in BITS:
+            raise ConfigError(f"bits={self.bits}: give one of {', '.join(map(str, BITS))}.")
+        check_count("first_tokens", self.first_tokens, 0)
+        check_count("recent_tokens", self.recent_tokens, 0)
+        check_count("block_tokens", self.block_tokens, 2)
+        check_count("finer_tokens", self.finer_tokens, 0)
+        for name, tokens in (("finer_tokens", self.finer_tokens), ("held_tokens", self.held_tokens or 0)):
+            if tokens % self.block_tokens:
+                raise ConfigError(f"{name}={tokens} is no multiple of block_tokens={self.block_tokens}.")
+        if self.held_tokens is not None:
+            check_count("held_tokens", self.held_tokens, self.finer_tokens)
+        if self.finer_tokens and self.bits == 8:
+            raise ConfigError("bits=8 are no fewer than finer_tokens have: leave finer_tokens out.")
+
+    # What is held.
+
+    @property
+    def every_tokens(self) -> int:
+        """Between two blocks that leave the raw ones."""
+        return self.block_tokens
+
+    @property
+    def offset(self) -> int:
+        """Raw tokens that are left when a block leaves them."""
+        return self.first_tokens + self.recent_tokens
+
+    @property
+    def tiers(self) -> list[int]:
+        """Bits of each tier."""
+        return [8, self.bits] if self.finer_tokens else [self.bits]
+
+    def blocks(self, num_tokens: int) -> tuple[int, int]:
+        """Blocks that have left the raw tokens, and those of them that are gone."""
+        left = max(num_tokens - self.offset, 0) // self.block_tokens
+        gone = 0 if self.held_tokens is None else max(left - self.held_tokens // self.block_tokens, 0)
+        if self.window is not None and left:
+            # They go when the next block comes; then the token behind it can't read them.
+            changed = self.offset + left * self.block_tokens
+            gone = min(left, max(gone, (changed + 1 - self.window - self.first_tokens) // self.block_tokens))
+        return left, gone
+
+    def entries_after(self, num_tokens: int) -> int:
+        return num_tokens - self.blocks(num_tokens)[0] * self.block_tokens
+
+    def stored_parts(self, row: RowProgress) -> tuple[int, ...]:
+        left, gone = self.blocks(row.num_tokens)
+        finer = min(left - gone, self.finer_tokens // self.block_tokens)
+        of_tiers = (finer, left - gone - finer) if self.finer_tokens else (left - gone,)
+        return (self.entries_after(row.num_tokens), *(number * self.block_tokens for number in of_tiers))
+
+    def num_stored(self, row: RowProgress) -> int:
+        return sum(self.stored_parts(row))
+
+    def after(self, row: RowProgress, token_id: int) -> Iterable[Event]:
+        row.num_cached = self.num_stored(row)
+        return ()
+
+    def in_window(self, window: int) -> Quantised:
+        return replace(self, window=window, finer_tokens=0, held_tokens=None, max_bytes=None)
+
+    def bound(self, shape: LayersShape) -> Quantised:
+        if shape.head_dim % (8 // self.bits):
+            raise UnsupportedError(f"numbers of {self.bits} bits don't fill the bytes of a head of {shape.head_dim}.")
+        if self.max_bytes is None:
+            return self
+        least = self.finer_tokens // self.block_tokens
+        needed = self._most_bytes(shape, least)
+        if needed > self.max_bytes:
+            raise ConfigError(
+                f"max_bytes={self.max_bytes} is too little: what is raw, finer_tokens={self.finer_tokens} and layers "
+                f"with a window take {needed} bytes."
+            )
+        # Each block takes as much as any other.
+        blocks = least + (self.max_bytes - needed) // (self._most_bytes(shape, least + 1) - needed)
+        return replace(self, held_tokens=blocks * self.block_tokens, max_bytes=None)
+
+    def _most_bytes(self, shape: LayersShape, blocks: int) -> int:
+        """What a row's cache may come to with so many blocks in layers that read all."""
+        longest = [self.offset + self.block_tokens - 1, *[0] * len(self.tiers)]
+        longest[1] = self.finer_tokens
+        longest[-1] = blocks * self.block_tokens - sum(longest[1:-1])
+        each: dict[str, Any] = {
+            "num_rows": 1,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "dtype": shape.dtype,
+        }
+        total = self.store_bytes(longest_row_entries=longest, num_layers=shape.num_layers, **each)
+        for window, number in shape.windows:
+            beside = self.in_window(window)
+            rows = map(RowProgress, range(self.offset + window + 3 * self.block_tokens))
+            total += max(
+                beside.store_bytes(longest_row_entries=beside.stored_parts(row), num_layers=number, **each)
+                for row in rows
+            )
+        return total
+
+    # How it is kept and attended to.
+
+    @property
+    def kind(self) -> str:
+        return f"{self.bits} bits"
+
+    def most_entries(self, num_layers: int) -> list[int]:
+        return [self.offset + self.block_tokens] * num_layers
+
+    def new_store(self, **shape: Any) -> Store:
+        tiers = [(bits, self.block_tokens) for bits in self.tiers]
+        return HeadStore(self.most_entries(shape["num_layers"]), tiers=tiers, **shape)
+
+    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
+        raw, *of_tiers = longest_row_entries
+        total = head_store_bytes(self.most_entries(num_layers), longest_row_entries=raw, **shape)
+        for bits, entries in zip(self.tiers, of_tiers, strict=True):
+            total += quantised_bytes(
+                bits, self.block_tokens, longest_row_entries=entries, num_layers=num_layers, **shape
+            )
+        return total
+
+    def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
+        assert isinstance(store, HeadStore)
+        return AttendToTiers(chunk, self, store)
+
+
+class AttendToTiers(AttendInPieces[Quantised]):
+    """Attention to raw entries and to those of all tiers, by the model's own."""
+
+    def __init__(self, chunk: Chunk, method: Quantised, store: HeadStore) -> None:
+        self.window = method.window
+        super().__init__(chunk, method, store)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values, held = super().entries(layer)
+        parts = [tier.read(layer) for tier in self.store.tiers] + [(keys, values, held[:, 0])]
+        keys, values = (torch.cat([part[number] for part in parts], dim=2) for number in range(2))
+        return keys, values, torch.cat([part[2] for part in parts], dim=1)[:, None]
+
+    def read(
+        self, layer: int, queries: Queries, keys: Tensor, values: Tensor, scale: float, original: Original
+    ) -> Tensor:
+        states = queries.states.flatten(1, 2)
+        output = original(states, keys, values, additive(queries.reads[:, 0], states))
+        return output.view_as(queries.states)
+
+    def change(self, layer: int, row: int, num_tokens: int, scale: float) -> None:
+        method, store = self.method, self.store
+        left, gone = method.blocks(num_tokens)
+        if not left:
+            return
+        count = int(store.counts_in(layer)[row])
+        first, block = method.first_tokens, method.block_tokens
+        leaving = slice(first, first + block)
+        keys, values, position = (store[name][layer][row, :, leaving] for name in ("keys", "values", "position"))
+        tiers = store.tiers
+        tiers[0].append(layer, row, keys, values, position[0])
+        slots = torch.cat([torch.arange(first), torch.arange(first + block, count)])
+        store.keep(layer, row, slots.to(keys.device).expand(len(keys), -1))
+        if method.finer_tokens and int(tiers[0].num_blocks[layer, row]) > method.finer_tokens // block:
+            tiers[1].append(layer, row, *tiers[0].pop_first(layer, row))
+        while sum(int(tier.num_blocks[layer, row]) for tier in tiers) > left - gone:
+            oldest = next(tier for tier in reversed(tiers) if int(tier.num_blocks[layer, row]))
+            oldest.pop_first(layer, row)
