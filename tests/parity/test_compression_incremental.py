@@ -158,8 +158,8 @@ def test_chunked_prefill_then_steps(prefill_tokens, method):
 
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_neighbours(family, method):
-    """Ragged rows, padded at the left, prefilled and decoded: each as if it were alone."""
-    compressed = tiny_compressed(tiny_lm(family), method)
+    """Ragged rows, padded at the left, prefilled in pieces and decoded: each as if it were alone."""
+    compressed = tiny_compressed(tiny_lm(family), method, prefill_tokens=16)
     lengths = [40, 9, 27]
     ids, mask = random_ids(3, 40, seed=3), torch.zeros(3, 40, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -207,6 +207,14 @@ def test_fork_select_save_load_append(method, tmp_path):
     steps = step_by_step(compressed, ids[[1, 0], 45:], ragged)
     close(steps[0], at_once[1, 45:])
     close(steps[1], compressed(ids[:1, 20:], use_cache=False).logits[0, 25:])
+
+    if method.can_join:
+        joined, short = compressed.new_cache(1), compressed.new_cache(1)
+        compressed(ids[:1, :45], cache=joined)
+        compressed(ids[1:, :20], cache=short)
+        short.join(joined)
+        steps = step_by_step(compressed, torch.stack([ids[1, 20:45], ids[0, 45:70]]), short)
+        close(steps, torch.stack([at_once[1, 20:45], at_once[0, 45:70]]))
 
     context = Context.read(compressed, ids[0, :45])
     context.save(tmp_path / "a.ctx")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
@@ -118,6 +118,21 @@ class HeadStore(Store):
     def __getitem__(self, name: str) -> list[Tensor]:
         """What is held under a name, by layer."""
         return self.held[name]
+
+    def entries(
+        self, layer: int
+    ) -> tuple[
+        Float[Tensor, "rows kv_heads entries head_dim"],
+        Float[Tensor, "rows kv_heads entries head_dim"],
+        Int[Tensor, "rows kv_heads entries"],
+    ]:
+        """Keys, values and positions of all that a layer holds, slots last; -1 where there is no entry."""
+        raw = tuple(self.held[name][layer] for name in ("keys", "values", "position"))
+        parts = [*(tier.read(layer) for tier in self.tiers), raw]
+        if len(parts) == 1:
+            return raw
+        keys, values, positions = (torch.cat(of_all, dim=2) for of_all in zip(*parts, strict=True))
+        return keys, values, positions
 
     def counts_in(self, layer: int) -> Int[Tensor, " rows"]:
         """Entries that each head of a row holds in the slots of a layer."""

@@ -77,7 +77,7 @@ class QuantisedBlocks:
             "key_scales": ((2, num_kv_heads, 1, head_dim), dtype),
             "value_codes": ((num_kv_heads, block_entries, groups, coded // groups), torch.uint8),
             "value_scales": ((2, num_kv_heads, block_entries, groups, 1), dtype),
-            "positions": ((block_entries,), torch.int32),
+            "positions": ((num_kv_heads, block_entries), torch.int32),
         }
         self.held = {
             name: [torch.zeros(num_rows, 0, *shape, dtype=kind, device=place) for place in devices]
@@ -115,7 +115,7 @@ class QuantisedBlocks:
         row: int,
         keys: Float[Tensor, "kv_heads entries head_dim"],
         values: Float[Tensor, "kv_heads entries head_dim"],
-        positions: Int[Tensor, " entries"],
+        positions: Int[Tensor, "kv_heads entries"],
     ) -> None:
         """Adds a block behind a row's."""
         place = int(self.num_blocks[layer, row])
@@ -138,7 +138,7 @@ class QuantisedBlocks:
     ) -> tuple[
         Float[Tensor, "kv_heads entries head_dim"],
         Float[Tensor, "kv_heads entries head_dim"],
-        Int[Tensor, " entries"],
+        Int[Tensor, "kv_heads entries"],
     ]:
         """Takes a row's oldest block out; gives its keys, values and positions."""
         keys, values, positions = (part[row, 0] for part in self._blocks(layer))
@@ -150,7 +150,7 @@ class QuantisedBlocks:
         return keys, values, positions.clone()
 
     def _blocks(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (rows, blocks, heads, entries, head_dim), and positions (rows, blocks, entries)."""
+        """Keys and values (rows, blocks, heads, entries, head_dim), and positions (rows, blocks, heads, entries)."""
         held = {name: tensors[layer] for name, tensors in self.held.items()}
         key_step, key_lowest = held["key_scales"].unbind(2)
         value_step, value_lowest = held["value_scales"].unbind(2)
@@ -163,14 +163,14 @@ class QuantisedBlocks:
     ) -> tuple[
         Float[Tensor, "rows kv_heads entries head_dim"],
         Float[Tensor, "rows kv_heads entries head_dim"],
-        Int[Tensor, "rows entries"],
+        Int[Tensor, "rows kv_heads entries"],
     ]:
         """Keys, values and positions of a layer; -1 where a row has no entry."""
         keys, values, positions = self._blocks(layer)
         is_there = torch.arange(positions.shape[1]) < self.num_blocks[layer, :, None]
-        positions = positions.masked_fill(~is_there.to(positions.device)[:, :, None], -1)
-        keys, values = (part.transpose(1, 2).flatten(2, 3) for part in (keys, values))
-        return keys, values, positions.flatten(1)
+        positions = positions.masked_fill(~is_there.to(positions.device)[:, :, None, None], -1)
+        keys, values, positions = (part.transpose(1, 2).flatten(2, 3) for part in (keys, values, positions))
+        return keys, values, positions
 
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         """Keeps the given rows, in storage of their own."""
@@ -236,4 +236,4 @@ def quantised_bytes(
     codes = 2 * block_entries * num_kv_heads * head_dim * bits // 8
     scales = 2 * num_kv_heads * (head_dim + block_entries * _groups(head_dim)) * dtype.itemsize
     blocks = longest_row_entries // block_entries
-    return num_layers * num_rows * (blocks * (codes + scales + block_entries * 4) + 8)
+    return num_layers * num_rows * (blocks * (codes + scales + num_kv_heads * block_entries * 4) + 8)

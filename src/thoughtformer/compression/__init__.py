@@ -8,6 +8,7 @@ from thoughtformer.compression.methods.combiner import Combiner
 from thoughtformer.compression.methods.expected_attention import ExpectedAttention
 from thoughtformer.compression.methods.full import Full
 from thoughtformer.compression.methods.h2o import HeavyHitters
+from thoughtformer.compression.methods.kvzip import KVzip
 from thoughtformer.compression.methods.local import Local
 from thoughtformer.compression.methods.quantised import Quantised
 from thoughtformer.compression.methods.random import RandomEviction
@@ -44,6 +45,7 @@ __all__ = [
     "ExpectedAttention",
     "Full",
     "HeavyHitters",
+    "KVzip",
     "Local",
     "Method",
     "Policy",

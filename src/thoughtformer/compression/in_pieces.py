@@ -30,7 +30,7 @@ class Queries(NamedTuple):
     states: Float[Tensor, "batch kv_heads groups seq head_dim"]
     position: Int[Tensor, "batch seq"]
     is_token: Bool[Tensor, "batch seq"]
-    reads: Bool[Tensor, "batch #kv_heads seq entries"]
+    reads: Bool[Tensor, "batch kv_heads seq entries"]
 
 
 class _Piece(NamedTuple):
@@ -68,7 +68,7 @@ class AttendInPieces(AttendByHead[Kind]):
             is_new = self.is_new.at(query.device)[:, columns]
             position = self.position.at(query.device)[:, columns]
             self._write(layer, key[:, :, columns], value[:, :, columns], position, is_new)
-            keys, values, held = self.entries(layer)
+            keys, values, held = self.store.entries(layer)
             reads = (held >= 0)[:, :, None] & (held[:, :, None] <= position[:, None, :, None])
             if self.window is not None:
                 reads &= held[:, :, None] > position[:, None, :, None] - self.window
@@ -79,17 +79,6 @@ class AttendInPieces(AttendByHead[Kind]):
             for row, num_tokens in changing:
                 self.change(layer, row, num_tokens, scale)
         return output
-
-    def entries(
-        self, layer: int
-    ) -> tuple[
-        Float[Tensor, "batch kv_heads entries head_dim"],
-        Float[Tensor, "batch kv_heads entries head_dim"],
-        Int[Tensor, "batch #kv_heads entries"],
-    ]:
-        """Keys, values and positions that a layer can read; position -1 where there is no entry."""
-        keys, values, held = (self.store[name][layer] for name in ("keys", "values", "position"))
-        return keys, values, held
 
     @abstractmethod
     def read(

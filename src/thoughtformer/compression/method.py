@@ -49,6 +49,7 @@ class LayersShape:
         num_heads, num_kv_heads: of queries, and of keys.
         head_dim: numbers of a query, a key or a value.
         dtype: of keys and values.
+        max_tokens: positions that the model was trained for.
         windows: of other layers, by group: their window, and how many they are.
     """
 
@@ -57,6 +58,7 @@ class LayersShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    max_tokens: int
     windows: Sequence[tuple[int, int]] = ()
 
     def bytes_per_entry(self, num_layers: int | None = None) -> int:
@@ -129,6 +131,17 @@ class Method(ABC):
         on the row's own past alone.
         """
         return ()
+
+    #: Some of a text is read again, at moments that `rereads` tells.
+    can_reread: ClassVar[bool] = False
+
+    def rereads(self, num_tokens: int) -> range | None:
+        """Positions whose tokens are read once more when so many have been read; `window_tokens` covers them."""
+        return None
+
+    def attend_again(self, chunk: Chunk, store: Store, *, backbone: Backbone) -> PassAttention:
+        """The attention of that, in whose end the method drops what it will; its tokens are stored nowhere."""
+        raise NotImplementedError
 
     def leaving(self, row: RowProgress, position: int, token_id: int) -> Iterable[Event]:
         """What happens now that the token at `position` is no longer one of the last `window_tokens`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from types import TracebackType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -126,6 +126,7 @@ class CompressedModel(GeneratingView):
                 num_kv_heads=self.backbone.num_kv_heads,
                 head_dim=self.backbone.head_dim,
                 dtype=self.backbone.dtype,
+                max_tokens=self.backbone.max_tokens,
                 windows=[(group.window, len(group.layers)) for group in self.groups if group.window is not None],
             )
         )
@@ -226,7 +227,7 @@ class CompressedModel(GeneratingView):
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
         return CompressedCache(self._new_store(num_rows), [RowProgress() for _ in range(num_rows)], self.cache_identity)
 
-    def _shape(self, group: LayerGroup, num_rows: int) -> dict[str, Any]:
+    def _shape(self, group: LayerGroup, num_rows: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Of the keys and values of so many rows in some layers, wherever they are."""
         backbone = self.backbone
         return {
@@ -234,7 +235,7 @@ class CompressedModel(GeneratingView):
             "num_rows": num_rows,
             "num_kv_heads": backbone.num_kv_heads,
             "head_dim": backbone.head_dim,
-            "dtype": backbone.dtype,
+            "dtype": backbone.dtype if dtype is None else dtype,
         }
 
     def _new_store(self, num_rows: int) -> Store:
@@ -274,8 +275,7 @@ class CompressedModel(GeneratingView):
         total, longest = 0, list(longest_row_entries)
         for holder, group in zip(self.holders, self.groups, strict=True):
             parts = [longest.pop(0) for _ in holder.stored_parts(RowProgress())]
-            shape = self._shape(group, num_rows) | ({} if dtype is None else {"dtype": dtype})
-            total += holder.store_bytes(longest_row_entries=parts, **shape)
+            total += holder.store_bytes(longest_row_entries=parts, **self._shape(group, num_rows, dtype))
         assert not longest
         return total
 
@@ -377,6 +377,8 @@ class CompressedModel(GeneratingView):
         self.check_length(longest, "the text comes to")
         check_ids(ids, self.backbone.vocab_size)  # those behind are sentinels, which only a method sets
         self._check_documents(ids, rows)
+        # What may be read again, up to the last of the new tokens.
+        texts = [[*row.window, *new] for row, new in zip(rows, ids, strict=True)]
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.needs_store
         store = cache.store if cache is not None else self._new_store(batch) if needs_store else None
@@ -384,17 +386,20 @@ class CompressedModel(GeneratingView):
         has_events = any(reading.events for reading in readings) or needs_store
         width = max((len(new) for new in ids), default=0)
         step = self.prefill_tokens if cache is not None and has_events else max(width, 1)
-        backup = None if cache is None else cache.snapshot(whole=width > step)
+        cuts = self._cuts(readings, width, step)
+        backup = None if cache is None else cache.snapshot(whole=len(cuts) > 1)
         if cache is not None:
             cache.begin()
         parts: list[list[Tensor]] = [[] for _ in range(batch)]
         token_wanted = [row_wanted[row_real] for row_wanted, row_real in zip(wanted, real, strict=True)]
         try:
-            for start in range(0, width, step):
-                pieces = [reading.piece(start, start + step) for reading in readings]
-                hidden, chunk = self._compute(pieces, store, is_kept=cache is not None)
+            for start, end in pairwise([0, *cuts]):
+                pieces = [reading.piece(start, end) for reading in readings]
+                hidden, chunk = self._compute(pieces, store, is_kept=cache is not None or end < width)
+                if self.method.can_reread and store is not None and (cache is not None or end < width):
+                    self._read_again(pieces, texts, rows, store)
                 for row, part in enumerate(token_wanted):
-                    part = part[start : start + step]
+                    part = part[start:end]
                     columns = chunk.token_column[row, : len(part)][part]
                     parts[row].append(hidden[row, columns.to(hidden.device)])
         except BaseException:
@@ -405,6 +410,45 @@ class CompressedModel(GeneratingView):
             cache.record(rows, ids, input_ids.shape[1], partial(read_ids, self.method))
         flat = [part for row_parts in parts for part in row_parts]
         return torch.cat(flat) if flat else self.backbone.embed(input_ids[:, :0].to(self.device)).flatten(0, 1)
+
+    def _cuts(self, readings: Sequence[RowReading], width: int, step: int) -> list[int]:
+        """Columns at which a pass ends: every `step`, where something is read again, and at the end."""
+        cuts = {*range(step, width, step), width} if width else set()
+        if self.method.can_reread:
+            for reading in readings:
+                cuts |= {
+                    column + 1
+                    for column in range(len(reading.ids))
+                    if self.method.rereads(reading.first_position + column + 1)
+                }
+        return sorted(cuts)
+
+    def _read_again(
+        self,
+        pieces: Sequence[RowReading],
+        texts: Sequence[Sequence[int]],
+        rows: Sequence[RowProgress],
+        store: Store,
+    ) -> None:
+        """Reads what the method wants read once more behind these pieces; `texts` end with each row's last token."""
+        readings = []
+        for piece, text, row in zip(pieces, texts, rows, strict=True):
+            num_tokens = piece.first_position + len(piece.ids)
+            positions = self.method.rereads(num_tokens) if piece.ids else None
+            first = row.num_tokens - len(text)
+            again = [] if positions is None else text[positions.start - first : positions.stop - first]
+            readings.append(RowReading(again, num_tokens, []))
+        if not any(reading.ids for reading in readings):
+            return
+        chunk = lay_out(readings, vocab_size=self.backbone.vocab_size, num_summaries=0)
+        parts = store.parts if isinstance(store, GroupedStore) else [store]
+        attentions = [self.method.attend_again(chunk, parts[0], backbone=self.backbone)]
+        for holder, part in zip(self.holders[1:], parts[1:], strict=True):
+            copied = part.fork_rows(torch.arange(len(readings)))
+            attentions.append(holder.attend(chunk, copied, backbone=self.backbone, execution=self.execution))
+        attend = attentions[0] if len(attentions) == 1 else AttendByGroup(self.groups, attentions)
+        self.run(chunk.input_ids, chunk.entries.position, attend)
+        attentions[0].finish()
 
     def _compute(self, readings: Sequence[RowReading], store: Store | None, *, is_kept: bool) -> tuple[Tensor, Chunk]:
         """Hidden states of one chunk's entries; `store`, if it is kept, holds afterwards what later tokens may read."""

@@ -60,7 +60,8 @@ class RowReading(NamedTuple):
 
     def piece(self, start: int, end: int) -> RowReading:
         """The part of it whose tokens have these numbers among the new ones."""
-        first, ids = self.first_position + start, self.ids[start:end]
+        # A row that has ended stays where it is.
+        first, ids = self.first_position + min(start, len(self.ids)), self.ids[start:end]
         return RowReading(ids, first, [event for event in self.events if first <= event.at < first + len(ids)])
 
 

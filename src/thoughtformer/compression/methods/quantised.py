@@ -187,12 +187,6 @@ class AttendToTiers(AttendInPieces[Quantised]):
         self.window = method.window
         super().__init__(chunk, method, store)
 
-    def entries(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values, held = super().entries(layer)
-        parts = [tier.read(layer) for tier in self.store.tiers] + [(keys, values, held[:, 0])]
-        keys, values = (torch.cat([part[number] for part in parts], dim=2) for number in range(2))
-        return keys, values, torch.cat([part[2] for part in parts], dim=1)[:, None]
-
     def read(
         self, layer: int, queries: Queries, keys: Tensor, values: Tensor, scale: float, original: Original
     ) -> Tensor:
@@ -210,7 +204,7 @@ class AttendToTiers(AttendInPieces[Quantised]):
         leaving = slice(first, first + block)
         keys, values, position = (store[name][layer][row, :, leaving] for name in ("keys", "values", "position"))
         tiers = store.tiers
-        tiers[0].append(layer, row, keys, values, position[0])
+        tiers[0].append(layer, row, keys, values, position)
         slots = torch.cat([torch.arange(first), torch.arange(first + block, count)])
         store.keep(layer, row, slots.to(keys.device).expand(len(keys), -1))
         if method.finer_tokens and int(tiers[0].num_blocks[layer, row]) > method.finer_tokens // block:
