@@ -1,15 +1,15 @@
-"""Entries in fewer bits, and texts that are read twice."""
+"""Entries in fewer bits or in pages, and texts that are read twice."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thoughtformer.compression import KVzip, Quantised
+from thoughtformer.compression import AttentionMatching, KVzip, Quantised, Selection
 from thoughtformer.models.backbone import backbone_of
 from twins import MethodTwin, attended_by_hand, window_of
 
@@ -72,11 +72,13 @@ class Head:
         self.entries: list[tuple[int, Tensor, Tensor]] = []
         #: How many of them, behind the first ones, have fewer bits.
         self.coarse = 0
+        self.bias: dict[int, float] = {}
 
     def read(self, query: Tensor, position: int) -> tuple[list[int], Tensor, Tensor]:
         """Positions, weights and output of a scaled query."""
         near = [entry for entry in self.entries if self.window is None or entry[0] > position - self.window]
-        weights = (torch.stack([key for _, key, _ in near]) @ query).softmax(dim=0)
+        scores = [key @ query + self.bias.get(position, 0.0) for position, key, _ in near]
+        weights = torch.stack(scores).softmax(dim=0)
         return [entry[0] for entry in near], weights, weights @ torch.stack([value for *_, value in near])
 
     def make_coarse(self, first: int, number: int) -> None:
@@ -97,32 +99,38 @@ class Head:
             self.coarse += self.size
 
 
-def kvzip(model: Any, ids: Sequence[int], method: KVzip, adapter: None) -> Tensor:
-    """Algorithm 1, chunk by chunk: after each, the model reads it again, and the best of its entries stay."""
+#: What a second reading shows of a key head: the most that each position got, and its queries, scaled.
+Seen = dict[tuple[int, int], tuple[dict[int, float], list[Tensor]]]
+
+
+def read_twice(
+    model: Any,
+    ids: Sequence[int],
+    method: Any,
+    bits: int | None,
+    size: int,
+    choose: Callable[[Head, Sequence[int], dict[int, float], list[Tensor]], None],
+) -> Tensor:
+    """After each chunk the model reads it again; `choose(head, positions, votes, queries)` drops what goes."""
     view = backbone_of(model)
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * view.num_layers
+    recent = min(method.recent_tokens, 16)
     heads = [
-        [
-            Head(window_of(model, kind), method.bits, min(method.recent_tokens, 16), min(method.block_tokens, 32))
-            for _ in range(view.num_kv_heads)
-        ]
-        for kind in kinds
+        [Head(window_of(model, kind), bits, recent, min(size, 32)) for _ in range(view.num_kv_heads)] for kind in kinds
     ]
 
-    def read(heads: list[list[Head]], first: int, tokens: Sequence[int], votes: dict[Any, float] | None) -> Tensor:
+    def read(heads: list[list[Head]], first: int, tokens: Sequence[int], seen: Seen) -> Tensor:
         def handed(layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: Any) -> Tensor:
             output, groups = torch.zeros_like(query), query.shape[1] // key.shape[1]
             for number, head in enumerate(heads[layer]):
+                votes, queries = seen.setdefault((layer, number), ({}, []))
                 for place in range(len(tokens)):
                     head.entries.append((first + place, key[0, number, place], value[0, number, place]))
                     for one in range(number * groups, (number + 1) * groups):
-                        positions, weights, output[0, one, place] = head.read(
-                            query[0, one, place] * scale, first + place
-                        )
-                        if votes is not None and head.window is None:
-                            for position, weight in zip(positions, weights.tolist(), strict=True):
-                                at = layer, number, position
-                                votes[at] = max(votes.get(at, 0.0), weight)
+                        queries.append(query[0, one, place] * scale)
+                        positions, weights, output[0, one, place] = head.read(queries[-1], first + place)
+                        for position, weight in zip(positions, weights.tolist(), strict=True):
+                            votes[position] = max(votes.get(position, 0.0), weight)
                     head.settle(method.first_tokens)
             return output
 
@@ -131,33 +139,99 @@ def kvzip(model: Any, ids: Sequence[int], method: KVzip, adapter: None) -> Tenso
 
     logits, start = [], 0
     while start < len(ids):
-        chunk = range(start - method.recent_tokens if start else method.first_tokens, len(ids))[: method.chunk_tokens]
-        end = min(chunk.start + method.chunk_tokens + method.recent_tokens, len(ids))
-        is_whole = end == chunk.start + method.chunk_tokens + method.recent_tokens
-        is_whole = is_whole and end + method.chunk_tokens <= view.max_tokens
-        end = end if is_whole else len(ids)
-        logits.append(read(heads, start, ids[start:end], None))
-        start = end
-        if not is_whole:
+        first = start - method.recent_tokens if start else method.first_tokens
+        end = first + method.chunk_tokens + method.recent_tokens
+        if end > len(ids) or end + method.chunk_tokens > view.max_tokens:
+            logits.append(read(heads, start, ids[start:], {}))
             break
-        votes: dict[Any, float] = {}
-        read(copy.deepcopy(heads), end, [ids[position] for position in chunk], votes)
+        logits.append(read(heads, start, ids[start:end], {}))
+        start, chunk, seen = end, range(first, first + method.chunk_tokens), {}
+        read(copy.deepcopy(heads), end, [ids[position] for position in chunk], seen)
         for layer, of_layer in enumerate(heads):
             for number, head in enumerate(of_layer):
-                if head.window is not None:
-                    continue
-                order = sorted(chunk, key=lambda p, layer=layer, number=number: (-votes[layer, number, p], p))
-                size = method.block_tokens
-                kept = round((1 - method.removed) * len(chunk))
-                if method.bits is not None:
-                    kept = max(round((1 - method.removed) * len(chunk) / size), 1) * size
-                gone = set(order[kept:])
-                head.entries = [entry for entry in head.entries if entry[0] not in gone]
-                if method.bits is not None:
-                    head.size = size
-                    before = sum(entry[0] < chunk.start for entry in head.entries)
-                    head.make_coarse(before, kept)
+                if head.window is None:
+                    choose(head, chunk, *seen[layer, number])
     return torch.cat(logits)
+
+
+def kvzip(model: Any, ids: Sequence[int], method: KVzip, adapter: None) -> Tensor:
+    """Algorithm 1, chunk by chunk: the entries with the best votes stay."""
+    size = method.block_tokens
+
+    def choose(head: Head, chunk: Sequence[int], votes: dict[int, float], queries: list[Tensor]) -> None:
+        kept = round((1 - method.removed) * len(chunk))
+        if method.bits is not None:
+            kept = max(round((1 - method.removed) * len(chunk) / size), 1) * size
+        gone = set(sorted(chunk, key=lambda p: (-votes[p], p))[kept:])
+        head.entries = [entry for entry in head.entries if entry[0] not in gone]
+        if method.bits is not None:
+            head.size = size
+            head.make_coarse(sum(entry[0] < chunk[0] for entry in head.entries), kept)
+
+    return read_twice(model, ids, method, method.bits, size, choose)
+
+
+def attention_matching(model: Any, ids: Sequence[int], method: AttentionMatching, adapter: None) -> Tensor:
+    """Sections 3.1 to 3.3: keys by attention, masses by non-negative and values by regularised least squares."""
+
+    def choose(head: Head, chunk: Sequence[int], votes: dict[int, float], queries: list[Tensor]) -> None:
+        of_chunk = {entry[0]: entry for entry in head.entries if entry[0] in chunk}
+        key, value = (torch.stack([of_chunk[position][part] for position in chunk]) for part in (1, 2))
+        scores = torch.stack(queries) @ key.T
+        attention = scores.softmax(dim=1)
+        worth = attention.square().mean(dim=0).tolist()
+        best = sorted(
+            sorted(range(len(chunk)), key=lambda n: (-worth[n], n))[: round((1 - method.removed) * len(chunk))]
+        )
+        masses = torch.stack([(row - row.max()).exp() for row in scores])
+        one, all_of_it = torch.ones(len(best), dtype=key.dtype), masses.sum(dim=1)
+        for _ in range(method.steps):
+            fitted = masses[:, best] @ one
+            one = one * (masses[:, best].T @ all_of_it) / (masses[:, best].T @ fitted)
+        one = one.clamp(min=1e-6)
+        shares = torch.stack([row * one / (row * one).sum() for row in masses[:, best]])
+        # min |shares v - attention value|^2 + ridge |v - v before|^2
+        ridge = method.ridge * shares.square().sum(dim=0).mean()
+        left = torch.cat([shares, ridge.sqrt() * torch.eye(len(best), dtype=key.dtype)])
+        right = torch.cat([attention @ value, ridge.sqrt() * value[best]])
+        values = torch.linalg.lstsq(left, right).solution
+        for number, place in enumerate(best):
+            head.bias[chunk[place]] = float(one[number].log())
+            of_chunk[chunk[place]] = (chunk[place], key[place], values[number])
+        head.entries = [
+            of_chunk.get(entry[0], entry)
+            for entry in head.entries
+            if entry[0] not in chunk or entry[0] - chunk[0] in best
+        ]
+
+    return read_twice(model, ids, method, None, 1, choose)
+
+
+def selection(model: Any, ids: Sequence[int], method: Selection, adapter: None) -> Tensor:
+    """Algorithm 1 with a page's criticality from its extreme keys, the most of all query heads of a key head."""
+    kv_heads, first, size = backbone_of(model).num_kv_heads, method.first_tokens, method.page_tokens
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups, output = query.shape[0] // kv_heads, torch.zeros_like(query)
+        for j in range(len(ids)):
+            full = max(j - first - method.recent_tokens, 0) // size
+            pages = [range(first + number * size, first + (number + 1) * size) for number in range(full)]
+            raw = [*range(min(first, j + 1)), *range(first + full * size, j + 1)]
+            for kv_head in range(kv_heads):
+                heads = range(kv_head * groups, (kv_head + 1) * groups)
+                critical = []
+                for page in pages:
+                    least, largest = key[heads[0], page].amin(dim=0), key[heads[0], page].amax(dim=0)
+                    best = [float(torch.maximum(query[h, j] * least, query[h, j] * largest).sum()) for h in heads]
+                    critical.append(max(best))
+                order = sorted(range(full), key=lambda number, critical=critical: (-critical[number], number))
+                chosen = [p for number in order[: method.read_tokens // size] for p in pages[number]]
+                read = sorted({*raw, *chosen})
+                for head in heads:
+                    output[head, j] = (query[head, j] @ key[head, read].mT).softmax(dim=-1) @ value[head, read]
+        return output
+
+    return attended_by_hand(model, ids, attend)
 
 
 METHODS = {
@@ -173,6 +247,17 @@ METHODS = {
         logits=quantised,
         served={"quantised": ("gemma3_text", Quantised(bits=4, recent_tokens=8, block_tokens=16, held_tokens=64))},
     ),
+    "selection": MethodTwin(
+        cases={
+            "selection": Selection(read_tokens=8, page_tokens=4, first_tokens=2, recent_tokens=3),
+            "selection_host": Selection(
+                read_tokens=6, page_tokens=3, first_tokens=0, recent_tokens=0, in_host_memory=True
+            ),
+            "selection_none": Selection(read_tokens=0, page_tokens=5, first_tokens=1, recent_tokens=6),
+        },
+        logits=selection,
+        served={"selection": ("phi", Selection(read_tokens=32, page_tokens=8, recent_tokens=8))},
+    ),
     "kvzip": MethodTwin(
         cases={
             "kvzip": KVzip(removed=0.6, chunk_tokens=11, first_tokens=2, recent_tokens=3),
@@ -181,5 +266,17 @@ METHODS = {
         },
         logits=kvzip,
         served={"kvzip": ("qwen2", KVzip(removed=0.6, chunk_tokens=32, recent_tokens=8))},
+    ),
+    "attention_matching": MethodTwin(
+        cases={
+            "attention_matching": AttentionMatching(removed=0.6, chunk_tokens=11, first_tokens=2, recent_tokens=3),
+            "attention_matching_more": AttentionMatching(
+                removed=0.75, chunk_tokens=16, first_tokens=0, recent_tokens=1, steps=7, ridge=0.1
+            ),
+        },
+        logits=attention_matching,
+        served={
+            "attention_matching": ("gemma3_text", AttentionMatching(removed=0.6, chunk_tokens=32, recent_tokens=8))
+        },
     ),
 }

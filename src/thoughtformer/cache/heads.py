@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from thoughtformer.cache.blocks import Blocks
 from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
-from thoughtformer.cache.quantised import QuantisedBlocks
 from thoughtformer.rules.schedule import RowReading
 
 __all__ = ["HeadStore", "Replayed", "head_store_bytes"]
-
-#: What is held in slots, beside the position in the row's text (-1: an empty slot) and `attention`, a number a slot.
-KEYS_AND_VALUES = ("keys", "values")
-IN_SLOTS = (*KEYS_AND_VALUES, "attention", "position")
 
 
 class Replayed(Protocol):
@@ -44,25 +40,27 @@ def head_store_bytes(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    slot_numbers: int = 1,
     state_numbers: int = 0,
 ) -> int:
-    """What the tensors of a `HeadStore` must measure; `state_numbers` are a row's, in a layer."""
+    """What the tensors of a `HeadStore` must measure, with so many numbers a slot, and a row in a layer."""
     exact = torch.promote_types(dtype, torch.float32).itemsize
     slots = sum(_num_slots(longest_row_entries, most) for most in most_entries)
-    in_slots = num_kv_heads * slots * (2 * head_dim * dtype.itemsize + exact + 4)
+    in_slots = num_kv_heads * slots * (2 * head_dim * dtype.itemsize + slot_numbers * exact + 4)
     return num_rows * (in_slots + len(most_entries) * state_numbers * exact + 8)
 
 
 class HeadStore(Store):
-    """Keys and values by layer, row, head and slot, with each slot's position and a number that its method keeps.
+    """Keys and values by layer, row, head and slot, with each slot's position (-1: empty) and numbers of its method's.
 
     A row's entries are in its first slots, in any order. While it waits, it remembers passes instead of what they
     dropped: to take some of them back, it goes back to the mark and makes them again.
 
     Args:
         most_entries: slots that each layer may come to.
+        numbers: names of what a method knows of an entry.
         state: what a method knows of a row in a layer beside that: names, and shapes without rows.
-        tiers: bits of a number, and entries of a block, of each tier that holds older entries in fewer bits.
+        tiers: what holds older entries.
     """
 
     can_wait = True
@@ -70,8 +68,9 @@ class HeadStore(Store):
     def __init__(
         self,
         most_entries: Sequence[int],
+        numbers: Sequence[str] = ("attention",),
         state: Mapping[str, Sequence[int]] | None = None,
-        tiers: Sequence[tuple[int, int]] = (),
+        tiers: Sequence[Blocks] = (),
         *,
         num_layers: int,
         num_rows: int,
@@ -91,9 +90,11 @@ class HeadStore(Store):
         kinds: dict[str, tuple[Sequence[int], torch.dtype]] = {
             "keys": ((head_dim,), dtype),
             "values": ((head_dim,), dtype),
-            "attention": ((), exact),
+            **dict.fromkeys(numbers, ((), exact)),
             "position": ((), torch.int32),
         }
+        #: What is held in slots.
+        self.in_slots = tuple(kinds)
         self.held: dict[str, list[Tensor]] = {}
         for name, (tail, kind) in kinds.items():
             shapes = [(num_rows, num_kv_heads, _num_slots(0, most), *tail) for most in most_entries]
@@ -103,10 +104,7 @@ class HeadStore(Store):
             ]
         for name, tail in (state or {}).items():
             self.held[name] = [torch.zeros(num_rows, *tail, dtype=exact, device=place) for place in devices]
-        shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype, "device": device}
-        self.tiers = [
-            QuantisedBlocks(bits, block, num_layers=num_layers, num_rows=num_rows, **shape) for bits, block in tiers
-        ]
+        self.tiers = list(tiers)
 
     @property
     def lengths(self) -> Int[Tensor, " rows"]:  # type: ignore[override]  an attribute of stores of one part
@@ -128,7 +126,7 @@ class HeadStore(Store):
     ]:
         """Keys, values and positions of all that a layer holds, slots last; -1 where there is no entry."""
         raw = tuple(self.held[name][layer] for name in ("keys", "values", "position"))
-        parts = [*(tier.read(layer) for tier in self.tiers), raw]
+        parts = [*(tier.entries(layer) for tier in self.tiers), raw]
         if len(parts) == 1:
             return raw
         keys, values, positions = (torch.cat(of_all, dim=2) for of_all in zip(*parts, strict=True))
@@ -144,7 +142,7 @@ class HeadStore(Store):
 
     def make_room(self, longest: int) -> None:
         """Allots slots for a row of so many entries, in blocks; what lies behind them is lost."""
-        for name in IN_SLOTS:
+        for name in self.in_slots:
             for layer, most in enumerate(self.most_entries):
                 tensor, slots = self.held[name][layer], _num_slots(longest, most)
                 more = slots - tensor.shape[2]
@@ -161,11 +159,19 @@ class HeadStore(Store):
     def keep(self, layer: int, row: int, slots: Int[Tensor, "kv_heads kept"]) -> None:
         """Of a row in a layer, holds these slots of each head alone, in this order."""
         kept = slots.shape[1]
-        for name in IN_SLOTS:
+        for name in self.in_slots:
             held = self.held[name][layer][row]
             index = slots.view(*slots.shape, *[1] * (held.dim() - 2)).expand(*slots.shape, *held.shape[2:])
             held[:, :kept] = held.gather(1, index)
             held[:, kept:] = _EMPTY.get(name, 0)
+
+    def move_to(self, blocks: Blocks, layer: int, row: int, first: int) -> None:
+        """Moves a block out of a row's slots: those that follow the `first` ones."""
+        count, end = int(self.counts_in(layer)[row]), first + blocks.block_entries
+        keys, values, position = (self.held[name][layer][row, :, first:end] for name in ("keys", "values", "position"))
+        blocks.append(layer, row, keys, values, position)
+        slots = torch.cat([torch.arange(first), torch.arange(end, count)]).to(keys.device)
+        self.keep(layer, row, slots.expand(len(keys), -1))
 
     def select(self, rows: Int[Tensor, " selected"]) -> None:
         self.held = {
@@ -266,11 +272,11 @@ class HeadStore(Store):
             each.again(next_position)
 
     def check_positions(self, row: int, num_tokens: int) -> None:
-        for layer, position in enumerate(self.held["position"]):
+        for layer, slots in enumerate(self.held["position"]):
             count = int(self.counts_in(layer)[row])
-            held, empty = position[row, :, :count].sort(dim=1).values, position[row, :, count:]
-            is_wrong = (held[:, :1] < 0).any() | (held >= num_tokens).any() | (held.diff(dim=1) <= 0).any()
-            if bool(is_wrong | (empty != -1).any()):
+            held = self.entries(layer)[2][row].sort(dim=1).values
+            is_wrong = ((held.diff(dim=1) <= 0) & (held[:, 1:] >= 0)).any() | (held >= num_tokens).any()
+            if bool(is_wrong | (slots[row, :, :count] < 0).any() | (slots[row, :, count:] != -1).any()):
                 raise ValueError("its entries are of positions that its text doesn't have")
 
 

@@ -4,6 +4,7 @@ from thoughtformer.compression.adapter import AdapterConfig, SentinelAdapter
 from thoughtformer.compression.compress import compress
 from thoughtformer.compression.context import Context
 from thoughtformer.compression.method import Method
+from thoughtformer.compression.methods.attention_matching import AttentionMatching
 from thoughtformer.compression.methods.combiner import Combiner
 from thoughtformer.compression.methods.expected_attention import ExpectedAttention
 from thoughtformer.compression.methods.full import Full
@@ -13,6 +14,7 @@ from thoughtformer.compression.methods.local import Local
 from thoughtformer.compression.methods.quantised import Quantised
 from thoughtformer.compression.methods.random import RandomEviction
 from thoughtformer.compression.methods.scattered import Scattered
+from thoughtformer.compression.methods.selection import Selection
 from thoughtformer.compression.methods.sentinel import Sentinel
 from thoughtformer.compression.methods.sepllm import SepLLM
 from thoughtformer.compression.methods.snapkv import SnapKV
@@ -35,6 +37,7 @@ __all__ = [
     "METHODS",
     "TOVA",
     "AdapterConfig",
+    "AttentionMatching",
     "ByteBudget",
     "Callback",
     "Combiner",
@@ -56,6 +59,7 @@ __all__ = [
     "SentenceEnds",
     "Sentinel",
     "SentinelAdapter",
+    "Selection",
     "SepLLM",
     "SnapKV",
     "StreamingLLM",

@@ -49,7 +49,7 @@ class ByHead(Method):
         return {}
 
     def new_store(self, **shape: Any) -> Store:
-        return HeadStore(self.most_entries(shape["num_layers"]), self.state, **shape)
+        return HeadStore(self.most_entries(shape["num_layers"]), state=self.state, **shape)
 
     def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
         return head_store_bytes(

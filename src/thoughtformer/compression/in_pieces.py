@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from thoughtformer.cache.blocks import BlockEntries
 from thoughtformer.compression.by_head import AttendByHead, ByHead
 from thoughtformer.models.backbone import Original
 
@@ -68,17 +69,22 @@ class AttendInPieces(AttendByHead[Kind]):
             is_new = self.is_new.at(query.device)[:, columns]
             position = self.position.at(query.device)[:, columns]
             self._write(layer, key[:, :, columns], value[:, :, columns], position, is_new)
-            keys, values, held = self.store.entries(layer)
+            states = query[:, :, :, columns]
+            keys, values, held = self.entries(layer, states)
             reads = (held >= 0)[:, :, None] & (held[:, :, None] <= position[:, None, :, None])
             if self.window is not None:
                 reads &= held[:, :, None] > position[:, None, :, None] - self.window
             # A padded query reads all, so that it is a number.
             reads |= ~is_new[:, None, :, None]
-            queries = Queries(query[:, :, :, columns], position, is_new, reads)
+            queries = Queries(states, position, is_new, reads)
             output[:, :, :, columns] = self.read(layer, queries, keys, values, scale, original)
             for row, num_tokens in changing:
                 self.change(layer, row, num_tokens, scale)
         return output
+
+    def entries(self, layer: int, states: Float[Tensor, "batch kv_heads groups seq head_dim"]) -> BlockEntries:
+        """What a piece's queries can read: keys, values and positions (-1: none) of a layer."""
+        return self.store.entries(layer)
 
     @abstractmethod
     def read(

@@ -47,6 +47,15 @@ class Search:
         shifted = (self.removed + shift / 1000 for shift in range(40, -51, -1))
         return [fraction for fraction in shifted if 0 <= fraction < 1]
 
+    @property
+    def all_fractions(self) -> list[float]:
+        """All fractions to try, falling."""
+        return [number / 100 for number in range(99, -1, -1)]
+
+    def chunks(self) -> Iterator[int]:
+        """Lengths of chunks to try for methods that go by them, best first."""
+        return (tokens for tokens in (1024, 256, 64, 16) if tokens <= self.num_tokens // 4)
+
     def nearest(self, make: Callable[[Setting], Kind], choices: Sequence[Setting]) -> Kind:
         """Of what `make` makes of each choice, that whose mean of entries is nearest to the target."""
         return min(map(make, choices), key=lambda method: abs(self.mean_entries(method) - self.target))

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
-from thoughtformer.cache.quantised import BITS, quantised_bytes
+from thoughtformer.cache.quantised import BITS, QuantisedBlocks, quantised_bytes
 from thoughtformer.checks import check_count
 from thoughtformer.compression.at_once import additive
 from thoughtformer.compression.by_head import ByHead
@@ -163,12 +162,12 @@ class Quantised(ByHead):
         return [self.offset + self.block_tokens] * num_layers
 
     def new_store(self, **shape: Any) -> Store:
-        tiers = [(bits, self.block_tokens) for bits in self.tiers]
-        return HeadStore(self.most_entries(shape["num_layers"]), tiers=tiers, **shape)
+        tiers = [QuantisedBlocks(bits, self.block_tokens, **shape) for bits in self.tiers]
+        return HeadStore(self.most_entries(shape["num_layers"]), (), tiers=tiers, **shape)
 
     def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
         raw, *of_tiers = longest_row_entries
-        total = head_store_bytes(self.most_entries(num_layers), longest_row_entries=raw, **shape)
+        total = head_store_bytes(self.most_entries(num_layers), longest_row_entries=raw, slot_numbers=0, **shape)
         for bits, entries in zip(self.tiers, of_tiers, strict=True):
             total += quantised_bytes(
                 bits, self.block_tokens, longest_row_entries=entries, num_layers=num_layers, **shape
@@ -199,14 +198,8 @@ class AttendToTiers(AttendInPieces[Quantised]):
         left, gone = method.blocks(num_tokens)
         if not left:
             return
-        count = int(store.counts_in(layer)[row])
-        first, block = method.first_tokens, method.block_tokens
-        leaving = slice(first, first + block)
-        keys, values, position = (store[name][layer][row, :, leaving] for name in ("keys", "values", "position"))
-        tiers = store.tiers
-        tiers[0].append(layer, row, keys, values, position)
-        slots = torch.cat([torch.arange(first), torch.arange(first + block, count)])
-        store.keep(layer, row, slots.to(keys.device).expand(len(keys), -1))
+        block, tiers = method.block_tokens, store.tiers
+        store.move_to(tiers[0], layer, row, method.first_tokens)
         if method.finer_tokens and int(tiers[0].num_blocks[layer, row]) > method.finer_tokens // block:
             tiers[1].append(layer, row, *tiers[0].pop_first(layer, row))
         while sum(int(tier.num_blocks[layer, row]) for tier in tiers) > left - gone:

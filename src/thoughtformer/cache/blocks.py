@@ -1,0 +1,170 @@
+"""Blocks of entries of a row and layer, all its heads alike: what older entries are held in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["BlockEntries", "Blocks", "allotted_blocks"]
+
+#: Keys, values and positions of entries.
+BlockEntries = tuple[
+    Float[Tensor, "*shape entries head_dim"], Float[Tensor, "*shape entries head_dim"], Int[Tensor, "*shape entries"]
+]
+
+
+def allotted_blocks(num_blocks: int) -> int:
+    """Blocks that there is room for: in steps of an eighth, so that a growing text seldom moves them."""
+    step = 1 << max(num_blocks.bit_length() - 4, 0)
+    return -(-num_blocks // step) * step
+
+
+class Blocks(ABC):
+    """Blocks of `block_entries` entries; a row's are in the order of its text.
+
+    Args:
+        block_entries: of a block.
+        shapes: of what is held of a block, and its type, by name; `positions` are (kv_heads, block_entries).
+        num_rows: rows.
+        devices: of each layer.
+    """
+
+    def __init__(
+        self,
+        block_entries: int,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        *,
+        num_rows: int,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.block_entries = block_entries
+        self.num_blocks = torch.zeros(len(devices), num_rows, dtype=torch.long)
+        #: By layer: (rows, blocks, ...).
+        self.held = {
+            name: [torch.zeros(num_rows, 0, *shape, dtype=kind, device=place) for place in devices]
+            for name, (shape, kind) in shapes.items()
+        }
+
+    @abstractmethod
+    def append(
+        self,
+        layer: int,
+        row: int,
+        keys: Float[Tensor, "kv_heads entries head_dim"],
+        values: Float[Tensor, "kv_heads entries head_dim"],
+        positions: Int[Tensor, "kv_heads entries"],
+    ) -> None:
+        """Adds a block behind a row's."""
+
+    @abstractmethod
+    def blocks(self, layer: int) -> BlockEntries:
+        """Keys and values (rows, blocks, heads, entries, head_dim), and positions, whether or not a row has them."""
+
+    def put(self, layer: int, row: int, block: Mapping[str, Tensor]) -> None:
+        """Holds what is to be held of a block behind a row's others."""
+        place = int(self.num_blocks[layer, row])
+        self.num_blocks[layer, row] += 1
+        self._fit(layer)
+        for name, tensor in block.items():
+            held = self.held[name][layer]
+            held[row, place] = tensor.to(device=held.device, dtype=held.dtype)
+
+    def pop_first(self, layer: int, row: int) -> BlockEntries:
+        """Takes a row's oldest block out."""
+        keys, values, positions = (part[row, 0].clone() for part in self.blocks(layer))
+        for tensors in self.held.values():
+            tensor = tensors[layer]
+            tensor[row, :-1] = tensor[row, 1:].clone()
+        self.num_blocks[layer, row] -= 1
+        self._fit(layer)
+        return keys, values, positions
+
+    def is_there(self, layer: int) -> Tensor:
+        """Which blocks (rows, blocks) there are."""
+        places = torch.arange(self.held["positions"][layer].shape[1])
+        return places < self.num_blocks[layer, :, None]
+
+    def entries(self, layer: int) -> BlockEntries:
+        """Keys, values (rows, heads, entries, head_dim) and positions of a layer; -1 where a row has no entry."""
+        keys, values, positions = self.blocks(layer)
+        is_there = self.is_there(layer).to(positions.device)
+        positions = positions.masked_fill(~is_there[:, :, None, None], -1)
+        keys, values, positions = (part.transpose(1, 2).flatten(2, 3) for part in (keys, values, positions))
+        return keys, values, positions
+
+    @property
+    def lengths(self) -> Int[Tensor, " rows"]:
+        """Entries of each row."""
+        return self.num_blocks[0] * self.block_entries
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [*(tensor for tensors in self.held.values() for tensor in tensors), self.num_blocks]
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The same change to every tensor of a layer."""
+        self.held = {name: [change(tensor) for tensor in tensors] for name, tensors in self.held.items()}
+
+    def _fit(self, layer: int) -> None:
+        """Room for the row with the most blocks in a layer."""
+        longest = allotted_blocks(int(self.num_blocks[layer].max())) if self.num_blocks.shape[1] else 0
+        for tensors in self.held.values():
+            tensor = tensors[layer]
+            more = longest - tensor.shape[1]
+            if more > 0:
+                new = tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])
+                tensors[layer] = torch.cat([tensor, new], dim=1)
+            elif more:
+                tensors[layer] = tensor[:, :longest].clone()
+
+    def select(self, rows: Int[Tensor, " selected"]) -> None:
+        """Keeps the given rows, in storage of their own."""
+        self._change(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self.num_blocks = self.num_blocks[:, rows]
+        for layer in range(len(self.num_blocks)):
+            self._fit(layer)
+
+    def join(self, other: Blocks) -> None:
+        """Adds another's rows behind these."""
+        mine, num_blocks = self.held, torch.cat([self.num_blocks, other.num_blocks], dim=1)
+        for blocks in (self, other):
+            num_rows = blocks.num_blocks.shape[1]
+            blocks.num_blocks = num_blocks.amax(dim=1, keepdim=True).expand(-1, num_rows)
+            for layer in range(len(num_blocks)):
+                blocks._fit(layer)
+        for name, tensors in mine.items():
+            self.held[name] = [torch.cat(pair) for pair in zip(tensors, other.held[name], strict=True)]
+        self.num_blocks = num_blocks
+
+    def clear(self) -> None:
+        """Forgets everything; the rows stay."""
+        self._change(lambda tensor: tensor[:, :0].clone())
+        self.num_blocks = torch.zeros_like(self.num_blocks)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is held, by name."""
+        return {"num_blocks": self.num_blocks.clone()} | {
+            f"{name}.{layer}": tensor.clone()
+            for name, tensors in self.held.items()
+            for layer, tensor in enumerate(tensors)
+        }
+
+    def restore_saved(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes over what `saved` gave; raises `KeyError` and `ValueError`."""
+        num_blocks = saved["num_blocks"].cpu()
+        if num_blocks.shape != self.num_blocks.shape or bool(
+            (num_blocks < 0).any() | (num_blocks != num_blocks[0]).any()
+        ):
+            raise ValueError(f"numbers of blocks {num_blocks.tolist()}")
+        self.num_blocks = num_blocks
+        for name, tensors in self.held.items():
+            for layer, tensor in enumerate(tensors):
+                found = saved[f"{name}.{layer}"]
+                shape = (tensor.shape[0], allotted_blocks(int(num_blocks[layer].max())), *tensor.shape[2:])
+                if found.shape != shape or found.dtype != tensor.dtype:
+                    raise ValueError(f"{name}.{layer} is {found.dtype} of {tuple(found.shape)}")
+                tensors[layer] = found.to(tensor.device, copy=True)
