@@ -125,7 +125,7 @@ class HeadStore(Store):
         Int[Tensor, "rows kv_heads entries"],
     ]:
         """Keys, values and positions of all that a layer holds, slots last; -1 where there is no entry."""
-        raw = tuple(self.held[name][layer] for name in ("keys", "values", "position"))
+        raw = self.held["keys"][layer], self.held["values"][layer], self.held["position"][layer]
         parts = [*(tier.entries(layer) for tier in self.tiers), raw]
         if len(parts) == 1:
             return raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,36 +122,32 @@ class Quantised(ByHead):
         if self.max_bytes is None:
             return self
         least = self.finer_tokens // self.block_tokens
-        needed = self._most_bytes(shape, least)
+        each: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
+
+        def most_bytes(blocks: int) -> int:
+            """What layers that read all may come to with so many blocks."""
+            longest = [self.offset + self.block_tokens - 1, self.finer_tokens]
+            rest = (blocks - least) * self.block_tokens
+            longest = [*longest, rest] if self.finer_tokens else [longest[0], rest]
+            return self.store_bytes(longest_row_entries=longest, num_layers=shape.num_layers, num_rows=1, **each)
+
+        in_windows = sum(self._window_bytes(window, num_layers=number, **each) for window, number in shape.windows)
+        needed = in_windows + most_bytes(least)
         if needed > self.max_bytes:
             raise ConfigError(
                 f"max_bytes={self.max_bytes} is too little: what is raw, finer_tokens={self.finer_tokens} and layers "
                 f"with a window take {needed} bytes."
             )
-        # Each block takes as much as any other.
-        blocks = least + (self.max_bytes - needed) // (self._most_bytes(shape, least + 1) - needed)
+        longest = range(least, shape.max_tokens // self.block_tokens + 1)
+        blocks = longest[bisect_right(longest, self.max_bytes - in_windows, key=most_bytes) - 1]
         return replace(self, held_tokens=blocks * self.block_tokens, max_bytes=None)
 
-    def _most_bytes(self, shape: LayersShape, blocks: int) -> int:
-        """What a row's cache may come to with so many blocks in layers that read all."""
-        longest = [self.offset + self.block_tokens - 1, *[0] * len(self.tiers)]
-        longest[1] = self.finer_tokens
-        longest[-1] = blocks * self.block_tokens - sum(longest[1:-1])
-        each: dict[str, Any] = {
-            "num_rows": 1,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "dtype": shape.dtype,
-        }
-        total = self.store_bytes(longest_row_entries=longest, num_layers=shape.num_layers, **each)
-        for window, number in shape.windows:
-            beside = self.in_window(window)
-            rows = map(RowProgress, range(self.offset + window + 3 * self.block_tokens))
-            total += max(
-                beside.store_bytes(longest_row_entries=beside.stored_parts(row), num_layers=number, **each)
-                for row in rows
-            )
-        return total
+    def _window_bytes(self, window: int, **shape: Any) -> int:
+        """What layers with a window may come to."""
+        beside = self.in_window(window)
+        rows = map(RowProgress, range(self.offset + window + 3 * self.block_tokens))
+        sizes = {beside.stored_parts(row) for row in rows}
+        return max(beside.store_bytes(longest_row_entries=parts, num_rows=1, **shape) for parts in sizes)
 
     # How it is kept and attended to.
 

@@ -1,0 +1,151 @@
+"""Settings of compression methods that can't be, what they cost in half precision, and numbers in fewer bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lms import random_ids, step_by_step, tiny_lm
+from thoughtformer.cache.blocks import allotted_blocks
+from thoughtformer.cache.quantised import BITS, Codes, dequantised, quantised
+from thoughtformer.compression import (
+    TOVA,
+    AttentionMatching,
+    ExpectedAttention,
+    KVzip,
+    Quantised,
+    Selection,
+    SepLLM,
+    SnapKV,
+    compress,
+)
+from thoughtformer.errors import ConfigError, UnsupportedError
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TOVA(max_entries=1), "max_entries=1 must be a whole number of at least 2"),
+        (lambda: SnapKV(pooled_entries=4), "pooled_entries=4 has no middle"),
+        (lambda: SnapKV(every_tokens=8), "observed_tokens=32 is more than every_tokens=8"),
+        (lambda: SnapKV(max_entries=32), r"budget of 32 entries .* leaves nothing beside observed_tokens=32"),
+        (lambda: SnapKV(pyramid=0.5), r"pyramid=0\.5: give 1"),
+        (lambda: SnapKV(pyramid=float("nan")), "pyramid=nan"),
+        (lambda: compress(tiny_lm(), SnapKV(max_entries=40, pyramid=9.0)), r"budget of 8 entries"),
+        (lambda: ExpectedAttention(covariance="ful"), "covariance='ful'.*Did you mean 'full'"),
+        (lambda: ExpectedAttention(max_entries=20), "max_entries=20 leaves nothing beside first_tokens=4"),
+        (lambda: SepLLM(recent_tokens=0), "recent_tokens=0"),
+        (lambda: SepLLM(separator_ids=["."]), r"give frozenset\[int\]"),
+        (lambda: compress(tiny_lm(), "sepllm"), "sepllm goes by token ids that only a tokenizer tells"),
+        (lambda: Quantised(bits=3), "bits=3: give one of 8, 4, 2"),
+        (lambda: Quantised(held_tokens=100), "held_tokens=100 is no multiple of block_tokens=64"),
+        (lambda: Quantised(finer_tokens=128, held_tokens=64), "held_tokens=64 must be a whole number of at least 128"),
+        (lambda: Quantised(bits=8, finer_tokens=64), "bits=8 are no fewer than finer_tokens have"),
+        (lambda: compress(tiny_lm(), Quantised(max_bytes=1000)), "max_bytes=1000 is too little"),
+        (lambda: compress(tiny_lm(), "quantised", removed=0.5), "removed=0.5 can't be asked of it"),
+        (lambda: KVzip(removed=1.0), "removed=1.0 must be at least 0 and below 1"),
+        (lambda: KVzip(bits=5), "bits=5: give one of 8, 4, 2, or None"),
+        (lambda: KVzip(bits=4, chunk_tokens=32), "chunk_tokens=32 are less than block_tokens=64"),
+        (lambda: AttentionMatching(ridge=0.0), "ridge=0.0 must be above 0"),
+        (lambda: Selection(read_tokens=100), "read_tokens=100 is no multiple of page_tokens=16"),
+    ],
+)
+def test_settings_that_cannot_be(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("method", [TOVA(), SnapKV(), ExpectedAttention(), KVzip(), AttentionMatching()])
+def test_what_computes_scores_is_refused_where_a_model_caps_them(method):
+    with pytest.raises(UnsupportedError, match=f"{method.name} computes scores of its own"):
+        compress(tiny_lm("gemma2"), method)
+
+
+@pytest.mark.parametrize("method", [Quantised(recent_tokens=3, block_tokens=4), Selection(read_tokens=16)])
+@torch.no_grad()
+def test_what_leaves_scores_to_the_model_runs_where_it_shapes_them(method):
+    """Caps, and sinks in the softmax."""
+    for family in ("gemma2", "gpt_oss"):
+        compressed, ids = compress(tiny_lm(family), method), random_ids(1, 60)
+        at_once = compressed(ids, use_cache=False).logits
+        # Their eager attention rounds to float32.
+        torch.testing.assert_close(step_by_step(compressed, ids), at_once, rtol=0, atol=1e-4)
+
+
+@given(
+    st.sampled_from(BITS),
+    st.integers(1, 5),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_numbers_in_fewer_bits_are_half_a_step_off_at_most(bits, rows, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = (torch.randn(rows, 8, generator=generator) * 3 + 7).to(dtype)
+    for dim in (0, 1):
+        codes = quantised(states, bits, dim)
+        assert codes.codes.dtype == torch.uint8
+        assert codes.codes.shape == (rows, 8 * bits // 8)
+        exact = Codes(codes.codes, codes.step.double(), codes.lowest.double())
+        off = (dequantised(exact, bits) - states.double()).abs()
+        # At the ends also what rounding the step to the type costs.
+        slack = 2**bits * codes.step.double() * torch.finfo(dtype).eps
+        assert bool((off <= codes.step.double() / 2 + slack + 1e-6).all())
+
+
+def test_equal_numbers_stay_what_they_are():
+    states = torch.full((4, 8), 2.5)
+    torch.testing.assert_close(dequantised(quantised(states, 2, 1), 2), states)
+
+
+def test_room_grows_by_an_eighth():
+    for number in range(2000):
+        assert number <= allotted_blocks(number) <= max(number * 9 / 8, number + 1)
+        assert allotted_blocks(allotted_blocks(number)) == allotted_blocks(number)
+
+
+@pytest.mark.parametrize("max_bytes", [40_000, 55_000])
+@torch.no_grad()
+def test_tiers_stay_within_their_bytes(max_bytes):
+    """All that a row's cache comes to, layers with a window included; and little is left unused."""
+    ids = random_ids(1, 500)
+    method = Quantised(bits=4, recent_tokens=8, block_tokens=8, finer_tokens=16, max_bytes=max_bytes)
+    for family in ("llama", "gemma3_text"):
+        compressed = compress(tiny_lm(family, max_position_embeddings=512), method)
+        cache, most = compressed.new_cache(1), 0
+        for column in range(ids.shape[1]):
+            compressed(ids[:, [column]], cache=cache)
+            most = max(most, cache.num_bytes())
+        assert most <= max_bytes
+        assert most > max_bytes * 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "method",
+    [
+        TOVA(max_entries=20),
+        SnapKV(max_entries=20, every_tokens=8, observed_tokens=4),
+        ExpectedAttention(max_entries=24, every_tokens=8, recent_tokens=4),
+        Quantised(recent_tokens=4, block_tokens=8),
+        KVzip(chunk_tokens=16, recent_tokens=4, bits=4, block_tokens=4),
+        AttentionMatching(chunk_tokens=16, recent_tokens=4),
+        Selection(read_tokens=16, recent_tokens=4, page_tokens=4),
+    ],
+    ids=lambda value: value.name if hasattr(value, "name") else str(value),
+)
+@torch.no_grad()
+def test_other_precisions(method, dtype):
+    """Close to what float64 gives, as far as the type goes; the formula of bytes holds."""
+    model, ids = tiny_lm("llama"), random_ids(1, 50)
+    expected = compress(model, method)(ids, use_cache=False).logits
+    compressed = compress(tiny_lm("llama").to(dtype), method)
+    cache = compressed.new_cache(1)
+    found = compressed(ids, cache=cache).logits
+    assert found.dtype == dtype
+    assert bool(found.isfinite().all())
+    assert cache.num_bytes() == compressed.cache_bytes([int(part[0]) for part in cache.store.lengths_by_part()], 1)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3)
