@@ -159,3 +159,29 @@ def test_a_refused_store_is_not_made(run, tmp_path):
     code, _, err = run("generate", "--model", "tiny-gpt", "--prompt", "a", "--store", tmp_path / "store")
     assert code == 2 and "causal" in err
     assert not (tmp_path / "store").exists()
+
+
+def test_tasks(run, llama):
+    ask = ("compress", "eval", "--model", llama, "--context-tokens", 400, "--num-blocks", 2, "--seeds", "0,1")
+    asked = ("--methods", "full,streaming,quantised", "--removed", "0.5", "--tasks", "planted_fact,read_again")
+    code, out, err = run(*ask, *asked, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [(line["task"], line["method"]) for line in told["summary"]] == [
+        (task, method) for task in ("planted_fact", "read_again") for method in ("full", "streaming")
+    ]
+    assert all(line["num_texts"] == 4 for line in told["summary"])
+    assert told["summary"][0]["above_full_nats"] == 0 != told["summary"][1]["above_full_nats"]
+    assert [skip["method"] for skip in told["skipped"]] == ["quantised"]
+    assert "quantised at 50% is left out: quantised can't be set" in err
+    code, out, err = run(*ask, *asked)
+    assert code == 0, err
+    assert "planted_fact" in out
+    for arguments, message in (
+        ((), "give --data, or --tasks"),
+        (("--tasks", "all", "--data", "x.txt"), "give --data, or --tasks"),
+        (("--tasks", "plantd_fact"), "Did you mean 'planted_fact'"),
+    ):
+        code, _, err = run(*ask, *arguments)
+        assert code == 2
+        assert message in " ".join(err.split())

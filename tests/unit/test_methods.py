@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lms import random_ids, step_by_step, tiny_lm
+import twins
+from lms import TINY_METHODS, random_ids, step_by_step, tiny_lm
 from thoughtformer.cache.blocks import allotted_blocks
 from thoughtformer.cache.quantised import BITS, Codes, dequantised, quantised
 from thoughtformer.compression import (
@@ -72,6 +73,20 @@ def test_what_leaves_scores_to_the_model_runs_where_it_shapes_them(method):
         at_once = compressed(ids, use_cache=False).logits
         # Their eager attention rounds to float32.
         torch.testing.assert_close(step_by_step(compressed, ids), at_once, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kvzip", "attention_matching"])
+@torch.no_grad()
+def test_no_second_reading_ends_behind_the_trained_positions(name):
+    """What it would have dropped is held; the twin agrees, token by token and at once."""
+    method, model, ids = TINY_METHODS[name], tiny_lm("gpt2", n_positions=64), random_ids(1, 64)
+    compressed = compress(model, method)
+    expected = twins.METHODS[name].expected(model, ids[0].tolist(), compressed.method, None)
+    cache = compressed.new_cache(1)
+    torch.testing.assert_close(step_by_step(compressed, ids, cache)[0], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(compressed(ids, use_cache=False).logits[0], expected, rtol=0, atol=1e-9)
+    chunks = (64 - method.chunk_tokens - method.offset) // method.chunk_tokens
+    assert int(cache.num_entries) == 64 - chunks * (method.chunk_tokens - method.kept_tokens)
 
 
 @given(

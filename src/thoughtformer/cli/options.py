@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from thoughtformer.train.settings import TrainingPlan
 
 __all__ = [
+    "DATA",
     "AsJson",
     "Column",
     "Data",
@@ -102,14 +103,12 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="tiny-gpthf, tiny-gpt, or a model's folder.", callback=check_model)
 ]
 Encoding = Annotated[str, typer.Option(help="Of text files.", callback=_check_encoding)]
-Data = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        "-d",
-        help="File (.txt, .md, .jsonl, .parquet, also .gz, .xz, .bz2, .zst), folder, or datasets:NAME; one or more.",
-    ),
-]
+DATA = typer.Option(
+    "--data",
+    "-d",
+    help="File (.txt, .md, .jsonl, .parquet, also .gz, .xz, .bz2, .zst), folder, or datasets:NAME; one or more.",
+)
+Data = Annotated[list[str], DATA]
 Column = Annotated[str, typer.Option(help="Column that holds the text, in .jsonl, .parquet and datasets.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Extrapolate = Annotated[

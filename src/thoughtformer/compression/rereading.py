@@ -18,9 +18,7 @@ from thoughtformer.checks import check_count, check_fraction
 from thoughtformer.compression.by_head import ByHead
 from thoughtformer.compression.in_pieces import AttendInPieces, Queries
 from thoughtformer.compression.method import LayersShape, PassAttention
-from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.models.backbone import Backbone, Original
-from thoughtformer.rules.entries import TOKEN
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress
 
 __all__ = ["AttendAgain", "AttendOnce", "Held", "Rereading"]
@@ -186,7 +184,6 @@ class AttendAgain(Generic[Kind]):
 
     def __init__(self, chunk: Chunk, method: Kind, store: HeadStore) -> None:
         self.method, self.store = method, store
-        self.is_new = OnDevices(chunk.entries.order == TOKEN)
         self.num_tokens = chunk.entries.position[:, 0].tolist()
         self.rows = [row for row, number in enumerate(chunk.num_new.tolist()) if number]
         #: By layer: queries, the most that each slot got, and the scale of scores.
@@ -209,7 +206,7 @@ class AttendAgain(Generic[Kind]):
         keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         query = query.view(batch, key.shape[1], -1, seq, head_dim)
         output, most = torch.empty_like(query), key.new_zeros(*held.shape[:2], num_raw)
-        is_new, column = self.is_new.at(query.device), torch.arange(seq, device=query.device)
+        column = torch.arange(seq, device=query.device)
         for part in column.split(TOGETHER):
             scores = (query[:, :, :, part] @ keys[:, :, None].mT) * scale
             if "bias" in self.method.numbers:
@@ -223,8 +220,7 @@ class AttendAgain(Generic[Kind]):
             )
             weights = scores.masked_fill(~reads[:, :, None], float("-inf")).softmax(dim=-1)
             output[:, :, :, part] = weights @ values[:, :, None]
-            seen = weights.masked_fill(~is_new[:, None, None, part, None], 0)
-            most = torch.maximum(most, seen[..., num_held - num_raw : num_held].amax(dim=(2, 3)))
+            most = torch.maximum(most, weights[..., num_held - num_raw : num_held].amax(dim=(2, 3)))
         self.seen[layer] = query, most, scale
         return output.view(batch, heads, seq, head_dim)
 
