@@ -161,6 +161,17 @@ def test_a_refused_store_is_not_made(run, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_bytes_of_what_is_quantised(run, llama):
+    """A budget of bytes, by its own option."""
+    asked = ("--model", llama, "--method", "quantised", "--set", "recent_tokens=8", "--set", "block_tokens=8")
+    whole = answer(run, "--model", llama, "--prompt", PAGE[:400])["bytes"]["kv_cache"]
+    told = answer(run, *asked, "--max-bytes", whole // 2, "--prompt", PAGE[:400])
+    assert whole / 4 < told["bytes"]["kv_cache"] <= whole / 2
+    code, _, err = run("generate", *asked, "--max-bytes", 1000, "--prompt", "a")
+    assert code == 2
+    assert "max_bytes=1000 is too little" in " ".join(err.split())
+
+
 def test_tasks(run, llama):
     ask = ("compress", "eval", "--model", llama, "--context-tokens", 400, "--num-blocks", 2, "--seeds", "0,1")
     asked = ("--methods", "full,streaming,quantised", "--removed", "0.5", "--tasks", "planted_fact,read_again")

@@ -42,7 +42,7 @@ class Compression:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Drop or fold the context of a plain model: streaming, h2o, local, combiner, sentinel and others.",
+            help="Drop or fold the context of a plain model: streaming, quantised, kvzip, h2o, sentinel and others.",
             callback=check_method,
         ),
     ] = None
@@ -68,7 +68,9 @@ class Compression:
     sentences: Annotated[
         bool, typer.Option("--sentences", help="Fold each sentence as it ends, instead of by fraction.")
     ] = False
-    max_bytes: Annotated[int | None, typer.Option(help="Hold at most so many bytes of keys and values.", min=1)] = None
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Hold at most so many bytes, by methods that fold and quantised.", min=1)
+    ] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method: first_tokens=8; repeatable.")
     ] = None
@@ -198,7 +200,11 @@ def _method(asked: Compression, tokenizer: Any, config: Any) -> Method:
     if asked.max_entries is not None:
         settings["max_entries"] = asked.max_entries
     if not issubclass(METHODS[name], Folding):
-        wrong = [option for option in asked.given if option in ("--span-tokens", "--sentences", "--max-bytes")]
+        has_bytes = "max_bytes" in [field.name for field in fields(METHODS[name])]
+        if has_bytes and asked.max_bytes is not None:
+            settings["max_bytes"] = asked.max_bytes
+        of_folds = ("--span-tokens", "--sentences", *([] if has_bytes else ["--max-bytes"]))
+        wrong = [option for option in asked.given if option in of_folds]
         if wrong:
             raise InputError(f"{', '.join(wrong)}: for methods that fold; {name} drops tokens.")
         return make_method(name, settings if asked.removed is None else settings | {"removed": asked.removed})
