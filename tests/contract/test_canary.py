@@ -16,7 +16,7 @@ from lms import CONFIGS, TINY_METHODS, compressed_pair
 from prose import PAGE, tiny_pair
 from thoughtformer import Engine, SamplingParams
 from thoughtformer.cache import GPTHFCache
-from thoughtformer.cache.entries import CompressedCache
+from thoughtformer.cache.compressed import CompressedCache
 from thoughtformer.compression import Full, Method
 from thoughtformer.errors import ArgumentError, InputError, UnsupportedError
 from thoughtformer.models.transformers_api import CACHE_NAMES

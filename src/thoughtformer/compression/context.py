@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from thoughtformer.cache.entries import CompressedCache
+from thoughtformer.cache.compressed import CompressedCache
 from thoughtformer.cache.saving import read_saved_manifest, restore_cache, saved_cache, write_saved
 from thoughtformer.compression.model import CompressedModel
 from thoughtformer.errors import CheckpointError, InputError, UnsupportedError

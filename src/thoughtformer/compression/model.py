@@ -18,13 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thoughtformer.cache.entries import CompressedCache, Store
-from thoughtformer.cache.groups import GroupedStore, LayerGroup
+from thoughtformer.cache.compressed import CompressedCache
+from thoughtformer.cache.entries import Store
+from thoughtformer.cache.groups import LayerGroup
 from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.at_once import EXECUTIONS
-from thoughtformer.compression.grouped import AttendByGroup, InWindow
-from thoughtformer.compression.method import LayersShape, Method, PassAttention, read_ids
+from thoughtformer.compression.holding import Holding, shape_of
+from thoughtformer.compression.method import Method, read_ids
 from thoughtformer.compression.registry import settings_of
 from thoughtformer.compression.view import GeneratingView
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
@@ -115,21 +116,10 @@ class CompressedModel(GeneratingView):
             raise ConfigError(
                 f"{method.name} goes by token ids that only a tokenizer tells: give compress a tokenizer."
             )
-        self.groups = self.backbone.groups
         method.check(self.backbone)
         if self.backbone.shapes_scores is not None and execution == "gathered":
             execution = "dense"  # by the model's own attention, which alone knows how
-        method = method.bound(
-            LayersShape(
-                num_layers=len(self.groups[0].layers),
-                num_heads=self.backbone.num_heads,
-                num_kv_heads=self.backbone.num_kv_heads,
-                head_dim=self.backbone.head_dim,
-                dtype=self.backbone.dtype,
-                max_tokens=self.backbone.max_tokens,
-                windows=[(group.window, len(group.layers)) for group in self.groups if group.window is not None],
-            )
-        )
+        method = method.bound(shape_of(self.backbone))
         if allow_extrapolation and self.backbone.rotation is None:
             raise UnsupportedError(
                 f"{type(self.model).__name__} has learned positions, none beyond {self.backbone.max_tokens}: it can't "
@@ -137,16 +127,16 @@ class CompressedModel(GeneratingView):
             )
         self.adapter = adapter
         self.method = method
-        #: What holds each group's layers.
-        self.holders = [method] + [
-            method.in_window(group.window) or InWindow(window=group.window, beside=method)
-            for group in self.groups
-            if group.window is not None
-        ]
+        self.holding = Holding(self.backbone, method)
         self.execution = execution
         self.prefill_tokens = prefill_tokens
         self.allow_extrapolation = allow_extrapolation or bool(getattr(self.config, "allow_extrapolation", False))
         self._settings = settings_of(method)
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """Layers that attend alike; those first that the method acts on."""
+        return self.holding.groups
 
     # The life of the wrapper.
 
@@ -225,26 +215,9 @@ class CompressedModel(GeneratingView):
 
     def new_cache(self, num_rows: int) -> CompressedCache:
         """An empty cache for `num_rows` rows, in the model's dtype and on its device."""
-        return CompressedCache(self._new_store(num_rows), [RowProgress() for _ in range(num_rows)], self.cache_identity)
-
-    def _shape(self, group: LayerGroup, num_rows: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Of the keys and values of so many rows in some layers, wherever they are."""
-        backbone = self.backbone
-        return {
-            "num_layers": len(group.layers),
-            "num_rows": num_rows,
-            "num_kv_heads": backbone.num_kv_heads,
-            "head_dim": backbone.head_dim,
-            "dtype": backbone.dtype if dtype is None else dtype,
-        }
-
-    def _new_store(self, num_rows: int) -> Store:
-        devices = self.backbone.devices
-        parts = [
-            holder.new_store(**self._shape(group, num_rows), device=[devices[layer] for layer in group.layers])
-            for holder, group in zip(self.holders, self.groups, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else GroupedStore(parts)
+        return CompressedCache(
+            self.holding.new_store(num_rows), [RowProgress() for _ in range(num_rows)], self.cache_identity
+        )
 
     def check_history(self, cache: CompressedCache, ids: Sequence[int]) -> None:
         """Raises `ValueError` unless a cache of one row is that of these ids, as far as its schedule tells."""
@@ -260,7 +233,7 @@ class CompressedModel(GeneratingView):
 
     def num_stored(self, row: RowProgress) -> tuple[int, ...]:
         """Entries that a cache holds of a row, in each part that is sized by itself."""
-        return tuple(entries for holder in self.holders for entries in holder.stored_parts(row))
+        return self.holding.num_stored(row)
 
     def cache_bytes(
         self, longest_row_entries: Sequence[int], num_rows: int, *, dtype: torch.dtype | None = None
@@ -272,12 +245,7 @@ class CompressedModel(GeneratingView):
             num_rows: rows.
             dtype: of keys and values; None: the model's.
         """
-        total, longest = 0, list(longest_row_entries)
-        for holder, group in zip(self.holders, self.groups, strict=True):
-            parts = [longest.pop(0) for _ in holder.stored_parts(RowProgress())]
-            total += holder.store_bytes(longest_row_entries=parts, **self._shape(group, num_rows, dtype))
-        assert not longest
-        return total
+        return self.holding.num_bytes(longest_row_entries, num_rows, dtype)
 
     # Reading.
 
@@ -381,7 +349,7 @@ class CompressedModel(GeneratingView):
         texts = [[*row.window, *new] for row, new in zip(rows, ids, strict=True)]
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.needs_store
-        store = cache.store if cache is not None else self._new_store(batch) if needs_store else None
+        store = cache.store if cache is not None else self.holding.new_store(batch) if needs_store else None
         # What nothing happens to is read in one piece, as the model underneath would read it.
         has_events = any(reading.events for reading in readings) or needs_store
         width = max((len(new) for new in ids), default=0)
@@ -441,33 +409,19 @@ class CompressedModel(GeneratingView):
         if not any(reading.ids for reading in readings):
             return
         chunk = lay_out(readings, vocab_size=self.backbone.vocab_size, num_summaries=0)
-        parts = store.parts if isinstance(store, GroupedStore) else [store]
-        attentions = [self.method.attend_again(chunk, parts[0], backbone=self.backbone)]
-        for holder, part in zip(self.holders[1:], parts[1:], strict=True):
-            copied = part.fork_rows(torch.arange(len(readings)))
-            attentions.append(holder.attend(chunk, copied, backbone=self.backbone, execution=self.execution))
-        attend = attentions[0] if len(attentions) == 1 else AttendByGroup(self.groups, attentions)
+        attend = self.holding.attend_again(chunk, store, execution=self.execution)
         self.run(chunk.input_ids, chunk.entries.position, attend)
-        attentions[0].finish()
+        attend.finish()
 
     def _compute(self, readings: Sequence[RowReading], store: Store | None, *, is_kept: bool) -> tuple[Tensor, Chunk]:
         """Hidden states of one chunk's entries; `store`, if it is kept, holds afterwards what later tokens may read."""
         backbone, method = self.backbone, self.method
         chunk = lay_out(readings, vocab_size=backbone.vocab_size, num_summaries=method.num_sentinels_read)
-        attend = self._attend(chunk, store)
+        attend = self.holding.attend(chunk, store, execution=self.execution)
         hidden = self.run(chunk.input_ids, chunk.entries.position, attend)
         if is_kept:  # otherwise nothing that gradients need is overwritten
             attend.finish()
         return hidden, chunk
-
-    def _attend(self, chunk: Chunk, store: Store | None) -> PassAttention:
-        """The attention of a pass: the method's, and that of each window beside it."""
-        stores = store.parts if isinstance(store, GroupedStore) else [store] * len(self.groups)
-        attentions = [
-            holder.attend(chunk, part, backbone=self.backbone, execution=self.execution)
-            for holder, part in zip(self.holders, stores, strict=True)
-        ]
-        return attentions[0] if len(attentions) == 1 else AttendByGroup(self.groups, attentions)
 
     def run(
         self, input_ids: Int[Tensor, "rows entries"], position: Int[Tensor, "rows entries"], attend: Attend

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from thoughtformer.cache.entries import CompressedCache
+from thoughtformer.cache.compressed import CompressedCache
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel
 from thoughtformer.compression.method import read_ids
