@@ -1,7 +1,7 @@
 """A causal LM that reads through a compression method; `generate` stays transformers' own.
 
-Over 500 lines: the checks of `forward` are one contract with transformers, and stand beside what they guard. What layers
-hold, and how they attend, is in `holding.py`.
+Over 500 lines: the checks of `forward` are one contract with transformers, and stand beside what they guard. What
+layers hold, and how they attend, is in `holding.py`.
 """
 
 from __future__ import annotations
