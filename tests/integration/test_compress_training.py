@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import thoughtformer.train.compress as module
 from lms import policy, random_ids, tiny_adapter, tiny_compressed, tiny_lm
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
-from thoughtformer.compression import AdapterConfig, Sentinel, compress
+from thoughtformer.compression import METHODS, AdapterConfig, Sentinel, compress
 from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.errors import CheckpointError, ConfigError, ContextOverflowError, CorpusError, OutputError
 from thoughtformer.models.backbone import backbone_of
@@ -279,8 +279,10 @@ def test_train_eval_context_generate(run, place, base):
         "--removed", "0.5", "--context-tokens", 128, "--num-blocks", 2, "--seeds", "0,1", "--json",
     )  # fmt: skip
     assert code == 0, err
-    summary = {(line["method"], line["removed"]): line for line in json.loads(out)["summary"]}
-    assert len(summary) == 9 and ("full", 0.0) in summary
+    told = json.loads(out)
+    summary = {(line["method"], line["removed"]): line for line in told["summary"]}
+    assert {skip["method"] for skip in told["skipped"]} == {"quantised"}
+    assert {method for method, _ in summary} == set(METHODS) - {"quantised"} and ("full", 0.0) in summary
     for (method, removed), line in summary.items():
         assert line["num_seeds"] == 2
         if method != "full":

@@ -18,8 +18,11 @@ from thoughtformer.engine.request import Request
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.sampling import SamplingParams
 
+#: What a second reading dropped can't be found again: such methods refuse drafts.
+DRAFTED = [case for case, (_, method) in SERVED.items() if not method.can_reread]
 
-@pytest.fixture(params=[*KINDS, *SERVED])
+
+@pytest.fixture(params=[*KINDS, *DRAFTED])
 def pair(request: pytest.FixtureRequest):
     return tiny_pair(**KINDS[request.param]) if request.param in KINDS else served_pair(request.param)
 
@@ -212,6 +215,13 @@ class Alone(Full):
 
     def new_store(self, **shape):
         return Overwriting(self.entry_fields, block_entries=BLOCK_ENTRIES, **shape)
+
+
+def test_methods_that_read_twice_refuse_drafts():
+    for case in set(SERVED) - set(DRAFTED):
+        model, tokenizer = served_pair(case)
+        with pytest.raises(UnsupportedError, match=f"{model.method.name!r} overwrites what it drops"):
+            Engine(model, tokenizer, drafter=Oracle([]))
 
 
 @torch.no_grad()

@@ -470,7 +470,7 @@ def test_damaged_llama2c_files_are_refused(tmp_path):
         (lambda: SentenceEnds(end_ids=["."]), r"give frozenset\[int\]"),
         (lambda: Callback(choose=3), "choose=3 is a int; give a function"),
         (lambda: AdapterConfig(lora_dropout="no"), "lora_dropout='no' is a str; give float"),
-        (lambda: compress(tiny_lm("llama"), 3), "method=3 is a int; give a Method or one of combiner, "),
+        (lambda: compress(tiny_lm("llama"), 3), "method=3 is a int; give a Method or one of attention_matching, "),
         (lambda: compress(tiny_lm("llama"), "local", removed="0.5"), "removed='0.5' is a str"),
         (lambda: compress(tiny_lm("llama"), "local", prefill_tokens="3"), "prefill_tokens='3' must be a whole number"),
     ],

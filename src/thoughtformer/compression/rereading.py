@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from thoughtformer.checks import check_count, check_fraction
 from thoughtformer.compression.by_head import ByHead
 from thoughtformer.compression.in_pieces import AttendInPieces, Queries
 from thoughtformer.compression.method import LayersShape, PassAttention
+from thoughtformer.compression.solving import Search
 from thoughtformer.models.backbone import Backbone, Original
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress
 
@@ -129,6 +130,16 @@ class Rereading(ByHead):
             slot_numbers=len(self.numbers),
             **shape,
         )
+
+    @classmethod
+    def at_entries(cls: type[Kind], search: Search) -> Iterator[Kind]:
+        # In short texts an entry of a chunk moves the mean by more than one per cent: fewer recent tokens do as well.
+        for chunk in search.chunks():
+            for recent in range(min(16, chunk), min(16, chunk) // 2, -1):
+                settings = {"chunk_tokens": chunk, "recent_tokens": recent}
+                yield search.crossing(
+                    lambda fraction, settings=settings: cls(removed=fraction, **settings), search.all_fractions
+                )
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, HeadStore)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from thoughtformer.cache.heads import HeadStore
 from thoughtformer.checks import check_count
 from thoughtformer.compression.method import PassAttention
 from thoughtformer.compression.rereading import AttendAgain, Held, Rereading
-from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError
 from thoughtformer.models.backbone import Backbone
 from thoughtformer.rules.schedule import Chunk
@@ -54,14 +52,6 @@ class AttentionMatching(Rereading):
     def attend_again(self, chunk: Chunk, store: Store, *, backbone: Backbone) -> PassAttention:
         assert isinstance(store, HeadStore)
         return AttendToFit(chunk, self, store)
-
-    @classmethod
-    def at_entries(cls, search: Search) -> Iterator[AttentionMatching]:
-        for chunk in search.chunks():
-            yield search.crossing(
-                lambda fraction, chunk=chunk: cls(removed=fraction, chunk_tokens=chunk, recent_tokens=min(16, chunk)),
-                search.all_fractions,
-            )
 
 
 class AttendToFit(AttendAgain[AttentionMatching]):

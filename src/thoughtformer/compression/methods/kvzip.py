@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from thoughtformer.checks import check_count
 from thoughtformer.compression.method import LayersShape, Method, PassAttention
 from thoughtformer.compression.methods.quantised import Quantised
 from thoughtformer.compression.rereading import AttendAgain, Held, Rereading
-from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, UnsupportedError
 from thoughtformer.models.backbone import Backbone
 from thoughtformer.rules.schedule import Chunk, RowProgress
@@ -91,14 +90,6 @@ class KVzip(Rereading):
     def attend_again(self, chunk: Chunk, store: Store, *, backbone: Backbone) -> PassAttention:
         assert isinstance(store, HeadStore)
         return AttendToZip(chunk, self, store)
-
-    @classmethod
-    def at_entries(cls, search: Search) -> Iterator[KVzip]:
-        for chunk in search.chunks():
-            yield search.crossing(
-                lambda fraction, chunk=chunk: cls(removed=fraction, chunk_tokens=chunk, recent_tokens=min(16, chunk)),
-                search.all_fractions,
-            )
 
 
 class AttendToZip(AttendAgain[KVzip]):
