@@ -201,6 +201,9 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "contexts": lambda place: contexts(place, "sentinel"),
     "contexts of h2o": lambda place: contexts(place, "h2o"),
     "contexts of the combiner": lambda place: contexts(place, "combiner"),
+    "contexts of tiers": lambda place: contexts(place, "quantised_tiers"),
+    "contexts of pages": lambda place: contexts(place, "selection"),
+    "contexts that were read twice": lambda place: contexts(place, "kvzip_4"),
     "sessions": lambda place: sessions(place, body_visibility="fast", num_decoder_layers=2, summaries_per_sentence=2),
     "sessions of a plain GPT": lambda place: sessions(place, plain=True),
     "stores": stores,
@@ -226,7 +229,7 @@ def test_a_flipped_bit_is_never_believed(name, tmp_path, record_property):
     assert counts["refused"] + counts["made anew"] > 0 or name == "stores"
 
 
-@pytest.mark.parametrize("name", ["sentinel", "h2o", "streaming"])
+@pytest.mark.parametrize("name", ["sentinel", "h2o", "streaming", "quantised_tiers"])
 def test_a_context_that_contradicts_itself_is_refused_though_its_digest_is_right(name, tmp_path):
     model = tiny_lm("llama", vocab_size=400, max_position_embeddings=512)
     compressed = tiny_compressed(model, TINY_METHODS[name])
@@ -241,9 +244,16 @@ def test_a_context_that_contradicts_itself_is_refused_though_its_digest_is_right
         "ids": {"ids": tensors["ids"] + 400},
         "a tensor less": {"lengths": tensors["lengths"][:0]},
     }
-    entries = tensors["position.1" if name == "h2o" else "entries"].clone()
+    by_head = name in ("h2o", "quantised_tiers")
+    entries = tensors["position.1" if by_head else "entries"].clone()
     entries[0, 0, 1] = entries[0, 0, 0]
-    changes["two entries of one position"] = {"position.1" if name == "h2o" else "entries": entries}
+    changes["two entries of one position"] = {"position.1" if by_head else "entries": entries}
+    if name == "quantised_tiers":
+        positions = tensors["tier.1.positions.0"].clone()
+        positions[0, 0, 0, 1] = positions[0, 0, 0, 0]
+        changes["two of one position in a tier"] = {"tier.1.positions.0": positions}
+        changes["a block more"] = {"tier.0.num_blocks": tensors["tier.0.num_blocks"] + 1}
+        changes["a tier of another type"] = {"tier.0.key_codes.0": tensors["tier.0.key_codes.0"].float()}
     if name == "h2o":
         fewer = tensors["position.1"].clone()
         fewer[0, 1, 3] = -1
