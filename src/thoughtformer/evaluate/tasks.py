@@ -77,7 +77,7 @@ class _Story:
 
     def sample(self, words: Sequence[str], number: int) -> list[str]:
         """Different ones."""
-        return [words[place] for place in self.chooser.permutation(len(words))[:number].tolist()]
+        return [words[int(place)] for place in self.chooser.permutation(len(words))[:number]]
 
     def sentence(self) -> str:
         text = f"{self.pick(PEOPLE)} {self.pick(DOINGS)} {self.pick(TIMES)}."
@@ -140,7 +140,7 @@ def aggregation(story: _Story, num_sentences: int) -> tuple[str, str]:
     number = max(num_sentences // 4, 8)
     counts = [number // 2, number // 6, number // 6, number // 6]
     records = [f"Sold: one {kind}." for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
-    records = [records[place] for place in story.chooser.permutation(len(records)).tolist()]
+    records = [records[int(place)] for place in story.chooser.permutation(len(records))]
     text = story.among(records, max(num_sentences - len(records), 0))
     return f"{text} What was sold most often is the", f" {kinds[0]}"
 
