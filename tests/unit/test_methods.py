@@ -89,6 +89,33 @@ def test_no_second_reading_ends_behind_the_trained_positions(name):
     assert int(cache.num_entries) == 64 - chunks * (method.chunk_tokens - method.kept_tokens)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        TOVA(max_entries=50),
+        SnapKV(max_entries=60, every_tokens=16, observed_tokens=4),
+        Quantised(bits=4, recent_tokens=40, block_tokens=4),
+        KVzip(removed=0.25, chunk_tokens=16, recent_tokens=4),
+        Selection(read_tokens=16, recent_tokens=40, page_tokens=4),
+    ],
+    ids=lambda method: method.name,
+)
+@pytest.mark.parametrize("order", [(20, 70), (70, 20)])
+@torch.no_grad()
+def test_rows_that_need_unlike_room_are_joined(method, order):
+    """More than a block of entries in one, less in the other; whichever comes first."""
+    compressed, ids = compress(tiny_lm(), method), random_ids(2, 85)
+    at_once = compressed(ids, use_cache=False).logits
+    caches = [compressed.new_cache(1) for _ in order]
+    for row, (cache, length) in enumerate(zip(caches, order, strict=True)):
+        compressed(ids[[row], :length], cache=cache)
+    joined, other = caches
+    joined.join(other)
+    more = torch.stack([ids[row, length : length + 15] for row, length in enumerate(order)])
+    expected = torch.stack([at_once[row, length : length + 15] for row, length in enumerate(order)])
+    torch.testing.assert_close(step_by_step(compressed, more, joined), expected, rtol=0, atol=1e-9)
+
+
 @given(
     st.sampled_from(BITS),
     st.integers(1, 5),
