@@ -255,6 +255,11 @@ def test_a_context_that_contradicts_itself_is_refused_though_its_digest_is_right
         changes["a block more"] = {"tier.0.num_blocks": tensors["tier.0.num_blocks"] + 1}
         changes["a tier of another type"] = {"tier.0.key_codes.0": tensors["tier.0.key_codes.0"].float()}
     if name == "h2o":
+        everywhere = {}
+        for layer in range(3):
+            everywhere[f"position.{layer}"] = tensors[f"position.{layer}"].clone()
+            everywhere[f"position.{layer}"][0, :, -1] = -1
+        changes["an entry less in every head"] = everywhere
         fewer = tensors["position.1"].clone()
         fewer[0, 1, 3] = -1
         changes["a head with fewer entries"] = {"position.1": fewer}

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["BlockEntries", "Blocks", "allotted_blocks"]
@@ -83,8 +83,8 @@ class Blocks(ABC):
         self._fit(layer)
         return keys, values, positions
 
-    def is_there(self, layer: int) -> Tensor:
-        """Which blocks (rows, blocks) there are."""
+    def is_there(self, layer: int) -> Bool[Tensor, "rows blocks"]:
+        """Which blocks there are."""
         places = torch.arange(self.held["positions"][layer].shape[1])
         return places < self.num_blocks[layer, :, None]
 

@@ -272,6 +272,9 @@ class HeadStore(Store):
             each.again(next_position)
 
     def check_positions(self, row: int, num_tokens: int) -> None:
+        counts = torch.stack([self.counts_in(layer)[row].cpu() for layer in range(len(self.most_entries))])
+        if int(counts.max()) != int(self.raw_lengths[row]):
+            raise ValueError(f"its slots hold {counts.tolist()} entries by layer, not {int(self.raw_lengths[row])}")
         for layer, slots in enumerate(self.held["position"]):
             count = int(self.counts_in(layer)[row])
             held = self.entries(layer)[2][row].sort(dim=1).values

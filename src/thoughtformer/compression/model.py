@@ -347,7 +347,7 @@ class CompressedModel(GeneratingView):
         check_ids(ids, self.backbone.vocab_size)  # those behind are sentinels, which only a method sets
         self._check_documents(ids, rows)
         # What may be read again, up to the last of the new tokens.
-        texts = [[*row.window, *new] for row, new in zip(rows, ids, strict=True)]
+        texts = [[*row.window, *new] if self.method.can_reread else [] for row, new in zip(rows, ids, strict=True)]
         readings = [read_ids(self.method, row, new) for row, new in zip(rows, ids, strict=True)]
         needs_store = self.method.needs_store
         store = cache.store if cache is not None else self.holding.new_store(batch) if needs_store else None

@@ -250,6 +250,7 @@ class AttendAgain(Generic[Kind]):
                 stay = self.keep(layer, row, held, scale)
                 slots = torch.arange(count, device=stay.device).expand(len(stay), -1)
                 store.keep(layer, row, torch.cat([slots[:, :start], stay + start, slots[:, chunk.stop :]], dim=1))
+        store.raw_lengths = store.raw_lengths.clone()
         for row in self.rows:
             store.raw_lengths[row] = self.method.entries_after(self.num_tokens[row])
         store.fit()

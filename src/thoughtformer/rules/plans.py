@@ -106,9 +106,10 @@ def sentence_plan(
     first_end = ends_before[first_token]
     num_inner = torch.arange(len(tokens)) - first_token - (ends_before - first_end)
     leads = tokens.is_end & (num_inner == 0)
-    num_leading = torch.tensor([int(part.sum()) for part in leads.split(document_length.tolist())])
+    of_document = torch.repeat_interleave(torch.arange(len(document_start)), document_length)
+    num_leading = torch.zeros_like(document_start).index_add(0, of_document, leads.long())
     num_leading = torch.where(num_leading > block_queries, num_leading, 0)
-    leading = (leads & (num_leading > 0).repeat_interleave(document_length)).nonzero().squeeze(1)
+    leading = (leads & (num_leading > 0)[of_document]).nonzero().squeeze(1)
     builder.add_causal(leading, document[leading])
     start, length = _blocks(document_start + num_leading, document_length - num_leading, block_queries)
     sentence_start, sentence_length = runs(sentence_ordinal(tokens))
