@@ -46,7 +46,7 @@ BENCH_CASES = {
         "known",
     ),
     "memory": ("kv_bytes", "resident"),
-    "quality": ("bits", "compression", "recall"),
+    "quality": ("bits", "compression", "recall", "at_bytes"),
 }
 
 #: kvpress's methods, by its names without "Press": what comes nearest to each here, and in what it is like.

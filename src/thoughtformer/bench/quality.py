@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from thoughtformer.bench.at_bytes import at_bytes
 from thoughtformer.bench.peers import PEERS, PeerProcess, find_peer
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.compression import METHODS, compress
@@ -20,13 +21,14 @@ from thoughtformer.errors import ConfigError, InputError, nearest
 from thoughtformer.evaluate import BitsReport, score_documents, window_sizes
 from thoughtformer.evaluate.compression import Blocks, MethodScore, sample_blocks, score_method, solve
 from thoughtformer.evaluate.planted_facts import plant_facts, score_recall
+from thoughtformer.evaluate.tasks import TASKS
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.backbone import backbone_of
-from thoughtformer.models.loading import load, load_gpthf
+from thoughtformer.models.loading import is_gpthf, load, load_gpthf
 from thoughtformer.text.corpus import Corpus
 from thoughtformer.text.plain import document_tokenizer
 
-__all__ = ["CASES", "PRESSES", "QualityOptions"]
+__all__ = ["CASES", "PRESSES", "QualityOptions", "cases_for"]
 
 #: kvpress's presses to run beside, by the names used here.
 PRESSES = {
@@ -47,6 +49,10 @@ class QualityOptions:
         base, adapter: the plain model whose context is compressed, and its sentinels.
         removed: fractions of the tokens seen that methods don't hold, on average over the scored tokens.
         seeds: samples of the text.
+        lengths, num_texts: of the texts of the `at_bytes` case, and how many of each.
+        tasks, num_task_texts: whose answers it scores as well, and how many texts of each.
+        dtype: that it computes in.
+        earlier: its lines that needn't be measured again.
     """
 
     data: list[str]
@@ -62,6 +68,12 @@ class QualityOptions:
     max_bytes: int | None = None
     column: str = "text"
     encoding: str = "utf-8"
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    num_texts: int = 32
+    tasks: tuple[str, ...] = ("planted_fact", "several_keys", "read_again")
+    num_task_texts: int = 20
+    dtype: str = "float32"
+    earlier: Sequence[Record] = ()
     on_progress: Callable[[str], None] = field(default=lambda text: None)
 
     def __post_init__(self) -> None:
@@ -71,6 +83,11 @@ class QualityOptions:
         for name in self.methods:
             if name not in METHODS:
                 raise InputError(f"method {name!r} is unknown.{nearest(name, METHODS)}")
+        for name in self.tasks:
+            if name not in TASKS:
+                raise InputError(f"task {name!r} is unknown.{nearest(name, TASKS)}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"dtype {self.dtype!r}: float32, bfloat16 or float16.")
 
     def corpus(self) -> Corpus:
         return Corpus(sources=self.data, column=self.column, max_bytes=self.max_bytes, encoding=self.encoding)
@@ -297,4 +314,11 @@ CASES: dict[str, Callable[[QualityOptions], Iterator[Record]]] = {
     "bits": bits,
     "compression": compression,
     "recall": recall,
+    "at_bytes": at_bytes,
 }
+
+
+def cases_for(models: Sequence[str] | None) -> list[str]:
+    """Those that are measured if none is named: of models of this package, or of no model named, all but `at_bytes`."""
+    others = [name for name in models or () if not is_gpthf(name)]
+    return ["at_bytes"] if others else [name for name in CASES if name != "at_bytes"]

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,28 @@ PACKAGES = ("thoughtformer", "torch", "transformers", "peft", "tokenizers", "num
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A figure over repeated runs: median, smallest and largest."""
+    """A figure over repeated runs: median, smallest and largest; and each run's, where it has a pair elsewhere."""
 
     median: float
     low: float
     high: float
     runs: int
+    values: Sequence[float] = ()
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median=statistics.median(values), low=min(values), high=max(values), runs=len(values))
+    def of(cls, values: Sequence[float], *, keep: bool = False) -> Spread:
+        """Of some values, which it keeps if told to."""
+        return cls(
+            median=statistics.median(values),
+            low=min(values),
+            high=max(values),
+            runs=len(values),
+            values=tuple(values) if keep else (),
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Its fields, without what is empty."""
+        return {name: value for name, value in asdict(self).items() if name != "values" or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +79,14 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
+    @property
+    def name(self) -> str:
+        """Of what was measured, wherever and whenever that was."""
+        return json.dumps([self.theme, self.case, self.peer, self.workload, self.settings], sort_keys=True)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        plain = {"metrics": {name: spread.to_plain() for name, spread in self.metrics.items()}}
+        return json.dumps({**asdict(replace(self, metrics={})), **plain}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -76,7 +94,8 @@ class Record:
         try:
             values = json.loads(line)
             metrics = {name: Spread(**spread) for name, spread in values.pop("metrics").items()}
-            if not all(math.isfinite(spread.median) for spread in metrics.values()):
+            figures = [value for spread in metrics.values() for value in (spread.median, *spread.values)]
+            if not all(math.isfinite(value) for value in figures):
                 raise ValueError("a figure is not finite")
             return cls(metrics=metrics, **values)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:

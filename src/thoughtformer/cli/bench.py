@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -109,8 +110,16 @@ def quality(
     adapter: Annotated[str, typer.Option(help="Its sentinels; an empty string for none.")] = "tiny-gpt-sentinel",
     methods: Annotated[str, typer.Option(help="all, or names with commas between.", callback=check_methods)] = "all",
     removed: Annotated[str, typer.Option(help="Fractions removed, with commas between.")] = "0.3,0.5,0.7,0.9",
-    num_blocks: Annotated[int, typer.Option(help="Blocks a sample.", min=1)] = 12,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="Blocks a sample; default 12, of at_bytes 32 texts a length.", min=1)
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Samples of the text.")] = "0,1,2",
+    lengths: Annotated[str, typer.Option(help="Of at_bytes: tokens of texts, with commas between.")] = "2048,4096,8192",
+    tasks: Annotated[
+        str, typer.Option(help="Of at_bytes: tasks with commas between, or none.")
+    ] = "planted_fact,several_keys,read_again",
+    num_texts: Annotated[int, typer.Option(help="Of at_bytes: texts of each task.", min=1)] = 20,
+    dtype: Annotated[str, typer.Option(help="Of at_bytes: float32, bfloat16 or float16.")] = "float32",
     context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
     column: Column = "text",
@@ -119,14 +128,20 @@ def quality(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bits per byte of checkpoints; compression at equal bytes, kvpress beside. Cases: bits, compression, recall.
+    """Bits per byte of checkpoints; compression at equal entries and at equal bytes, kvpress beside. Cases: bits,
+    compression, recall, at_bytes. With --model any other causal LM is meant for at_bytes, which takes hours on a CPU,
+    and goes on behind the lines of --out where it was interrupted.
 
     Example: thoughtformer bench quality --data valid.txt --out quality.jsonl
+    Example: thoughtformer bench quality --model gemma-3-270m --data valid.txt --dtype bfloat16 --out gemma.jsonl
     """
-    from thoughtformer.bench.quality import CASES, QualityOptions
+    from thoughtformer.bench.at_bytes import summary
+    from thoughtformer.bench.quality import CASES, QualityOptions, cases_for
+    from thoughtformer.bench.records import read_records
 
     set_threads(threads)
     defaults = QualityOptions(data=data)
+    case = case or cases_for(model)
     options = replace(
         defaults,
         models=tuple(model) if model else defaults.models,
@@ -134,14 +149,20 @@ def quality(
         base=base,
         adapter=adapter or None,
         removed=_numbers(removed, "removed", float),
-        num_blocks=num_blocks,
+        num_blocks=num_blocks or defaults.num_blocks,
+        num_texts=num_blocks or defaults.num_texts,
         seeds=_numbers(seeds, "seeds", int),
+        lengths=_numbers(lengths, "lengths", int),
+        tasks=() if tasks == "none" else tuple(tasks.split(",")),
+        num_task_texts=num_texts,
+        dtype=dtype,
+        earlier=tuple(read_records([out])) if out is not None and out.exists() and "at_bytes" in case else (),
         context_tokens=context_tokens,
         max_bytes=max_bytes,
         column=column,
         encoding=encoding,
     )
-    run_cases(CASES, case, options, out, as_json)
+    run_cases(CASES, case, options, out, as_json, {"at_bytes": lambda new: summary([*options.earlier, *new])})
 
 
 @bench_app.command("peers")
@@ -194,8 +215,9 @@ def run_cases(
     options: Any,
     out: Path | None,
     as_json: bool,
+    summaries: Mapping[str, Callable[[list[Record]], list[Record]]] = MappingProxyType({}),
 ) -> None:
-    """Measures case by case; a line is written as soon as it is known."""
+    """Measures case by case; a line is written as soon as it is known. Of some cases a summary is shown."""
     from thoughtformer.bench.console import console_table
     from thoughtformer.bench.records import append_records, command_line, environment
     from thoughtformer.errors import nearest
@@ -217,4 +239,4 @@ def run_cases(
                 if as_json:
                     print(record.to_json(), flush=True)
         if not as_json:
-            console_table(name, records)
+            console_table(name, summaries.get(name, list)(records))

@@ -13,7 +13,7 @@ from torch import Tensor
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.groups import GroupedStore, LayerGroup, WindowSlots
 from thoughtformer.compression.at_once import AttendAtOnce
-from thoughtformer.compression.method import LayersShape, Method, PassAttention
+from thoughtformer.compression.method import CacheBytes, LayersShape, Method, PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
 from thoughtformer.models.backbone import Backbone
 from thoughtformer.rules.schedule import Chunk, RowProgress
@@ -133,12 +133,15 @@ class Holding:
         """Entries held of a row, in each part that is sized by itself."""
         return tuple(entries for holder in self.holders for entries in holder.stored_parts(row))
 
-    def num_bytes(self, longest_row_entries: Sequence[int], num_rows: int, dtype: torch.dtype | None) -> int:
+    def num_bytes(
+        self, longest_row_entries: Sequence[int], num_rows: int, dtype: torch.dtype | None, kind: CacheBytes
+    ) -> int:
         """What the tensors of `new_store` must measure once they hold that; see `CompressedModel.cache_bytes`."""
         total, longest = 0, list(longest_row_entries)
         for holder, group in zip(self.holders, self.groups, strict=True):
             parts = [longest.pop(0) for _ in holder.stored_parts(RowProgress())]
-            total += holder.store_bytes(longest_row_entries=parts, **self._shape(group, num_rows, dtype))
+            count = {"stored": holder.store_bytes, "resident": holder.resident_bytes, "read": holder.read_bytes}[kind]
+            total += count(longest_row_entries=parts, **self._shape(group, num_rows, dtype))
         assert not longest
         return total
 

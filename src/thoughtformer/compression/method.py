@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -23,10 +23,13 @@ from thoughtformer.errors import ConfigError, UnsupportedError
 from thoughtformer.models.backbone import Attend, Backbone
 from thoughtformer.rules.schedule import Chunk, Event, RowProgress, RowReading
 
-__all__ = ["METHODS", "LayersShape", "Method", "PassAttention", "cached_entries", "read_ids"]
+__all__ = ["METHODS", "CacheBytes", "LayersShape", "Method", "PassAttention", "cached_entries", "read_ids"]
 
 #: Every method by name.
 METHODS: dict[str, type[Method]] = {}
+
+#: Bytes of a cache: all that it stores, what of that is in memory, and what a step reads of it.
+CacheBytes = Literal["stored", "resident", "read"]
 
 MethodKind = TypeVar("MethodKind", bound="Method")
 
@@ -76,6 +79,8 @@ class Method(ABC):
     needs_adapter: ClassVar[bool] = False
     #: Settings that must be as the adapter was trained, called as in `AdapterConfig`.
     trained_settings: ClassVar[tuple[str, ...]] = ()
+    #: What stays is decided at each token, one at a time, also where a text is read at once.
+    decides_each_token: ClassVar[bool] = False
     #: Rows of its caches can be joined, as the engine does.
     can_join: ClassVar[bool] = True
     #: Gradients pass through it.
@@ -251,6 +256,14 @@ class Method(ABC):
             dtype=dtype,
             block_entries=BLOCK_ENTRIES,
         )
+
+    def resident_bytes(self, **shape: Any) -> int:
+        """What of `store_bytes` is in memory."""
+        return self.store_bytes(**shape)
+
+    def read_bytes(self, **shape: Any) -> int:
+        """What of `store_bytes` a step reads."""
+        return self.store_bytes(**shape)
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         """The attention of a pass over new entries, which extends the store if there is one."""

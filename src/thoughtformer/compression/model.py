@@ -26,7 +26,7 @@ from thoughtformer.checks import check_count
 from thoughtformer.compression.adapter import SentinelAdapter
 from thoughtformer.compression.at_once import EXECUTIONS
 from thoughtformer.compression.holding import Holding, shape_of
-from thoughtformer.compression.method import Method, read_ids
+from thoughtformer.compression.method import CacheBytes, Method, read_ids
 from thoughtformer.compression.registry import settings_of
 from thoughtformer.compression.view import GeneratingView
 from thoughtformer.errors import ConfigError, ContextOverflowError, InputError, UnsupportedError, nearest
@@ -237,7 +237,12 @@ class CompressedModel(GeneratingView):
         return self.holding.num_stored(row)
 
     def cache_bytes(
-        self, longest_row_entries: Sequence[int], num_rows: int, *, dtype: torch.dtype | None = None
+        self,
+        longest_row_entries: Sequence[int],
+        num_rows: int,
+        *,
+        dtype: torch.dtype | None = None,
+        kind: CacheBytes = "stored",
     ) -> int:
         """What `num_bytes()` of a cache must be, block rounding included.
 
@@ -245,8 +250,9 @@ class CompressedModel(GeneratingView):
             longest_row_entries: the most that any row holds, in each part that is sized by itself.
             num_rows: rows.
             dtype: of keys and values; None: the model's.
+            kind: all that is stored, or what of it is in memory, or what a step reads of it.
         """
-        return self.holding.num_bytes(longest_row_entries, num_rows, dtype)
+        return self.holding.num_bytes(longest_row_entries, num_rows, dtype, kind)
 
     # Reading.
 

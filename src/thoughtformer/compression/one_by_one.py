@@ -28,6 +28,7 @@ Kind = TypeVar("Kind", bound="OneByOne")
 class OneByOne(ByHead):
     """Of a full head's entries that with the smallest number makes room for the next token; of equals the oldest."""
 
+    decides_each_token = True
     max_entries: int = 64
 
     @property

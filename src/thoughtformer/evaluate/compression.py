@@ -17,14 +17,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thoughtformer.compression.method import Method, cached_entries, read_ids
+from thoughtformer.compression.method import CacheBytes, Method, cached_entries, read_ids
 from thoughtformer.compression.model import CompressedModel
 from thoughtformer.compression.registry import METHODS, settings_of
 from thoughtformer.compression.solving import Search
 from thoughtformer.errors import ConfigError, CorpusError
 from thoughtformer.rules.schedule import RowProgress
 
-__all__ = ["Blocks", "MethodScore", "mean_cache_bytes", "sample_blocks", "score_method", "solve", "summarise"]
+__all__ = [
+    "Blocks",
+    "MethodScore",
+    "mean_cache_bytes",
+    "sample_blocks",
+    "score_method",
+    "solve",
+    "summarise",
+    "summed_loss",
+]
 
 #: How far a method's mean of entries held may be from the target.
 TOLERANCE = 0.01
@@ -166,18 +175,7 @@ def score_method(
     compressed: CompressedModel, blocks: Blocks, *, removed: float, seed: int, batch_size: int = 8
 ) -> MethodScore:
     """The scored tokens' loss under a method, read at once."""
-    total, backbone = 0.0, compressed.backbone
-    for start in range(0, len(blocks.ids), batch_size):
-        ids = torch.tensor(blocks.ids[start : start + batch_size])
-        real = torch.ones_like(ids, dtype=torch.bool)
-        wanted = real.clone()
-        wanted[:, : blocks.first_scored - 1] = False
-        wanted[:, -1] = False
-        hidden = compressed.read(ids, real, None, wanted=wanted)
-        targets = ids[:, blocks.first_scored :].reshape(-1).to(hidden.device)
-        for part in range(0, len(targets), 1024):
-            logits = backbone.logits(hidden[part : part + 1024]).float()
-            total += float(F.cross_entropy(logits, targets[part : part + 1024], reduction="sum"))
+    total = summed_loss(compressed, blocks, batch_size=batch_size)
     mean, peak = mean_entries(compressed.method, blocks)
     seen = np.arange(1, len(blocks.ids[0]) + 1)[blocks.first_scored :].mean()
     return MethodScore(
@@ -195,13 +193,34 @@ def score_method(
     )
 
 
-def mean_cache_bytes(compressed: CompressedModel, blocks: Blocks, *, dtype: torch.dtype | None = None) -> float:
+@torch.inference_mode()
+def summed_loss(compressed: CompressedModel, blocks: Blocks, *, batch_size: int = 8) -> float:
+    """Nats of all scored tokens, read at once."""
+    total = 0.0
+    for start in range(0, len(blocks.ids), batch_size):
+        ids = torch.tensor(blocks.ids[start : start + batch_size])
+        real = torch.ones_like(ids, dtype=torch.bool)
+        wanted = real.clone()
+        wanted[:, : blocks.first_scored - 1] = False
+        wanted[:, -1] = False
+        hidden = compressed.read(ids, real, None, wanted=wanted)
+        targets = ids[:, blocks.first_scored :].reshape(-1).to(hidden.device)
+        for part in range(0, len(targets), 1024):
+            logits = compressed.backbone.logits(hidden[part : part + 1024]).float()
+            total += float(F.cross_entropy(logits, targets[part : part + 1024], reduction="sum"))
+    return total
+
+
+def mean_cache_bytes(
+    compressed: CompressedModel, blocks: Blocks, *, dtype: torch.dtype | None = None, kind: CacheBytes = "stored"
+) -> float:
     """Bytes of a row's cache, all that it holds counted, as each scored token finds it; on average.
 
     Args:
         compressed: the model under a method.
         blocks: the texts.
         dtype: of keys and values; None: the model's.
+        kind: all that is stored, what of it is in memory, or what a step reads of it.
     """
     sizes: dict[tuple[int, ...], int] = {}
     found: list[int] = []
@@ -211,7 +230,7 @@ def mean_cache_bytes(compressed: CompressedModel, blocks: Blocks, *, dtype: torc
             if number >= blocks.first_scored:
                 stored = compressed.num_stored(row)
                 if stored not in sizes:
-                    sizes[stored] = compressed.cache_bytes(stored, 1, dtype=dtype)
+                    sizes[stored] = compressed.cache_bytes(stored, 1, dtype=dtype, kind=kind)
                 found.append(sizes[stored])
             read_ids(compressed.method, row, [token])
     return float(np.mean(found))

@@ -18,7 +18,7 @@ from thoughtformer.models.gpthf.configuration import GPTHFConfig
 from thoughtformer.names import ASSETS, BUNDLED, BUNDLED_ADAPTERS, resolve
 from thoughtformer.text.tokenizer import TOKENIZER_SETTINGS, SentenceTokenizer
 
-__all__ = ["ASSETS", "BUNDLED", "BUNDLED_ADAPTERS", "load", "load_gpthf", "load_tokenizer", "resolve"]
+__all__ = ["ASSETS", "BUNDLED", "BUNDLED_ADAPTERS", "is_gpthf", "load", "load_gpthf", "load_tokenizer", "resolve"]
 
 #: What transformers raises for folders that it can't load.
 UNLOADABLE = (OSError, TypeError, LookupError, AttributeError, ValueError, SafetensorError, RuntimeError)
@@ -57,6 +57,12 @@ def load_gpthf(
     return model.eval(), tokenizer
 
 
+def is_gpthf(name_or_path: str | Path) -> bool:
+    """Whether it is a model of this package, and not another causal LM; raises `CheckpointError`."""
+    folder = resolve(name_or_path)
+    return folder.suffix != ".gguf" and _config_values(folder).get("model_type") == GPTHFConfig.model_type
+
+
 def load(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
@@ -79,8 +85,7 @@ def load(
             raise UnsupportedError('reading GGUF needs the package gguf: pip install "thoughtformer[bench]".')
         folder, file = folder.parent, {"gguf_file": folder.name}
     else:
-        values = _config_values(folder)
-        if values.get("model_type") == GPTHFConfig.model_type:
+        if is_gpthf(folder):
             return load_gpthf(folder, dtype=dtype, device=device)
         _refuse_pickles(folder)
     # What reads GGUF raises whatever it comes across in a damaged file.
