@@ -15,10 +15,11 @@ from twins import MethodTwin, attended_by_hand, window_of
 
 
 def fewer(states: Tensor, bits: int) -> Tensor:
-    """One list of numbers as the nearest of evenly spaced levels between its least and its largest."""
-    lowest = states.min()
-    step = (states.max() - lowest) / (2**bits - 1)
-    return lowest + ((states - lowest) / step).round() * step
+    """One list of numbers as the nearest multiples of a step: the first of 2**-20, 2**-(20 - 1/8), ... that will do."""
+    needed = float(states.max() - states.min()) / (2**bits - 1)
+    step = next(2 ** (n / 8 - 20) for n in range(256) if 2 ** (n / 8 - 20) >= needed)
+    lowest = (states.min() / step).round()
+    return torch.stack([((number / step).round() - lowest).clamp(max=2**bits - 1) + lowest for number in states]) * step
 
 
 def in_fewer_bits(key: Tensor, value: Tensor, bits: int) -> tuple[Tensor, Tensor]:

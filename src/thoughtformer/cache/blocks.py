@@ -9,12 +9,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["BlockEntries", "Blocks", "allotted_blocks"]
+__all__ = ["BlockEntries", "Blocks", "allotted_blocks", "positions_bytes"]
 
 #: Keys, values and positions of entries.
 BlockEntries = tuple[
     Float[Tensor, "*shape entries head_dim"], Float[Tensor, "*shape entries head_dim"], Int[Tensor, "*shape entries"]
 ]
+
+
+def positions_bytes(block_entries: int, num_kv_heads: int, *, is_span: bool) -> int:
+    """Of a block's positions."""
+    return 4 if is_span else 4 * num_kv_heads * block_entries
 
 
 def allotted_blocks(num_blocks: int) -> int:
@@ -28,8 +33,10 @@ class Blocks(ABC):
 
     Args:
         block_entries: of a block.
-        shapes: of what is held of a block, and its type, by name; `positions` are (kv_heads, block_entries).
+        shapes: of what is held of a block beside its positions, and its type, by name.
+        is_span: a block's entries follow one another, so that its first position tells all; or each head has its own.
         num_rows: rows.
+        num_kv_heads: heads.
         devices: of each layer.
     """
 
@@ -38,15 +45,20 @@ class Blocks(ABC):
         block_entries: int,
         shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         *,
+        is_span: bool,
         num_rows: int,
+        num_kv_heads: int,
         devices: Sequence[torch.device],
     ) -> None:
         self.block_entries = block_entries
+        self.is_span = is_span
+        self.num_kv_heads = num_kv_heads
         self.num_blocks = torch.zeros(len(devices), num_rows, dtype=torch.long)
+        of_positions = ((), torch.int32) if is_span else ((num_kv_heads, block_entries), torch.int32)
         #: By layer: (rows, blocks, ...).
         self.held = {
             name: [torch.zeros(num_rows, 0, *shape, dtype=kind, device=place) for place in devices]
-            for name, (shape, kind) in shapes.items()
+            for name, (shape, kind) in {**shapes, "positions": of_positions}.items()
         }
 
     @abstractmethod
@@ -64,8 +76,19 @@ class Blocks(ABC):
     def blocks(self, layer: int) -> BlockEntries:
         """Keys and values (rows, blocks, heads, entries, head_dim), and positions, whether or not a row has them."""
 
-    def put(self, layer: int, row: int, block: Mapping[str, Tensor]) -> None:
+    def positions(self, layer: int) -> Int[Tensor, "rows blocks kv_heads entries"]:
+        """Of each block's entries, whether or not a row has it."""
+        held = self.held["positions"][layer]
+        if not self.is_span:
+            return held
+        places = held[:, :, None, None] + torch.arange(self.block_entries, dtype=held.dtype, device=held.device)
+        return places.expand(-1, -1, self.num_kv_heads, -1)
+
+    def put(
+        self, layer: int, row: int, positions: Int[Tensor, "kv_heads entries"], block: Mapping[str, Tensor]
+    ) -> None:
         """Holds what is to be held of a block behind a row's others."""
+        block = {**block, "positions": positions[0, 0] if self.is_span else positions}
         place = int(self.num_blocks[layer, row])
         self.num_blocks[layer, row] += 1
         self._fit(layer)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks
+from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
 
 __all__ = ["Pages", "pages_bytes"]
 
@@ -24,7 +24,8 @@ def pages_bytes(
     dtype: torch.dtype,
 ) -> int:
     """What the tensors of `Pages` must measure."""
-    page = num_kv_heads * (2 * (page_entries + 1) * head_dim * dtype.itemsize + page_entries * 4)
+    page = num_kv_heads * 2 * (page_entries + 1) * head_dim * dtype.itemsize
+    page += positions_bytes(page_entries, num_kv_heads, is_span=True)
     return num_layers * num_rows * (allotted_blocks(longest_row_entries // page_entries) * page + 8)
 
 
@@ -52,20 +53,21 @@ class Pages(Blocks):
             "keys": ((num_kv_heads, page_entries, head_dim), dtype),
             "values": ((num_kv_heads, page_entries, head_dim), dtype),
             "bounds": ((2, num_kv_heads, head_dim), dtype),
-            "positions": ((num_kv_heads, page_entries), torch.int32),
         }
         devices = [device] * num_layers if isinstance(device, torch.device) else device
-        super().__init__(page_entries, shapes, num_rows=num_rows, devices=devices)
+        super().__init__(
+            page_entries, shapes, is_span=True, num_rows=num_rows, num_kv_heads=num_kv_heads, devices=devices
+        )
         if in_host_memory:
             for name in ("keys", "values"):
                 self.held[name] = [tensor.cpu() for tensor in self.held[name]]
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         bounds = torch.stack([keys.amin(dim=1), keys.amax(dim=1)])
-        self.put(layer, row, {"keys": keys, "values": values, "bounds": bounds, "positions": positions})
+        self.put(layer, row, positions, {"keys": keys, "values": values, "bounds": bounds})
 
     def blocks(self, layer: int) -> BlockEntries:
-        keys, values, positions = (self.held[name][layer] for name in ("keys", "values", "positions"))
+        keys, values, positions = self.held["keys"][layer], self.held["values"][layer], self.positions(layer)
         return keys.to(positions.device), values.to(positions.device), positions
 
     def scores(
@@ -80,9 +82,8 @@ class Pages(Blocks):
         """Keys, values and positions of some pages of each head."""
         row, head = torch.arange(pages.shape[0])[:, None, None], torch.arange(pages.shape[1])[None, :, None]
 
-        def chosen(name: str) -> Tensor:
-            held = self.held[name][layer]
+        def chosen(held: Tensor) -> Tensor:
             index = (part.to(held.device) for part in (row, pages, head))
             return held[tuple(index)].flatten(2, 3).to(pages.device)
 
-        return chosen("keys"), chosen("values"), chosen("positions")
+        return chosen(self.held["keys"][layer]), chosen(self.held["values"][layer]), chosen(self.positions(layer))

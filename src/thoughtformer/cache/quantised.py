@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 
-from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks
+from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
 
-__all__ = ["BITS", "Codes", "QuantisedBlocks", "dequantised", "quantised", "quantised_bytes"]
+__all__ = ["BITS", "Codes", "QuantisedBlocks", "dequantised", "quantised", "quantised_bytes", "sizes"]
 
 #: That a byte holds whole numbers of.
 BITS = (8, 4, 2)
@@ -20,28 +20,44 @@ GROUP = 64
 
 
 class Codes(NamedTuple):
-    """Numbers from a lowest one in `2**bits - 1` steps; several to a byte, along the last axis."""
+    """Numbers as whole steps: `zero` and `codes` together; several codes to a byte, along the last axis.
+
+    A step is `2**(step / 8 - 20)`: from a millionth to four thousand, each a twelfth larger than the one before.
+    """
 
     codes: UInt8[Tensor, "*shape bytes"]
-    step: Float[Tensor, "*scales"]
-    lowest: Float[Tensor, "*scales"]
+    step: UInt8[Tensor, "*scales"]
+    zero: Int16[Tensor, "*scales"]
+
+
+#: Of a step and a zero.
+SCALE_BYTES = 3
+STEPS_AN_OCTAVE, LEAST_STEP, LARGEST_ZERO = 8, -20, 2**15 - 2**8
+
+
+def sizes(step: UInt8[Tensor, "*scales"], dtype: torch.dtype) -> Float[Tensor, "*scales"]:
+    """Of steps."""
+    return torch.exp2(step.to(dtype) / STEPS_AN_OCTAVE + LEAST_STEP)
 
 
 def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int) -> Codes:
-    """Each number as the nearest of `2**bits` steps between the smallest and the largest along `dim`."""
-    exact = torch.promote_types(states.dtype, torch.float32)
+    """Each number as the nearest step, of which `2**bits - 1` reach from the smallest to the largest along `dim`."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     lowest, highest = states.amin(dim=dim, keepdim=True), states.amax(dim=dim, keepdim=True)
-    step = ((highest.to(exact) - lowest) / (2**bits - 1)).to(states.dtype).clamp(min=torch.finfo(states.dtype).tiny)
-    codes = ((states.to(exact) - lowest) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / LARGEST_ZERO)
+    step = ((needed.log2() - LEAST_STEP) * STEPS_AN_OCTAVE).ceil().clamp(0, 255).to(torch.uint8)
+    size = sizes(step, states.dtype)
+    zero = (lowest / size).round().clamp(-LARGEST_ZERO, LARGEST_ZERO)
+    codes = ((states / size).round() - zero).clamp(0, 2**bits - 1).to(torch.uint8)
     parts = [codes[..., part :: 8 // bits] << (bits * part) for part in range(8 // bits)]
-    return Codes(torch.stack(parts).sum(dim=0, dtype=torch.uint8), step, lowest)
+    return Codes(torch.stack(parts).sum(dim=0, dtype=torch.uint8), step, zero.to(torch.int16))
 
 
-def dequantised(numbers: Codes, bits: int) -> Float[Tensor, "*shape"]:
-    """The steps that the codes are of."""
-    mask = 2**bits - 1
+def dequantised(numbers: Codes, bits: int, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """The numbers that the steps come to."""
+    mask, exact = 2**bits - 1, torch.promote_types(dtype, torch.float32)
     codes = torch.stack([numbers.codes >> (bits * part) & mask for part in range(8 // bits)], dim=-1).flatten(-2)
-    return numbers.lowest + codes.to(numbers.step.dtype) * numbers.step
+    return ((codes + numbers.zero).to(exact) * sizes(numbers.step, exact)).to(dtype)
 
 
 def _groups(head_dim: int) -> int:
@@ -55,6 +71,7 @@ class QuantisedBlocks(Blocks):
     Args:
         bits: of a number.
         block_entries: of a block.
+        is_span: as for all blocks.
     """
 
     def __init__(
@@ -62,6 +79,7 @@ class QuantisedBlocks(Blocks):
         bits: int,
         block_entries: int,
         *,
+        is_span: bool = True,
         num_layers: int,
         num_rows: int,
         num_kv_heads: int,
@@ -70,36 +88,35 @@ class QuantisedBlocks(Blocks):
         device: torch.device | Sequence[torch.device],
     ) -> None:
         self.bits = bits
+        self.dtype = dtype
         groups, coded = _groups(head_dim), head_dim * bits // 8
+        by_channel, by_token = (num_kv_heads, 1, head_dim), (num_kv_heads, block_entries, groups, 1)
         shapes = {
             "key_codes": ((num_kv_heads, block_entries, coded), torch.uint8),
-            "key_scales": ((2, num_kv_heads, 1, head_dim), dtype),
+            "key_step": (by_channel, torch.uint8),
+            "key_zero": (by_channel, torch.int16),
             "value_codes": ((num_kv_heads, block_entries, groups, coded // groups), torch.uint8),
-            "value_scales": ((2, num_kv_heads, block_entries, groups, 1), dtype),
-            "positions": ((num_kv_heads, block_entries), torch.int32),
+            "value_step": (by_token, torch.uint8),
+            "value_zero": (by_token, torch.int16),
         }
         devices = [device] * num_layers if isinstance(device, torch.device) else device
-        super().__init__(block_entries, shapes, num_rows=num_rows, devices=devices)
+        super().__init__(
+            block_entries, shapes, is_span=is_span, num_rows=num_rows, num_kv_heads=num_kv_heads, devices=devices
+        )
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         key = quantised(keys, self.bits, dim=1)
         value = quantised(values.unflatten(2, (_groups(values.shape[2]), -1)), self.bits, dim=3)
-        block = {
-            "key_codes": key.codes,
-            "key_scales": torch.stack([key.step, key.lowest]),
-            "value_codes": value.codes,
-            "value_scales": torch.stack([value.step, value.lowest]),
-            "positions": positions,
-        }
-        self.put(layer, row, block)
+        block = {f"key_{name}": part for name, part in key._asdict().items()}
+        block |= {f"value_{name}": part for name, part in value._asdict().items()}
+        self.put(layer, row, positions, block)
 
     def blocks(self, layer: int) -> BlockEntries:
-        held = {name: tensors[layer] for name, tensors in self.held.items()}
-        key_step, key_lowest = held["key_scales"].unbind(2)
-        value_step, value_lowest = held["value_scales"].unbind(2)
-        keys = dequantised(Codes(held["key_codes"], key_step, key_lowest), self.bits)
-        values = dequantised(Codes(held["value_codes"], value_step, value_lowest), self.bits).flatten(4)
-        return keys, values, held["positions"]
+        key, value = (
+            Codes(*(self.held[f"{kind}_{name}"][layer] for name in Codes._fields)) for kind in ("key", "value")
+        )
+        keys, values = (dequantised(numbers, self.bits, self.dtype) for numbers in (key, value))
+        return keys, values.flatten(4), self.positions(layer)
 
 
 def quantised_bytes(
@@ -111,10 +128,11 @@ def quantised_bytes(
     num_rows: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: torch.dtype,
+    is_span: bool = True,
+    **_: Any,
 ) -> int:
-    """What the tensors of `QuantisedBlocks` must measure."""
+    """What the tensors of `QuantisedBlocks` must measure, whatever the type of what is raw."""
     codes = 2 * block_entries * num_kv_heads * head_dim * bits // 8
-    scales = 2 * num_kv_heads * (head_dim + block_entries * _groups(head_dim)) * dtype.itemsize
-    blocks = allotted_blocks(longest_row_entries // block_entries)
-    return num_layers * num_rows * (blocks * (codes + scales + num_kv_heads * block_entries * 4) + 8)
+    scales = num_kv_heads * (head_dim + block_entries * _groups(head_dim)) * SCALE_BYTES
+    block = codes + scales + positions_bytes(block_entries, num_kv_heads, is_span=is_span)
+    return num_layers * num_rows * (allotted_blocks(longest_row_entries // block_entries) * block + 8)

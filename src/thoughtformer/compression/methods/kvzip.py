@@ -53,7 +53,7 @@ class KVzip(Rereading):
         return round(kept) if self.bits is None else max(round(kept / self.block_tokens), 1) * self.block_tokens
 
     def tiers(self, **shape: Any) -> list[Blocks]:
-        return [] if self.bits is None else [QuantisedBlocks(self.bits, self.block_tokens, **shape)]
+        return [] if self.bits is None else [QuantisedBlocks(self.bits, self.block_tokens, is_span=False, **shape)]
 
     def stored_parts(self, row: RowProgress) -> tuple[int, ...]:
         if self.bits is None:
@@ -64,7 +64,9 @@ class KVzip(Rereading):
     def store_bytes(self, *, longest_row_entries: Sequence[int], **shape: Any) -> int:
         total = super().store_bytes(longest_row_entries=longest_row_entries, **shape)
         if self.bits is not None:
-            total += quantised_bytes(self.bits, self.block_tokens, longest_row_entries=longest_row_entries[1], **shape)
+            total += quantised_bytes(
+                self.bits, self.block_tokens, is_span=False, longest_row_entries=longest_row_entries[1], **shape
+            )
         return total
 
     def in_window(self, window: int) -> Method | None:

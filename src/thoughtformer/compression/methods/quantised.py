@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thoughtformer.cache.entries import Store
@@ -97,8 +98,13 @@ class Quantised(ByHead):
             gone = min(left, max(gone, (changed + 1 - self.window - self.first_tokens) // self.block_tokens))
         return left, gone
 
+    def firsts(self, num_tokens: int) -> int:
+        """First tokens that are held: layers with a window drop them with the first block."""
+        return 0 if self.window is not None and self.blocks(num_tokens)[1] else self.first_tokens
+
     def entries_after(self, num_tokens: int) -> int:
-        return num_tokens - self.blocks(num_tokens)[0] * self.block_tokens
+        firsts = self.first_tokens - self.firsts(num_tokens)
+        return num_tokens - firsts - self.blocks(num_tokens)[0] * self.block_tokens
 
     def stored_parts(self, row: RowProgress) -> tuple[int, ...]:
         left, gone = self.blocks(row.num_tokens)
@@ -196,9 +202,13 @@ class AttendToTiers(AttendInPieces[Quantised]):
         if not left:
             return
         block, tiers = method.block_tokens, store.tiers
-        store.move_to(tiers[0], layer, row, method.first_tokens)
+        firsts = method.firsts(num_tokens - 1)
+        store.move_to(tiers[0], layer, row, firsts)
         if method.finer_tokens and int(tiers[0].num_blocks[layer, row]) > method.finer_tokens // block:
             tiers[1].append(layer, row, *tiers[0].pop_first(layer, row))
         while sum(int(tier.num_blocks[layer, row]) for tier in tiers) > left - gone:
             oldest = next(tier for tier in reversed(tiers) if int(tier.num_blocks[layer, row]))
             oldest.pop_first(layer, row)
+        if firsts > method.firsts(num_tokens):
+            rest = torch.arange(firsts, int(store.counts_in(layer)[row]), device=store["position"][layer].device)
+            store.keep(layer, row, rest.expand(len(store["position"][layer][row]), -1))
