@@ -14,9 +14,12 @@ from thoughtformer.models.backbone import backbone_of
 from twins import MethodTwin, attended_by_hand, window_of
 
 
-def fewer(states: Tensor, bits: int) -> Tensor:
-    """One list of numbers as the nearest multiples of a step: the first of 2**-20, 2**-(20 - 1/8), ... that will do."""
-    needed = float(states.max() - states.min()) / (2**bits - 1)
+def fewer(states: Tensor, bits: int, farthest: int) -> Tensor:
+    """One list of numbers as the nearest multiples of a step: the first of 2**-20, 2**-(20 - 1/8), ... that will do.
+
+    Their least lies no more than `farthest` steps from zero.
+    """
+    needed = max(float(states.max() - states.min()) / (2**bits - 1), abs(float(states.min())) / farthest)
     step = next(2 ** (n / 8 - 20) for n in range(256) if 2 ** (n / 8 - 20) >= needed)
     lowest = (states.min() / step).round()
     return torch.stack([((number / step).round() - lowest).clamp(max=2**bits - 1) + lowest for number in states]) * step
@@ -24,18 +27,19 @@ def fewer(states: Tensor, bits: int) -> Tensor:
 
 def in_fewer_bits(key: Tensor, value: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """A block: keys channel by channel, values token by token, 64 numbers at most."""
-    keys = torch.stack([fewer(channel, bits) for channel in key.T], dim=1)
+    keys = torch.stack([fewer(channel, bits, 2**15 - 2**8) for channel in key.T], dim=1)
     size = 64 if value.shape[1] % 64 == 0 else value.shape[1]
-    values = torch.stack([torch.cat([fewer(part, bits) for part in token.split(size)]) for token in value])
+    values = torch.stack([torch.cat([fewer(part, bits, 2**7 - 1) for part in token.split(size)]) for token in value])
     return keys, values
 
 
 def quantised(model: Any, ids: Sequence[int], method: Quantised, adapter: None) -> Tensor:
     """Lists of blocks, each a list of positions with what is left of their keys and values."""
-    size, most = method.block_tokens, method.held_tokens
+    most = method.held_tokens
 
     def attend(window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.zeros_like(query)
+        size = min(method.block_tokens, 32) if window else method.block_tokens
         for head in range(len(query)):
             raw: list[int] = []
             finer: list[tuple[list[int], Tensor, Tensor]] = []
@@ -239,6 +243,7 @@ METHODS = {
     "quantised": MethodTwin(
         cases={
             "quantised": Quantised(bits=4, first_tokens=2, recent_tokens=3, block_tokens=6),
+            "quantised_wide": Quantised(bits=4, first_tokens=1, recent_tokens=0, block_tokens=34),
             "quantised_8": Quantised(bits=8, first_tokens=0, recent_tokens=0, block_tokens=4),
             "quantised_tiers": Quantised(
                 bits=2, first_tokens=1, recent_tokens=4, block_tokens=5, finer_tokens=10, held_tokens=25

@@ -61,13 +61,14 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
     def made(name: str, **settings: Any) -> dict[str, Any]:
         return {"method": name, **settings}
 
-    small = {"recent_tokens": 16, "block_tokens": 32}
+    least = {"recent_tokens": 0}  # raw; what waits to be a block is, too
     found = {
         "full": made("full"),
-        "8 bits": made("quantised", bits=8, **small),
-        "4 bits": made("quantised", bits=4, **small),
-        "2 bits": made("quantised", bits=2, **small),
-        "4 bits, half dropped": made("quantised", bits=4, held_tokens=entries(0.5), **small),
+        "8 bits": made("quantised", bits=8, **least),
+        "4 bits": made("quantised", bits=4, **least),
+        "4 bits, 64 raw": made("quantised", bits=4),
+        "2 bits": made("quantised", bits=2, **least),
+        "4 bits, half dropped": made("quantised", bits=4, held_tokens=entries(0.5), **least),
     }
     for fraction, name in ((0.5, "1/2"), (0.25, "1/4"), (0.125, "1/8")):
         every = max(entries(fraction) // 4, 64)

@@ -23,8 +23,8 @@ def positions_bytes(block_entries: int, num_kv_heads: int, *, is_span: bool) -> 
 
 
 def allotted_blocks(num_blocks: int) -> int:
-    """Blocks that there is room for: in steps of an eighth, so that a growing text seldom moves them."""
-    step = 1 << max(num_blocks.bit_length() - 4, 0)
+    """Blocks that there is room for: in steps of a 32nd, so that a growing text moves them less than it reads them."""
+    step = 1 << max(num_blocks.bit_length() - 6, 0)
     return -(-num_blocks // step) * step
 
 

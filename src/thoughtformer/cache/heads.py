@@ -29,7 +29,8 @@ class Replayed(Protocol):
 
 
 def _num_slots(longest: int, most: int) -> int:
-    return min(-(-max(longest, 1) // BLOCK_ENTRIES) * BLOCK_ENTRIES, most)
+    step = BLOCK_ENTRIES // 4 if longest <= 4 * BLOCK_ENTRIES else BLOCK_ENTRIES
+    return min(-(-max(longest, 1) // step) * step, most)
 
 
 def head_store_bytes(

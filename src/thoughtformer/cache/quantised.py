@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
@@ -27,12 +27,14 @@ class Codes(NamedTuple):
 
     codes: UInt8[Tensor, "*shape bytes"]
     step: UInt8[Tensor, "*scales"]
-    zero: Int16[Tensor, "*scales"]
+    zero: Integer[Tensor, "*scales"]
 
 
-#: Of a step and a zero.
-SCALE_BYTES = 3
-STEPS_AN_OCTAVE, LEAST_STEP, LARGEST_ZERO = 8, -20, 2**15 - 2**8
+STEPS_AN_OCTAVE, LEAST_STEP = 8, -20
+#: Channels of keys may lie far from zero; numbers of a value don't.
+KEY_ZERO, VALUE_ZERO = torch.int16, torch.int8
+#: That codes can be added to.
+LARGEST_ZERO = {torch.int16: 2**15 - 2**8, torch.int8: 2**7 - 1}
 
 
 def sizes(step: UInt8[Tensor, "*scales"], dtype: torch.dtype) -> Float[Tensor, "*scales"]:
@@ -40,17 +42,20 @@ def sizes(step: UInt8[Tensor, "*scales"], dtype: torch.dtype) -> Float[Tensor, "
     return torch.exp2(step.to(dtype) / STEPS_AN_OCTAVE + LEAST_STEP)
 
 
-def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int) -> Codes:
-    """Each number as the nearest step, of which `2**bits - 1` reach from the smallest to the largest along `dim`."""
+def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int, zero_kind: torch.dtype) -> Codes:
+    """Each number as the nearest step, of which `2**bits - 1` reach from the smallest to the largest along `dim`.
+
+    What lies further from zero than `zero_kind` can tell in such steps gets larger ones.
+    """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     lowest, highest = states.amin(dim=dim, keepdim=True), states.amax(dim=dim, keepdim=True)
-    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / LARGEST_ZERO)
+    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / LARGEST_ZERO[zero_kind])
     step = ((needed.log2() - LEAST_STEP) * STEPS_AN_OCTAVE).ceil().clamp(0, 255).to(torch.uint8)
     size = sizes(step, states.dtype)
-    zero = (lowest / size).round().clamp(-LARGEST_ZERO, LARGEST_ZERO)
+    zero = (lowest / size).round()
     codes = ((states / size).round() - zero).clamp(0, 2**bits - 1).to(torch.uint8)
     parts = [codes[..., part :: 8 // bits] << (bits * part) for part in range(8 // bits)]
-    return Codes(torch.stack(parts).sum(dim=0, dtype=torch.uint8), step, zero.to(torch.int16))
+    return Codes(torch.stack(parts).sum(dim=0, dtype=torch.uint8), step, zero.to(zero_kind))
 
 
 def dequantised(numbers: Codes, bits: int, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -94,10 +99,10 @@ class QuantisedBlocks(Blocks):
         shapes = {
             "key_codes": ((num_kv_heads, block_entries, coded), torch.uint8),
             "key_step": (by_channel, torch.uint8),
-            "key_zero": (by_channel, torch.int16),
+            "key_zero": (by_channel, KEY_ZERO),
             "value_codes": ((num_kv_heads, block_entries, groups, coded // groups), torch.uint8),
             "value_step": (by_token, torch.uint8),
-            "value_zero": (by_token, torch.int16),
+            "value_zero": (by_token, VALUE_ZERO),
         }
         devices = [device] * num_layers if isinstance(device, torch.device) else device
         super().__init__(
@@ -105,8 +110,8 @@ class QuantisedBlocks(Blocks):
         )
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        key = quantised(keys, self.bits, dim=1)
-        value = quantised(values.unflatten(2, (_groups(values.shape[2]), -1)), self.bits, dim=3)
+        key = quantised(keys, self.bits, 1, KEY_ZERO)
+        value = quantised(values.unflatten(2, (_groups(values.shape[2]), -1)), self.bits, 3, VALUE_ZERO)
         block = {f"key_{name}": part for name, part in key._asdict().items()}
         block |= {f"value_{name}": part for name, part in value._asdict().items()}
         self.put(layer, row, positions, block)
@@ -133,6 +138,7 @@ def quantised_bytes(
 ) -> int:
     """What the tensors of `QuantisedBlocks` must measure, whatever the type of what is raw."""
     codes = 2 * block_entries * num_kv_heads * head_dim * bits // 8
-    scales = num_kv_heads * (head_dim + block_entries * _groups(head_dim)) * SCALE_BYTES
+    of_key, of_value = 1 + KEY_ZERO.itemsize, 1 + VALUE_ZERO.itemsize
+    scales = num_kv_heads * (head_dim * of_key + block_entries * _groups(head_dim) * of_value)
     block = codes + scales + positions_bytes(block_entries, num_kv_heads, is_span=is_span)
     return num_layers * num_rows * (allotted_blocks(longest_row_entries // block_entries) * block + 8)

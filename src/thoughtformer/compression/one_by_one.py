@@ -98,7 +98,8 @@ class AttendOneByOne(AttendByHead[OneByOne]):
             self.store[name][layer] for name in ("keys", "values", "attention", "position")
         )
         position, is_new = self.position.at(key.device)[:, column], self.is_new.at(key.device)[:, column]
-        index = self._victim(held, attention, position)[..., None]
+        # What is padding has a position, but may have no slot.
+        index = self._victim(held, attention, position).masked_fill(~is_new[:, None], 0)[..., None]
         for cached, new in ((keys, key), (values, value)):
             place = index[..., None].expand(-1, -1, 1, cached.shape[3])
             old = cached.gather(2, place)

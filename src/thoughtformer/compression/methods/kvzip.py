@@ -14,7 +14,7 @@ from thoughtformer.cache.heads import HeadStore
 from thoughtformer.cache.quantised import BITS, QuantisedBlocks, quantised_bytes
 from thoughtformer.checks import check_count
 from thoughtformer.compression.method import LayersShape, Method, PassAttention
-from thoughtformer.compression.methods.quantised import Quantised
+from thoughtformer.compression.methods.quantised import WINDOW_BLOCK, Quantised
 from thoughtformer.compression.rereading import AttendAgain, Held, Rereading
 from thoughtformer.errors import ConfigError, UnsupportedError
 from thoughtformer.models.backbone import Backbone
@@ -76,7 +76,7 @@ class KVzip(Rereading):
             bits=self.bits,
             first_tokens=self.first_tokens,
             recent_tokens=min(self.recent_tokens, 16),
-            block_tokens=min(self.block_tokens, 32),
+            block_tokens=min(self.block_tokens, WINDOW_BLOCK),
             window=window,
         )
 

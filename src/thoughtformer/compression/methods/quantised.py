@@ -24,6 +24,9 @@ from thoughtformer.rules.schedule import Chunk, Event, RowProgress
 
 __all__ = ["Quantised"]
 
+#: Tokens of a block in layers with a window, at most: there what waits to be a block, or to leave, counts for more.
+WINDOW_BLOCK = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised(ByHead):
@@ -37,7 +40,7 @@ class Quantised(ByHead):
         bits: of a number: 8, 4 or 2.
         first_tokens: that stay raw.
         recent_tokens: that are raw at least.
-        block_tokens: that share scales of keys.
+        block_tokens: that share scales of keys; in layers with a window 32 at most.
         finer_tokens: behind the raw ones that have 8 bits before they have fewer; whole blocks.
         held_tokens: that have fewer bits, finer ones included; whole blocks; None: all.
         max_bytes: of a row's cache, which decides about `held_tokens`; whoever compresses a model works it out.
@@ -120,7 +123,14 @@ class Quantised(ByHead):
         return ()
 
     def in_window(self, window: int) -> Quantised:
-        return replace(self, window=window, finer_tokens=0, held_tokens=None, max_bytes=None)
+        return replace(
+            self,
+            window=window,
+            block_tokens=min(self.block_tokens, WINDOW_BLOCK),
+            finer_tokens=0,
+            held_tokens=None,
+            max_bytes=None,
+        )
 
     def bound(self, shape: LayersShape) -> Quantised:
         if shape.head_dim % (8 // self.bits):
