@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.report.page import write_report
 from benchmarks.report.tables import renew as renew_tables
+from thoughtformer.bench.at_bytes import summary
 from thoughtformer.bench.records import read_records
 from thoughtformer.cli import main
 from thoughtformer.errors import InputError
@@ -28,11 +29,14 @@ def report(
 
     Example: python -m benchmarks.report benchmarks/results --out report --renew README.md
     """
-    records = read_records(results)
+    lines = read_records(results)
+    # Of what is measured text by text, what it comes to.
+    records = [*(line for line in lines if line.case != "at_bytes"), *summary(lines)]
     if not records:
         raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
     # Bits per byte are the same wherever they were counted.
-    machines = sorted({str(record.environment.get("processor")) for record in records if record.case != "bits"})
+    timed = [record for record in records if record.case not in ("bits", "at_bytes")]
+    machines = sorted({str(record.environment.get("processor")) for record in timed})
     if len(machines) > 1:
         raise InputError(
             f"the files hold results of {len(machines)} machines ({', '.join(machines)}): report one at a time."

@@ -71,11 +71,12 @@ THEMES = (
 
 
 def new_axes(
-    across: str | tuple[str, ...], up: str, title: str, under: str = "", *, height: float = 4.4
+    across: str | tuple[str, ...], up: str | tuple[str, ...], title: str, under: str = "", *, height: float = 4.4
 ) -> tuple[Any, Any]:
-    """A figure and its axes: one for each name in a tuple `across`, side by side with a common upward axis.
+    """A figure and its axes: one for each name in a tuple `across`, side by side.
 
     Args:
+        up: of the upward axis that they have in common, or of each.
         title: says what is seen, to somebody who sees nothing else.
         under: how it was measured, in smaller letters.
     """
@@ -87,13 +88,14 @@ def new_axes(
     names = (across,) if isinstance(across, str) else across
     width = 8.0 if len(names) == 1 else 4.8 * len(names)
     figure, axes = plt.subplots(
-        1, len(names), figsize=(width, height), layout="constrained", sharey=True, squeeze=False
+        1, len(names), figsize=(width, height), layout="constrained", sharey=isinstance(up, str), squeeze=False
     )
     for part, name in zip(axes[0], names, strict=True):
         part.set_xlabel(name)
         part.grid(visible=True)
         part.set_axisbelow(True)
-    axes[0][0].set_ylabel(up)
+    for part, name in zip(axes[0], (up,) if isinstance(up, str) else up, strict=False):
+        part.set_ylabel(name)
     # Two lines of room above: the second is written apart, because a title has one size and weight.
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontweight="bold", fontsize=12)
     below = 1 - (0.04 + 1.35 * 12 / 72) / height

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
@@ -216,6 +217,46 @@ def _pareto(records: Sequence[Record], text: str) -> Any:
     return figure
 
 
+def _by_bytes(records: Sequence[Record]) -> Any:
+    """Bits above full attention, and facts recalled, against what of the cache is in memory."""
+    work = records[0].workload
+    texts = max(record.metrics["above_full_bits_per_byte"].runs for record in records)
+    figure, axes = new_axes(
+        ("bytes in memory, of those of full attention",) * 2,
+        ("bits per byte above full attention", "planted facts, of those that full attention finds"),
+        f"What compression costs {work['model']}, {work['tokens']:,} tokens",
+        f"the whole cache counted, 2 bytes a number = 1; {texts} texts at most; bars: one standard error",
+        height=5.4,
+    )
+    families: dict[str, list[Record]] = {}
+    for record in records:
+        families.setdefault(re.sub(r" (1/\d|[01](\.\d+)?)(?=,|$)", "", record.peer), []).append(record)
+    for marker, (family, of) in zip(cycle(MARKERS), families.items()):
+        of.sort(key=lambda record: record.metrics["resident_of_full"].median)
+        style: dict[str, Any] = {"marker": marker, "linestyle": "--" if family.startswith("kvpress") else "-"}
+        style |= {"linewidth": 1.1, "label": family}
+        if family == "full":
+            style |= {"color": reference_colour(), "zorder": 5}
+        for part, metric in zip(axes, ("above_full_bits_per_byte", "planted_fact_of_full"), strict=True):
+            points = [record for record in of if metric in record.metrics]
+            spreads = [record.metrics[metric] for record in points]
+            sizes = [record.metrics["resident_of_full"].median for record in points]
+            errors = [spread.high - spread.median for spread in spreads]
+            part.errorbar(sizes, [spread.median for spread in spreads], yerr=errors, capsize=2, elinewidth=0.6, **style)
+    for part in axes:
+        part.set_xscale("log")
+        part.invert_xaxis()
+        plain_ticks(part.xaxis, (1.5, 1, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1))
+    axes[0].set_yscale("symlog", linthresh=0.001)
+    plain_ticks(axes[0].yaxis, (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1))
+    highest = max(record.metrics["above_full_bits_per_byte"].median for record in records)
+    axes[0].set_ylim(-0.001, 1.6 * max(highest, 0.01))
+    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
 def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, list[Path]]]:
     """Every picture that the records suffice for: (caption, a file for each theme)."""
 
@@ -277,6 +318,10 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[tuple[str, list[Pa
         part = [record for record in compression if tuple(record.workload["data"]) == data]
         name = ", ".join(data)
         pictures.append((f"Quality against bytes, {name}", f"pareto_{number}", part, partial(_pareto, text=name)))
+    by_bytes = [record for record in of("quality", "at_bytes", size=False) if "resident_of_full" in record.metrics]
+    for tokens in sorted({record.workload["tokens"] for record in by_bytes}):
+        part = [record for record in by_bytes if record.workload["tokens"] == tokens]
+        pictures.append((f"Quality by bytes, {tokens:,} tokens", f"by_bytes_{tokens}", part, _by_bytes))
     drawn = [
         (caption, save(partial(draw, of_case), folder / name))
         for caption, name, of_case, draw in pictures

@@ -4,6 +4,7 @@
 <!-- bench:headlines -->                                a few of them
 <!-- bench:compression books/valid.txt.xz local,h2o --> thousandths of a bit per byte above full attention
 <!-- bench:recall books/valid.txt.xz -->                nats gained on planted facts
+<!-- bench:at_bytes 4096 -->                            methods by bytes, on texts of a length
 <!-- bench:bits -->                                     bits per byte of checkpoints
 <!-- bench:case speed batch1 -->                        all figures of the last run of a case
 <!-- bench:architectures -->                            what decoding costs them
@@ -34,10 +35,13 @@ from benchmarks.report.study_tables import (
 from thoughtformer.bench.console import shown
 from thoughtformer.bench.records import Record
 from thoughtformer.errors import InputError, nearest
+from thoughtformer.evaluate.tasks import TASKS
 from thoughtformer.files import new_file
 
 __all__ = ["claims_table", "renew"]
 
+#: Tasks of `at_bytes`, by metric.
+ANSWERS = {f"{task}_of_full": f"{task.replace('_', ' ')}, of full's" for task in TASKS}
 BLOCK = re.compile(r"(<!-- bench:(?P<kind>\w+)(?P<arguments>[^>]*) -->\n)(?P<old>.*?)(<!-- bench:end -->)", re.DOTALL)
 
 
@@ -146,6 +150,29 @@ def _recall(records: Sequence[Record], data: str) -> str:
     return _rows(lines)
 
 
+def _at_bytes(records: Sequence[Record], tokens: str) -> str:
+    """Methods by what is in memory: bits above full attention in thousandths, and answers, with one standard error."""
+    chosen = [record for record in _latest(records, "quality", "at_bytes") if record.workload["tokens"] == int(tokens)]
+    if not chosen:
+        raise InputError(f"the results hold nothing of quality, at_bytes at {tokens} tokens.")
+    measured = [record for record in chosen if "resident_of_full" in record.metrics]
+    tasks = [name for name in dict.fromkeys(name for record in measured for name in record.metrics) if name in ANSWERS]
+    lines = [
+        ["", "in memory", "read a step", "stored", "above full, mbpb", "texts", *(ANSWERS[name] for name in tasks)]
+    ]
+    for record in sorted(measured, key=lambda record: -record.metrics["resident_of_full"].median):
+        metrics = record.metrics
+        above = metrics["above_full_bits_per_byte"]
+        sizes = [f"{metrics[f'{kind}_of_full'].median:.3f}" for kind in ("resident", "read", "stored")]
+        error = 1e3 * (above.high - above.median)
+        answers = [f"{of.median:.0%} of {of.runs}" if (of := metrics.get(name)) is not None else "" for name in tasks]
+        lines.append([record.peer, *sizes, f"{1e3 * above.median:+.1f} ± {error:.1f}", str(above.runs), *answers])
+    lines += [
+        [record.peer, f"skipped: {record.skipped}", *[""] * (len(lines[0]) - 2)] for record in chosen if record.skipped
+    ]
+    return _rows(lines)
+
+
 def _bits(records: Sequence[Record]) -> str:
     chosen = _latest(records, "quality", "bits")
     texts = list(dict.fromkeys(tuple(record.workload["data"]) for record in chosen))
@@ -206,6 +233,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "headlines": _headlines,
     "compression": _compression,
     "recall": _recall,
+    "at_bytes": _at_bytes,
     "bits": _bits,
     "case": _case,
     "architectures": _architectures,

@@ -123,9 +123,9 @@ def test_lines_survive_the_file(tmp_path):
 
 def test_the_command_leaves_out_where_lines_go(monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["/some/where/thoughtformer", "bench", "speed", "--out", "/a/b.jsonl", "--size", "toy"]
+        sys, "argv", ["/some/where/thoughtformer", "bench", "speed", "--out", "/a/b.jsonl", "--data", "/a/b/c.txt"]
     )
-    assert command_line() == "thoughtformer bench speed --size toy"
+    assert command_line() == "thoughtformer bench speed --data b/c.txt"
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"theme": "speed"}', record().to_json()[:-5]])

@@ -20,7 +20,7 @@ from thoughtformer.bench.records import Record, Spread
 from thoughtformer.compression import METHODS, compress
 from thoughtformer.compression.method import CacheBytes
 from thoughtformer.compression.model import CompressedModel
-from thoughtformer.errors import ConfigError, InputError, UnsupportedError
+from thoughtformer.errors import ConfigError, InputError, UnsupportedError, nearest
 from thoughtformer.evaluate.compression import Blocks, mean_cache_bytes, sample_blocks, summed_loss
 from thoughtformer.evaluate.tasks import TaskText, make_texts, score_texts
 from thoughtformer.models.backbone import Backbone, backbone_of
@@ -147,6 +147,10 @@ def at_bytes(options: QualityOptions) -> Iterator[Record]:
     if len(options.models) != 1:
         raise InputError(f"the case at_bytes takes one --model, not {len(options.models)}.")
     (name,) = options.models
+    labels = [*settings_at(max(options.lengths)), *(_press_label(*pair) for pair in _presses())]
+    for label in options.settings:
+        if label not in labels:
+            raise InputError(f"setting {label!r} is unknown.{nearest(label, labels)}")
     model, tokenizer = load(name, dtype=getattr(torch, options.dtype))
     tokenizer = document_tokenizer(tokenizer)
     backbone = backbone_of(model)
@@ -166,7 +170,7 @@ def at_bytes(options: QualityOptions) -> Iterator[Record]:
             settings = {
                 label: chosen
                 for label, chosen in settings_at(length).items()
-                if label == "full" or chosen["method"] in options.methods
+                if label == "full" or (chosen["method"] in options.methods and label in (options.settings or [label]))
             }
             for label, chosen in settings.items():
                 if length > 4096 and METHODS[chosen["method"]].decides_each_token and first >= FEW_TEXTS:
@@ -176,14 +180,15 @@ def at_bytes(options: QualityOptions) -> Iterator[Record]:
                 if missing:
                     options.on_progress(f"{length} tokens, text {first + 1}: {label}")
                     yield from measure.under(model, tokenizer, missing)
-            for press, fractions in PRESSES.items() if peer is not None else ():
-                for fraction in fractions:
-                    label = f"kvpress {(press or 'none').removesuffix('Press')} {1 - fraction:g}"
-                    measure = _Measure(options, backbone, length, label, {"press": press, "ratio": fraction})
-                    missing = [part for part in here if measure.place(part).name not in known]
-                    if missing:
-                        options.on_progress(f"{length} tokens, text {first + 1}: {label}")
-                        yield from measure.pressed(peer, missing)
+            for press, fraction in _presses() if peer is not None else ():
+                label = _press_label(press, fraction)
+                if label not in (options.settings or [label]):
+                    continue
+                measure = _Measure(options, backbone, length, label, {"press": press, "ratio": fraction})
+                missing = [part for part in here if measure.place(part).name not in known]
+                if missing:
+                    options.on_progress(f"{length} tokens, text {first + 1}: {label}")
+                    yield from measure.pressed(peer, missing)
     if peer is not None:
         peer.close()
 
@@ -200,6 +205,14 @@ def _started_press(name: str, dtype: str) -> tuple[PeerProcess | None, str]:
         peer.close()
         return None, f"it can't load the model: {error}"
     return peer, ""
+
+
+def _presses() -> list[tuple[str | None, float]]:
+    return [(press, fraction) for press, fractions in PRESSES.items() for fraction in fractions]
+
+
+def _press_label(press: str | None, fraction: float) -> str:
+    return f"kvpress {(press or 'none').removesuffix('Press')} {1 - fraction:g}"
 
 
 def _short(name: str) -> str:
@@ -311,10 +324,12 @@ def _answers(compressed: CompressedModel, part: _Texts) -> dict[str, list[float]
 def summary(records: Iterable[Record]) -> list[Record]:
     """A record for each setting and length: means over all its texts, beside full attention's on the same texts.
 
-    Ranges are one standard error on either side. `above_full_bits_per_byte` is the mean of differences text by text;
-    `TASK_of_full` is the fraction right of those answers that full attention gets right.
+    Ranges are one standard error on either side; the environment is that of the last line. `TASK_of_full` is the
+    fraction right of those answers that full attention gets right, and `above_full_bits_per_byte` the mean of
+    differences text by text.
     """
     groups: dict[tuple[Any, ...], dict[tuple[str, int], Record]] = {}
+    last: dict[str, Record] = {}
     for record in records:
         work = record.workload
         if record.case != "at_bytes" or "tokens" not in work:
@@ -322,7 +337,7 @@ def summary(records: Iterable[Record]) -> list[Record]:
         of = groups.setdefault((work["model"], work["dtype"], work["tokens"], record.peer), {})
         if of and next(iter(of.values())).settings != record.settings:
             of.clear()  # a setting that changed is measured anew
-        of[work["texts"], work["first"]] = record
+        of[work["texts"], work["first"]] = last[work["model"]] = record
     found = []
     for key, of in groups.items():
         full = groups.get((*key[:-1], "full"), {})
@@ -332,13 +347,14 @@ def summary(records: Iterable[Record]) -> list[Record]:
             pairs = [pair for (kind, _), pair in shared.items() if kind == texts and pair[0].metrics]
             if pairs:
                 metrics |= _of_text(pairs) if texts == TEXT else _of_answers(texts, pairs)
-        last = list(of.values())[-1]
+        mine = list(of.values())[-1]
         found.append(
             replace(
-                last,
-                workload={name: last.workload[name] for name in ("model", "dtype", "tokens")},
+                mine,
+                workload={name: mine.workload[name] for name in ("model", "dtype", "tokens")},
                 metrics=metrics,
-                skipped=None if metrics else last.skipped or "full attention isn't measured yet",
+                skipped=None if metrics else mine.skipped or "full attention isn't measured yet",
+                environment=last[mine.workload["model"]].environment,
             )
         )
     return sorted(found, key=lambda record: record.workload["tokens"])

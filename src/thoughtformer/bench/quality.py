@@ -51,6 +51,7 @@ class QualityOptions:
         seeds: samples of the text.
         lengths, num_texts: of the texts of the `at_bytes` case, and how many of each.
         tasks, num_task_texts: whose answers it scores as well, and how many texts of each.
+        settings: labels of its settings; none: all.
         dtype: that it computes in.
         earlier: its lines that needn't be measured again.
     """
@@ -72,6 +73,7 @@ class QualityOptions:
     num_texts: int = 32
     tasks: tuple[str, ...] = ("planted_fact", "several_keys", "read_again")
     num_task_texts: int = 20
+    settings: tuple[str, ...] = ()
     dtype: str = "float32"
     earlier: Sequence[Record] = ()
     on_progress: Callable[[str], None] = field(default=lambda text: None)

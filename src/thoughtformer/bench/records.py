@@ -146,13 +146,13 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that is running, without the path of the program, and without where its lines and models go."""
+    """The command that is running, without where its program lies, its inputs lie, and its lines and models go."""
     parts: list[str] = []
     for part in sys.argv[1:]:
         if parts and parts[-1] in ("--out", "--work"):
             parts.pop()
         elif not part.startswith(("--out=", "--work=")):
-            parts.append(part)
+            parts.append("/".join(Path(part).parts[-2:]) if Path(part).is_absolute() else part)
     module = getattr(sys.modules["__main__"].__spec__, "parent", None)
     program = f"python -m {module}" if (module or "").startswith("benchmarks.") else "thoughtformer"
     return " ".join([program, *parts])

@@ -119,6 +119,9 @@ def quality(
         str, typer.Option(help="Of at_bytes: tasks with commas between, or none.")
     ] = "planted_fact,several_keys,read_again",
     num_texts: Annotated[int, typer.Option(help="Of at_bytes: texts of each task.", min=1)] = 20,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Of at_bytes: only this setting, as its table calls it; repeatable.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of at_bytes: float32, bfloat16 or float16.")] = "float32",
     context_tokens: Annotated[int | None, typer.Option(help="Block; default: the trained length.", min=4)] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop at the document that reaches this.", min=1)] = None,
@@ -155,6 +158,7 @@ def quality(
         lengths=_numbers(lengths, "lengths", int),
         tasks=() if tasks == "none" else tuple(tasks.split(",")),
         num_task_texts=num_texts,
+        settings=tuple(setting or ()),
         dtype=dtype,
         earlier=tuple(read_records([out])) if out is not None and out.exists() and "at_bytes" in case else (),
         context_tokens=context_tokens,
