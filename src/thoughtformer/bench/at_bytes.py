@@ -62,6 +62,8 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
         return {"method": name, **settings}
 
     least = {"recent_tokens": 0}  # raw; what waits to be a block is, too
+    # What waits for its second reading is raw: shorter chunks, so that there is less of it.
+    zipped = {"bits": 4, "chunk_tokens": 256, "recent_tokens": 16, "block_tokens": 32}
     found = {
         "full": made("full"),
         "8 bits": made("quantised", bits=8, **least),
@@ -77,8 +79,7 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
             f"snapkv {name}": made("snapkv", max_entries=entries(fraction), every_tokens=every),
             f"expected_attention {name}": made("expected_attention", max_entries=entries(fraction), every_tokens=every),
             f"kvzip {name}": made("kvzip", removed=1 - fraction),
-            # What waits for its second reading is raw: shorter chunks, so that there is less of it.
-            f"kvzip {name}, 4 bits": made("kvzip", removed=1 - fraction, bits=4, chunk_tokens=256, block_tokens=32),
+            f"kvzip {name}, 4 bits": made("kvzip", removed=1 - fraction, **zipped),
         }
     quarter = entries(0.25)
     return found | {
