@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from thoughtformer.compression import (
 from thoughtformer.compression.adapter import AdapterConfig
 from thoughtformer.compression.method import cached_entries, read_ids
 from thoughtformer.compression.policies import Callback, SentenceEnds
-from thoughtformer.compression.registry import method_from, settings_of
+from thoughtformer.compression.registry import make_method, method_from, settings_of
 from thoughtformer.convert.llama2c import convert_llama2c, load_llama2c, load_llama2c_tokenizer
 from thoughtformer.errors import CheckpointError, ConfigError, CorpusError, InputError, OutputError, TokenizerError
 from thoughtformer.evaluate.compression import Blocks, mean_entries, sample_blocks, score_method, solve
@@ -239,6 +239,15 @@ def test_policies_of_one_name_are_refused():
 
 
 _ENDS = SentenceEnds(end_ids=frozenset([7]), min_tokens=2, max_tokens=500)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_what_a_model_decides_is_nobodys_setting(name):
+    for setting in METHODS[name].found_settings:
+        with pytest.raises(ConfigError, match=f"{name} finds {setting} from the model"):
+            make_method(name, {setting: 3})
+    with_fields = [field.name for field in fields(METHODS[name])]
+    assert set(METHODS[name].found_settings) <= set(with_fields)
 
 
 def test_methods_that_read_ids_are_set_by_all_blocks(monkeypatch):

@@ -36,6 +36,7 @@ class ByInterval(ByHead):
         layers: that the method acts on; whoever compresses a model finds it.
     """
 
+    found_settings = ("layers",)
     max_entries: int = 256
     every_tokens: int = 64
     layers: int = 1

@@ -81,6 +81,8 @@ class Method(ABC):
     trained_settings: ClassVar[tuple[str, ...]] = ()
     #: What stays is decided at each token, one at a time, also where a text is read at once.
     decides_each_token: ClassVar[bool] = False
+    #: Fields that `bound` finds from the model, which nobody is to set.
+    found_settings: ClassVar[tuple[str, ...]] = ()
     #: Rows of its caches can be joined, as the engine does.
     can_join: ClassVar[bool] = True
     #: Gradients pass through it.

@@ -58,7 +58,7 @@ def method_from(name: str, settings: Mapping[str, Any]) -> Method:
             values["policy"] = POLICIES[kind](**_sets(POLICIES[kind], policy))
         except TypeError as error:
             raise ConfigError(f"a policy of kind {kind!r} can't be made of {sorted(policy)}: {error}") from None
-    return make_method(name, values)
+    return make_method(name, values, found=True)
 
 
 def _sets(kind: type | None, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,8 +74,13 @@ def _is_set(hint: Any) -> bool:
     return any(get_origin(option) is frozenset for option in (hint, *get_args(hint)))
 
 
-def make_method(name: str, settings: Mapping[str, Any]) -> Method:
+def make_method(name: str, settings: Mapping[str, Any], *, found: bool = False) -> Method:
     """The method of a name, with settings as its fields, or `removed` for any that removes a fraction.
+
+    Args:
+        name: of `METHODS`.
+        settings: by name.
+        found: they may hold what a model decided about.
 
     Raises:
         ConfigError: an unknown method, and settings that it doesn't take, or that are missing.
@@ -83,7 +88,7 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}.{nearest_method(name)}")
     kind = METHODS[name]
-    known = [field.name for field in fields(kind)]
+    known = [field.name for field in fields(kind) if found or field.name not in kind.found_settings]
     if "removed" in settings and "removed" not in known:
         make: Callable[..., Method] = kind.from_removed
         known = [*known, "removed", *(field.name for field in fields(RemovedFraction) if "policy" in known)]
@@ -95,6 +100,8 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
                 f"{name} has no setting 'compression_ratio': what kvpress calls so, the fraction that is removed, is "
                 f"removed={settings[setting]!r} here."
             )
+        if setting in kind.found_settings and setting not in known:
+            raise ConfigError(f"{name} finds {setting} from the model: leave it out.")
         if setting not in known:
             raise ConfigError(f"{name} has no setting {setting!r}.{nearest(setting, known)}")
     try:

@@ -47,6 +47,7 @@ class Rereading(ByHead):
     """
 
     can_reread = True
+    found_settings = ("max_tokens",)
     #: Names of what is known of an entry.
     numbers: ClassVar[tuple[str, ...]] = ()
     removed: float = 0.7

@@ -43,6 +43,7 @@ class ExpectedAttention(ByInterval):
     """
 
     name = "expected_attention"
+    found_settings = ("layers", "query_heads", "head_dim")
     first_tokens: int = 4
     recent_tokens: int = 16
     future_tokens: int = 128

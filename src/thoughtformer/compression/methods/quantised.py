@@ -48,6 +48,7 @@ class Quantised(ByHead):
     """
 
     name = "quantised"
+    found_settings = ("window",)
     computes_scores = False
     bits: int = 4
     first_tokens: int = 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thoughtformer.cache.blocks import BlockEntries
+from thoughtformer.cache.blocks import BlockEntries, allotted_blocks
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
 from thoughtformer.cache.pages import Pages, pages_bytes
@@ -104,6 +104,13 @@ class Selection(ByHead):
         return head_store_bytes(most, longest_row_entries=raw, slot_numbers=0, **shape) + pages_bytes(
             self.page_tokens, longest_row_entries=paged, num_layers=num_layers, **shape
         )
+
+    def read_bytes(self, *, longest_row_entries: Sequence[int], num_rows: int, **shape: Any) -> int:
+        raw, paged = longest_row_entries
+        unread = allotted_blocks(paged // self.page_tokens) * self.page_tokens - min(paged, self.read_tokens)
+        in_entry = 2 * shape["num_kv_heads"] * shape["head_dim"] * shape["dtype"].itemsize
+        stored = self.store_bytes(longest_row_entries=(raw, paged), num_rows=num_rows, **shape)
+        return stored - shape["num_layers"] * num_rows * unread * in_entry
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, HeadStore)
