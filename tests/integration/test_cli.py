@@ -12,7 +12,9 @@ import pytest
 
 import thoughtformer
 from benchmarks.report.__main__ import app as report
+from lms import compressed_pair
 from prose import PAGE, prose, tiny_pair, tiny_tokenizer
+from thoughtformer.compression import METHODS
 from thoughtformer.evaluate.profile import EDGES, PROFILES, sentence_places
 from thoughtformer.models.loading import load, load_tokenizer
 
@@ -201,6 +203,18 @@ def test_info(run, folder):
     assert code == 0
     assert json.loads(out)["body_visibility"] == "hybrid"
     assert "torch" in run("info")[1]
+
+
+@pytest.mark.parametrize(("kind", "windows"), [("gemma3_text", ["2 of 12"]), ("llama", [])])
+def test_info_of_another_causal_lm(run, tmp_path, kind, windows):
+    lm, tokenizer = compressed_pair(kind, METHODS["full"]())
+    lm.close()
+    lm.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    facts = json.loads(run("info", "--model", tmp_path, "--json")[1])
+    assert facts["can_be_compressed"] is True
+    assert facts["layers_with_a_window"] == windows
+    assert "head_dim" in run("info", "--model", tmp_path)[1]
 
 
 MISTAKES = {
