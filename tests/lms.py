@@ -129,6 +129,9 @@ TINY_METHODS: dict[str, Method] = {
     for name, kind in METHODS.items()
     for case, method in (twins.METHODS[name].cases if name in twins.METHODS else {name: kind()}).items()
 }
+#: One setting of each method, and all of sentinels; the others run on the families that differ most.
+FIRST_SETTINGS = {next(case for case, each in TINY_METHODS.items() if each.name == name) for name in METHODS}
+FIRST_SETTINGS |= {case for case, each in TINY_METHODS.items() if each.name == "sentinel"}
 #: Models for the engine: a family, and a method.
 SERVED: dict[str, tuple[str, Method]] = {
     case: served for twin in twins.METHODS.values() for case, served in twin.served.items()

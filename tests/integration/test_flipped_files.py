@@ -250,7 +250,7 @@ def test_a_context_that_contradicts_itself_is_refused_though_its_digest_is_right
     changes["two entries of one position"] = {"position.1" if by_head else "entries": entries}
     if name == "quantised_tiers":
         positions = tensors["tier.1.positions.0"].clone()
-        positions[0, 0, 0, 1] = positions[0, 0, 0, 0]
+        positions[0, 0] += 1  # its last is the next block's first
         changes["two of one position in a tier"] = {"tier.1.positions.0": positions}
         changes["a block more"] = {"tier.0.num_blocks": tensors["tier.0.num_blocks"] + 1}
         changes["a tier of another type"] = {"tier.0.key_codes.0": tensors["tier.0.key_codes.0"].float()}

@@ -8,10 +8,18 @@ import pytest
 import torch
 
 import twins
-from lms import DIFFERENT, TINY_METHODS, longest_rows, random_ids, step_by_step, tiny_compressed, tiny_lm
+from lms import (
+    DIFFERENT,
+    FIRST_SETTINGS,
+    TINY_METHODS,
+    longest_rows,
+    random_ids,
+    step_by_step,
+    tiny_compressed,
+    tiny_lm,
+)
 from thoughtformer.cache.entries import BLOCK_ENTRIES, EntrySlots
 from thoughtformer.compression import (
-    METHODS,
     Context,
     Full,
     HeavyHitters,
@@ -37,17 +45,11 @@ def method(request):
     return TINY_METHODS[request.param]
 
 
-#: One setting of each method; the others run on the families that differ most.
-FIRST = {next(case for case, each in TINY_METHODS.items() if each.name == name) for name in METHODS}
-#: Of sentinels each is a case of its own.
-FIRST |= {case for case, each in TINY_METHODS.items() if each.name == "sentinel"}
-
-
 @pytest.fixture(params=DIFFERENT)
 def family(request):
     """Each kind of architecture in turn."""
     case = request.node.callspec.params.get("method")
-    if case is not None and case not in FIRST and request.param not in ("llama", "gemma3_text"):
+    if case is not None and case not in FIRST_SETTINGS and request.param not in ("llama", "gemma3_text"):
         pytest.skip("one setting of each method suffices")
     return request.param
 
