@@ -22,6 +22,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "expected_attention": ("--max-entries", "40", "--set", "every_tokens=16", "--set", "covariance=full"),
     "sepllm": ("--set", "recent_tokens=20"),
     "selection": ("--set", "read_tokens=32", "--set", "recent_tokens=8"),
+    "lookup": ("--set", "read_tokens=32", "--set", "recent_tokens=8"),
     "attention_matching": ("--removed", "0.5", "--set", "chunk_tokens=32", "--set", "recent_tokens=8"),
     "kvzip": ("--removed", "0.5", "--set", "chunk_tokens=32", "--set", "recent_tokens=8"),
     "quantised": ("--set", "bits=4", "--set", "recent_tokens=8", "--set", "held_tokens=64"),
@@ -61,6 +62,7 @@ def test_every_method_writes_as_the_library_does(run, llama, method):
         "expected_attention": {"max_entries": 40, "every_tokens": 16, "covariance": "full"},
         "sepllm": {"recent_tokens": 20, "tokenizer": tokenizer},
         "selection": {"read_tokens": 32, "recent_tokens": 8},
+        "lookup": {"read_tokens": 32, "recent_tokens": 8},
         "attention_matching": {"removed": 0.5, "chunk_tokens": 32, "recent_tokens": 8},
         "kvzip": {"removed": 0.5, "chunk_tokens": 32, "recent_tokens": 8},
         "quantised": {"bits": 4, "recent_tokens": 8, "held_tokens": 64},
@@ -75,7 +77,7 @@ def test_every_method_writes_as_the_library_does(run, llama, method):
     assert told["finish_reason"] == "length"
     assert told["usage"]["prompt_tokens"] == ids.shape[1]
     assert told["bytes"]["kv_cache"] > 0
-    if method not in ("full", "selection"):
+    if method not in ("full", "selection", "lookup"):
         assert told["entries"] < ids.shape[1]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thoughtformer.compression import AttentionMatching, KVzip, Quantised, Selection
+from thoughtformer.compression import AttentionMatching, KVzip, Lookup, Quantised, Selection
 from thoughtformer.models.backbone import backbone_of
 from twins import MethodTwin, attended_by_hand, window_of
 
@@ -33,40 +34,79 @@ def in_fewer_bits(key: Tensor, value: Tensor, bits: int) -> tuple[Tensor, Tensor
     return keys, values
 
 
-def quantised(model: Any, ids: Sequence[int], method: Quantised, adapter: None) -> Tensor:
+def attend_in_fewer_bits(method: Any, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Lists of blocks, each a list of positions with what is left of their keys and values."""
-    most = method.held_tokens
+    output, most = torch.zeros_like(query), method.held_tokens
+    size = min(method.block_tokens, 32) if window else method.block_tokens
+    for head in range(len(query)):
+        raw: list[int] = []
+        finer: list[tuple[list[int], Tensor, Tensor]] = []
+        coarse: list[tuple[list[int], Tensor, Tensor]] = []
+        for j in range(query.shape[1]):
+            raw.append(j)
+            blocks = [*coarse, *finer, (raw, key[head, raw], value[head, raw])]
+            read = torch.tensor([p for positions, _, _ in blocks for p in positions])
+            keys, values = (torch.cat([block[part] for block in blocks]) for part in (1, 2))
+            near = read > j - window if window else read >= 0
+            output[head, j] = (query[head, j] @ keys[near].mT).softmax(dim=-1) @ values[near]
+            if len(raw) < method.first_tokens + method.recent_tokens + size:
+                continue
+            old = raw[method.first_tokens : method.first_tokens + size]
+            raw = [p for p in raw if p not in old]
+            has_finer = bool(method.finer_tokens) and not window
+            bits = 8 if has_finer else method.bits
+            (finer if has_finer else coarse).append((old, *in_fewer_bits(key[head, old], value[head, old], bits)))
+            if has_finer and len(finer) * size > method.finer_tokens:
+                positions, *states = finer.pop(0)
+                coarse.append((positions, *in_fewer_bits(*states, method.bits)))
+            if most is not None and not window:
+                while len(finer) + len(coarse) > most // size:
+                    (coarse or finer).pop(0)
+    return output
 
-    def attend(window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.zeros_like(query)
-        size = min(method.block_tokens, 32) if window else method.block_tokens
-        for head in range(len(query)):
-            raw: list[int] = []
-            finer: list[tuple[list[int], Tensor, Tensor]] = []
-            coarse: list[tuple[list[int], Tensor, Tensor]] = []
-            for j in range(len(ids)):
-                raw.append(j)
-                blocks = [*coarse, *finer, (raw, key[head, raw], value[head, raw])]
-                read = torch.tensor([p for positions, _, _ in blocks for p in positions])
-                keys, values = (torch.cat([block[part] for block in blocks]) for part in (1, 2))
-                near = read > j - window if window else read >= 0
-                output[head, j] = (query[head, j] @ keys[near].mT).softmax(dim=-1) @ values[near]
-                if len(raw) < method.first_tokens + method.recent_tokens + size:
-                    continue
-                old = raw[method.first_tokens : method.first_tokens + size]
-                raw = [p for p in raw if p not in old]
-                has_finer = bool(method.finer_tokens) and not window
-                bits = 8 if has_finer else method.bits
-                (finer if has_finer else coarse).append((old, *in_fewer_bits(key[head, old], value[head, old], bits)))
-                if has_finer and len(finer) * size > method.finer_tokens:
-                    positions, *states = finer.pop(0)
-                    coarse.append((positions, *in_fewer_bits(*states, method.bits)))
-                if most is not None and not window:
-                    while len(finer) + len(coarse) > most // size:
-                        (coarse or finer).pop(0)
+
+def quantised(model: Any, ids: Sequence[int], method: Quantised, adapter: None) -> Tensor:
+    """Older entries in fewer bits, in layers of both kinds."""
+    attend = partial(attend_in_fewer_bits, method)
+    return attended_by_hand(model, ids, lambda layer, *states: attend(None, *states), attend)
+
+
+def lookup(model: Any, ids: Sequence[int], method: Lookup, adapter: None) -> Tensor:
+    """Each token by itself: by its block's means and spreads it gets a share, and the largest shares are read."""
+    kv_heads, first, size = backbone_of(model).num_kv_heads, method.first_tokens, method.block_tokens
+    near = Quantised(
+        bits=method.bits, first_tokens=first, recent_tokens=min(method.recent_tokens, 16), block_tokens=size
+    )
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups, output = query.shape[0] // kv_heads, torch.zeros_like(query)
+        for j in range(len(ids)):
+            blocks = max(j - first - method.recent_tokens, 0) // size
+            raw = [*range(min(first, j + 1)), *range(first + blocks * size, j + 1)]
+            old = list(range(first, first + blocks * size))
+            for kv_head in range(kv_heads):
+                heads = range(kv_head * groups, (kv_head + 1) * groups)
+                mine, theirs = key[heads[0]].clone(), value[heads[0]].clone()
+                rough = torch.zeros_like(mine)
+                for start in range(first, first + blocks * size, size):
+                    block = range(start, start + size)
+                    means = key[heads[0], block].mean(dim=0)
+                    spreads = (key[heads[0], block] - means).abs().mean(dim=0)
+                    for p in block:
+                        rough[p] = torch.where(key[heads[0], p] >= means, means + spreads, means - spreads)
+                    mine[block], theirs[block] = in_fewer_bits(mine[block], theirs[block], method.bits)
+                if old:
+                    shares = [(rough[old] @ query[h, j]).log_softmax(dim=0) for h in heads]
+                    worth = (torch.stack(shares).amax(dim=0) * 2**13).round().tolist()
+                    best = sorted(range(len(old)), key=lambda n, worth=worth: (-worth[n], n))[: method.read_tokens]
+                    read = sorted([*raw, *(old[n] for n in best)])
+                else:
+                    read = raw
+                for head in heads:
+                    output[head, j] = (query[head, j] @ mine[read].mT).softmax(dim=-1) @ theirs[read]
         return output
 
-    return attended_by_hand(model, ids, lambda layer, *states: attend(None, *states), attend)
+    return attended_by_hand(model, ids, attend, partial(attend_in_fewer_bits, near))
 
 
 class Head:
@@ -252,6 +292,16 @@ METHODS = {
         },
         logits=quantised,
         served={"quantised": ("gemma3_text", Quantised(bits=4, recent_tokens=8, block_tokens=16, held_tokens=64))},
+    ),
+    "lookup": MethodTwin(
+        cases={
+            "lookup": Lookup(bits=4, read_tokens=6, block_tokens=5, first_tokens=2, recent_tokens=3),
+            "lookup_host": Lookup(
+                bits=8, read_tokens=3, block_tokens=4, first_tokens=0, recent_tokens=0, in_host_memory=True
+            ),
+        },
+        logits=lookup,
+        served={"lookup": ("gemma3_text", Lookup(read_tokens=16, block_tokens=8, recent_tokens=8))},
     ),
     "selection": MethodTwin(
         cases={

@@ -64,6 +64,7 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
     least = {"recent_tokens": 0}  # raw; what waits to be a block is, too
     # What waits for its second reading is raw: shorter chunks, so that there is less of it.
     zipped = {"bits": 4, "chunk_tokens": 256, "recent_tokens": 16, "block_tokens": 32}
+    looked_up = {"recent_tokens": 0, "in_host_memory": True}
     found = {
         "full": made("full"),
         "8 bits": made("quantised", bits=8, **least),
@@ -95,6 +96,8 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
         "sepllm": made("sepllm", recent_tokens=quarter),
         "selection 1/4": made("selection", read_tokens=quarter),
         "selection 1/8": made("selection", read_tokens=entries(0.125)),
+        "lookup 1/8, the rest in host memory": made("lookup", read_tokens=entries(0.125), **looked_up),
+        "lookup 1/10, the rest in host memory": made("lookup", read_tokens=entries(0.1), **looked_up),
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
 
-__all__ = ["BITS", "Codes", "QuantisedBlocks", "dequantised", "quantised", "quantised_bytes", "sizes"]
+__all__ = ["BITS", "Codes", "QuantisedBlocks", "dequantised", "entry_bits", "quantised", "quantised_bytes", "sizes"]
 
 #: That a byte holds whole numbers of.
 BITS = (8, 4, 2)
@@ -70,6 +70,11 @@ def _groups(head_dim: int) -> int:
     return head_dim // GROUP if head_dim % GROUP == 0 else 1
 
 
+def entry_bits(bits: int, head_dim: int) -> int:
+    """Of an entry's own: codes, and the scales of its value."""
+    return 2 * head_dim * bits + 8 * _groups(head_dim) * (1 + VALUE_ZERO.itemsize)
+
+
 class QuantisedBlocks(Blocks):
     """Blocks in fewer bits.
 
@@ -110,15 +115,20 @@ class QuantisedBlocks(Blocks):
         )
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.put(layer, row, positions, self.coded(keys, values))
+
+    def coded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """What is held of a block's."""
         key = quantised(keys, self.bits, 1, KEY_ZERO)
         value = quantised(values.unflatten(2, (_groups(values.shape[2]), -1)), self.bits, 3, VALUE_ZERO)
         block = {f"key_{name}": part for name, part in key._asdict().items()}
-        block |= {f"value_{name}": part for name, part in value._asdict().items()}
-        self.put(layer, row, positions, block)
+        return block | {f"value_{name}": part for name, part in value._asdict().items()}
 
     def blocks(self, layer: int) -> BlockEntries:
+        place = self.held["positions"][layer].device  # parts may lie elsewhere
         key, value = (
-            Codes(*(self.held[f"{kind}_{name}"][layer] for name in Codes._fields)) for kind in ("key", "value")
+            Codes(*(self.held[f"{kind}_{name}"][layer].to(place) for name in Codes._fields))
+            for kind in ("key", "value")
         )
         keys, values = (dequantised(numbers, self.bits, self.dtype) for numbers in (key, value))
         return keys, values.flatten(4), self.positions(layer)
@@ -137,8 +147,7 @@ def quantised_bytes(
     **_: Any,
 ) -> int:
     """What the tensors of `QuantisedBlocks` must measure, whatever the type of what is raw."""
-    codes = 2 * block_entries * num_kv_heads * head_dim * bits // 8
-    of_key, of_value = 1 + KEY_ZERO.itemsize, 1 + VALUE_ZERO.itemsize
-    scales = num_kv_heads * (head_dim * of_key + block_entries * _groups(head_dim) * of_value)
-    block = codes + scales + positions_bytes(block_entries, num_kv_heads, is_span=is_span)
+    entries = block_entries * num_kv_heads * entry_bits(bits, head_dim) // 8
+    of_keys = num_kv_heads * head_dim * (1 + KEY_ZERO.itemsize)
+    block = entries + of_keys + positions_bytes(block_entries, num_kv_heads, is_span=is_span)
     return num_layers * num_rows * (allotted_blocks(longest_row_entries // block_entries) * block + 8)

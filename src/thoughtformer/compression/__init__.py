@@ -11,6 +11,7 @@ from thoughtformer.compression.methods.full import Full
 from thoughtformer.compression.methods.h2o import HeavyHitters
 from thoughtformer.compression.methods.kvzip import KVzip
 from thoughtformer.compression.methods.local import Local
+from thoughtformer.compression.methods.lookup import Lookup
 from thoughtformer.compression.methods.quantised import Quantised
 from thoughtformer.compression.methods.random import RandomEviction
 from thoughtformer.compression.methods.scattered import Scattered
@@ -50,6 +51,7 @@ __all__ = [
     "HeavyHitters",
     "KVzip",
     "Local",
+    "Lookup",
     "Method",
     "Policy",
     "Quantised",

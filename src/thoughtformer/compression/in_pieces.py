@@ -70,7 +70,7 @@ class AttendInPieces(AttendByHead[Kind]):
             position = self.position.at(query.device)[:, columns]
             self._write(layer, key[:, :, columns], value[:, :, columns], position, is_new)
             states = query[:, :, :, columns]
-            keys, values, held = self.entries(layer, states)
+            keys, values, held = self.entries(layer, states, scale)
             reads = (held >= 0)[:, :, None] & (held[:, :, None] <= position[:, None, :, None])
             if self.window is not None:
                 reads &= held[:, :, None] > position[:, None, :, None] - self.window
@@ -82,7 +82,9 @@ class AttendInPieces(AttendByHead[Kind]):
                 self.change(layer, row, num_tokens, scale)
         return output
 
-    def entries(self, layer: int, states: Float[Tensor, "batch kv_heads groups seq head_dim"]) -> BlockEntries:
+    def entries(
+        self, layer: int, states: Float[Tensor, "batch kv_heads groups seq head_dim"], scale: float
+    ) -> BlockEntries:
         """What a piece's queries can read: keys, values and positions (-1: none) of a layer."""
         return self.store.entries(layer)
 

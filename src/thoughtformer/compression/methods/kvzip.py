@@ -14,9 +14,9 @@ from thoughtformer.cache.heads import HeadStore
 from thoughtformer.cache.quantised import BITS, QuantisedBlocks, quantised_bytes
 from thoughtformer.checks import check_count
 from thoughtformer.compression.method import LayersShape, Method, PassAttention
-from thoughtformer.compression.methods.quantised import WINDOW_BLOCK, Quantised
+from thoughtformer.compression.methods.quantised import WINDOW_BLOCK, Quantised, check_head
 from thoughtformer.compression.rereading import AttendAgain, Held, Rereading
-from thoughtformer.errors import ConfigError, UnsupportedError
+from thoughtformer.errors import ConfigError
 from thoughtformer.models.backbone import Backbone
 from thoughtformer.rules.schedule import Chunk, RowProgress
 
@@ -81,8 +81,8 @@ class KVzip(Rereading):
         )
 
     def bound(self, shape: LayersShape) -> KVzip:
-        if self.bits is not None and shape.head_dim % (8 // self.bits):
-            raise UnsupportedError(f"numbers of {self.bits} bits don't fill the bytes of a head of {shape.head_dim}.")
+        if self.bits is not None:
+            check_head(self.bits, shape)
         return super().bound(shape)
 
     @property

@@ -28,6 +28,12 @@ __all__ = ["Quantised"]
 WINDOW_BLOCK = 32
 
 
+def check_head(bits: int, shape: LayersShape) -> None:
+    """Raises `UnsupportedError` where a head's numbers don't fill bytes."""
+    if shape.head_dim % (8 // bits):
+        raise UnsupportedError(f"numbers of {bits} bits don't fill the bytes of a head of {shape.head_dim}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantised(ByHead):
     """Holds the first tokens and the recent ones raw, others in blocks of `bits` a number: tiers by age.
@@ -134,8 +140,7 @@ class Quantised(ByHead):
         )
 
     def bound(self, shape: LayersShape) -> Quantised:
-        if shape.head_dim % (8 // self.bits):
-            raise UnsupportedError(f"numbers of {self.bits} bits don't fill the bytes of a head of {shape.head_dim}.")
+        check_head(self.bits, shape)
         if self.max_bytes is None:
             return self
         least = self.finer_tokens // self.block_tokens
