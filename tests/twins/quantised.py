@@ -15,15 +15,30 @@ from thoughtformer.models.backbone import backbone_of
 from twins import MethodTwin, attended_by_hand, window_of
 
 
-def fewer(states: Tensor, bits: int, farthest: int) -> Tensor:
-    """One list of numbers as the nearest multiples of a step: the first of 2**-20, 2**-(20 - 1/8), ... that will do.
+def levels(states: Tensor, bits: int, farthest: int) -> tuple[Tensor, float, float]:
+    """One list of numbers in whole steps above the lowest, which is also told in steps; and the step.
 
-    Their least lies no more than `farthest` steps from zero.
+    That is the first of 2**-20, 2**-(20 - 1/8), ... that will do; the lowest lies no more than `farthest` from zero.
     """
     needed = max(float(states.max() - states.min()) / (2**bits - 1), abs(float(states.min())) / farthest)
     step = next(2 ** (n / 8 - 20) for n in range(256) if 2 ** (n / 8 - 20) >= needed)
-    lowest = (states.min() / step).round()
-    return torch.stack([((number / step).round() - lowest).clamp(max=2**bits - 1) + lowest for number in states]) * step
+    lowest = float((states.min() / step).round())
+    found = [((number / step).round() - lowest).clamp(max=2**bits - 1) for number in states]
+    return torch.stack(found), lowest, step
+
+
+def fewer(states: Tensor, bits: int, farthest: int) -> Tensor:
+    """The same numbers as what the steps come to."""
+    found, lowest, step = levels(states, bits, farthest)
+    return (found + lowest) * step
+
+
+def rough(channel: Tensor, bits: int) -> Tensor:
+    """A channel of keys, each in the middle of the half that it lies in."""
+    found, lowest, step = levels(channel, bits, 2**15 - 2**8)
+    lower, upper = range(2 ** (bits - 1)), range(2 ** (bits - 1), 2**bits)
+    middles = [sum(half) / len(half) for half in (lower, upper)]
+    return torch.stack([lowest + middles[int(level) in upper] + 0 * level for level in found]) * step
 
 
 def in_fewer_bits(key: Tensor, value: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +87,7 @@ def quantised(model: Any, ids: Sequence[int], method: Quantised, adapter: None) 
 
 
 def lookup(model: Any, ids: Sequence[int], method: Lookup, adapter: None) -> Tensor:
-    """Each token by itself: by its block's means and spreads it gets a share, and the largest shares are read."""
+    """Each token by itself: by the halves that its numbers lie in it gets a share, and the largest shares are read."""
     kv_heads, first, size = backbone_of(model).num_kv_heads, method.first_tokens, method.block_tokens
     near = Quantised(
         bits=method.bits, first_tokens=first, recent_tokens=min(method.recent_tokens, 16), block_tokens=size
@@ -87,16 +102,13 @@ def lookup(model: Any, ids: Sequence[int], method: Lookup, adapter: None) -> Ten
             for kv_head in range(kv_heads):
                 heads = range(kv_head * groups, (kv_head + 1) * groups)
                 mine, theirs = key[heads[0]].clone(), value[heads[0]].clone()
-                rough = torch.zeros_like(mine)
+                judged = torch.zeros_like(mine)
                 for start in range(first, first + blocks * size, size):
                     block = range(start, start + size)
-                    means = key[heads[0], block].mean(dim=0)
-                    spreads = (key[heads[0], block] - means).abs().mean(dim=0)
-                    for p in block:
-                        rough[p] = torch.where(key[heads[0], p] >= means, means + spreads, means - spreads)
+                    judged[block] = torch.stack([rough(channel, method.bits) for channel in mine[block].T], dim=1)
                     mine[block], theirs[block] = in_fewer_bits(mine[block], theirs[block], method.bits)
                 if old:
-                    shares = [(rough[old] @ query[h, j]).log_softmax(dim=0) for h in heads]
+                    shares = [(judged[old] @ query[h, j]).log_softmax(dim=0) for h in heads]
                     worth = (torch.stack(shares).amax(dim=0) * 2**13).round().tolist()
                     best = sorted(range(len(old)), key=lambda n, worth=worth: (-worth[n], n))[: method.read_tokens]
                     read = sorted([*raw, *(old[n] for n in best)])

@@ -97,7 +97,7 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
         "selection 1/4": made("selection", read_tokens=quarter),
         "selection 1/8": made("selection", read_tokens=entries(0.125)),
         "lookup 1/8, the rest in host memory": made("lookup", read_tokens=entries(0.125), **looked_up),
-        "lookup 1/10, the rest in host memory": made("lookup", read_tokens=entries(0.1), **looked_up),
+        "lookup 1/12, the rest in host memory": made("lookup", read_tokens=entries(1 / 12), **looked_up),
     }
 
 

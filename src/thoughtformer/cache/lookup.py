@@ -1,15 +1,16 @@
-"""Entries in fewer bits whose keys are known by one more bit a channel: enough to tell which of them a query wants."""
+"""Entries in fewer bits of which the highest bits of keys are at hand: enough to tell which of them a query wants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, allotted_blocks
-from thoughtformer.cache.quantised import Codes, QuantisedBlocks, dequantised
+from thoughtformer.cache.quantised import Codes, QuantisedBlocks, dequantised, packed, sizes, unpacked
 
 __all__ = ["LookupBlocks", "lookup_bytes"]
 
@@ -23,10 +24,7 @@ GRID = 2**13
 
 
 class LookupBlocks(QuantisedBlocks):
-    """Blocks in fewer bits, and for each channel of a block's keys their mean, and whether a key is above or below it.
-
-    A key counts as its channel's mean, plus or minus how far the block's keys lie from it on average: that is the best
-    that one bit can do.
+    """Blocks in fewer bits, of whose keys the highest bit of each number is held apart: it finds them.
 
     Args:
         bits, block_entries: as for `QuantisedBlocks`.
@@ -57,37 +55,30 @@ class LookupBlocks(QuantisedBlocks):
             device=device,
         )
         devices = [device] * num_layers if isinstance(device, torch.device) else device
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "sides": ((num_kv_heads, block_entries, -(-head_dim // 8)), torch.uint8),
-            "means": ((num_kv_heads, 1, head_dim), dtype),
-            "spreads": ((num_kv_heads, 1, head_dim), dtype),
-        }
         for name in ENTRIES if in_host_memory else ():
             self.held[name] = [tensor.cpu() for tensor in self.held[name]]
-        for name, (shape, kind) in shapes.items():
-            self.held[name] = [torch.zeros(num_rows, 0, *shape, dtype=kind, device=place) for place in devices]
+        shape = (num_kv_heads, block_entries, -(-head_dim // 8))
+        self.held["key_high"] = [torch.zeros(num_rows, 0, *shape, dtype=torch.uint8, device=place) for place in devices]
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        means = keys.mean(dim=1, keepdim=True)
-        spreads = (keys - means).abs().mean(dim=1, keepdim=True)
-        # Eight channels to a byte; those that are missing from the last are below.
-        above = torch.nn.functional.pad((keys >= means).to(torch.uint8), (0, -keys.shape[2] % 8))
-        sides = torch.stack([above[..., bit::8] << bit for bit in range(8)]).sum(dim=0, dtype=torch.uint8)
-        found = {"sides": sides, "means": means, "spreads": spreads}
-        self.put(layer, row, positions, {**self.coded(keys, values), **found})
+        coded = self.coded(keys, values)
+        high = unpacked(coded["key_codes"], self.bits) >> self.bits - 1
+        coded["key_high"] = packed(torch.nn.functional.pad(high, (0, -high.shape[-1] % 8)), 1)
+        self.put(layer, row, positions, coded)
 
     def scores(
         self, layer: int, queries: Float[Tensor, "rows kv_heads groups seq head_dim"], scale: float
     ) -> Float[Tensor, "rows kv_heads seq entries"]:
-        """How much of each entry a query would read by its one bit, the most of all query heads of a key head: the
+        """How much of each entry a query would read by the highest bits, the most of all query heads of a key head: the
         logarithm of its share among the row's entries, rounded; minus infinity where there is none."""
-        sides, means, spreads = (self.held[name][layer] for name in ("sides", "means", "spreads"))
-        bits = torch.stack([sides >> bit & 1 for bit in range(8)], dim=-1).flatten(-2)[..., : means.shape[-1]]
-        keys = means + spreads * (2 * bits.to(means.dtype) - 1)
-        keys = keys.transpose(1, 2).flatten(2, 3)
+        step, zero, high = (self.held[f"key_{name}"][layer] for name in ("step", "zero", "high"))
+        exact, half = torch.promote_types(queries.dtype, torch.float32), 2 ** (self.bits - 1)
+        # Of the numbers of a half, the one in its middle.
+        levels = zero + half * unpacked(high, 1)[..., : queries.shape[-1]] + (half - 1) / 2
+        keys = (levels.to(exact) * sizes(step, exact)).transpose(1, 2).flatten(2, 3)
         is_there = self.is_there(layer).to(keys.device).repeat_interleave(self.block_entries, dim=1)
         is_there = is_there[:, None, None, None]
-        scores = (queries @ keys[:, :, None].mT).to(torch.promote_types(queries.dtype, torch.float32)) * scale
+        scores = (queries.to(exact) @ keys[:, :, None].mT) * scale
         shares = scores.masked_fill(~is_there, float("-inf")).log_softmax(dim=-1)
         # Keys alike in all bits are equal, however their products were rounded.
         shares = (shares * GRID).round() / GRID
@@ -119,8 +110,8 @@ def lookup_bytes(
     num_rows: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: torch.dtype,
+    **_: Any,
 ) -> int:
     """What the tensors of `LookupBlocks` must measure beside those of `QuantisedBlocks`."""
-    block = num_kv_heads * (block_entries * -(-head_dim // 8) + 2 * head_dim * dtype.itemsize)
+    block = num_kv_heads * block_entries * -(-head_dim // 8)
     return num_layers * num_rows * allotted_blocks(longest_row_entries // block_entries) * block

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
 
-__all__ = ["BITS", "Codes", "QuantisedBlocks", "dequantised", "entry_bits", "quantised", "quantised_bytes", "sizes"]
+__all__ = [
+    "BITS",
+    "Codes",
+    "QuantisedBlocks",
+    "dequantised",
+    "entry_bits",
+    "packed",
+    "quantised",
+    "quantised_bytes",
+    "sizes",
+    "unpacked",
+]
 
 #: That a byte holds whole numbers of.
 BITS = (8, 4, 2)
@@ -54,14 +65,24 @@ def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int, zero_kind: t
     size = sizes(step, states.dtype)
     zero = (lowest / size).round()
     codes = ((states / size).round() - zero).clamp(0, 2**bits - 1).to(torch.uint8)
+    return Codes(packed(codes, bits), step, zero.to(zero_kind))
+
+
+def packed(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "*bytes"]:
+    """Several codes to a byte."""
     parts = [codes[..., part :: 8 // bits] << (bits * part) for part in range(8 // bits)]
-    return Codes(torch.stack(parts).sum(dim=0, dtype=torch.uint8), step, zero.to(zero_kind))
+    return torch.stack(parts).sum(dim=0, dtype=torch.uint8)
+
+
+def unpacked(codes: UInt8[Tensor, "*bytes"], bits: int) -> UInt8[Tensor, "*shape"]:
+    """A byte for each code."""
+    parts = [codes >> (bits * part) & (2**bits - 1) for part in range(8 // bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
 
 
 def dequantised(numbers: Codes, bits: int, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """The numbers that the steps come to."""
-    mask, exact = 2**bits - 1, torch.promote_types(dtype, torch.float32)
-    codes = torch.stack([numbers.codes >> (bits * part) & mask for part in range(8 // bits)], dim=-1).flatten(-2)
+    exact, codes = torch.promote_types(dtype, torch.float32), unpacked(numbers.codes, bits)
     return ((codes + numbers.zero).to(exact) * sizes(numbers.step, exact)).to(dtype)
 
 

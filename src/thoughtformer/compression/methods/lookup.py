@@ -1,4 +1,4 @@
-"""Entries looked up one by one: a bit for each channel of a key tells which tokens a query wants."""
+"""Entries looked up one by one: the highest bit of each number of a key tells which tokens a query wants."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["Lookup"]
 class Lookup(Choosing):
     """Drops nothing, holds blocks in `bits` a number, and reads of them the `read_tokens` that a query wants most.
 
-    What a query wants is judged by keys of one bit a channel: their channel's mean in the block, and on which side of
-    it they lie. The shares of attention that follow, the largest of all query heads of a key head, choose tokens one
-    by one. The entries may lie in the host's memory: with the model stay the bits by which they are found. Layers with
-    a window hold their near tokens as `Quantised` does. After Double Sparsity and SparQ (arXiv 2408.07092, 2312.04985),
-    which judge by some channels of keys instead of by some bits.
+    What a query wants is judged by the highest bit of each number of a key: in which half of what its channel spans in
+    the block it lies. The shares of attention that follow, the largest of all query heads of a key head, choose tokens
+    one by one. The entries may lie in the host's memory: with the model stay the bits that find them. Layers with a
+    window hold their near tokens as `Quantised` does. After Double Sparsity and SparQ (arXiv 2408.07092, 2312.04985),
+    which judge by some channels of keys, not by some bits.
 
     Args:
         bits: of a number: 8, 4 or 2.
@@ -98,7 +98,7 @@ class Lookup(Choosing):
 
 
 class AttendToLookups(AttendToChosen[Lookup]):
-    """By one bit a channel of their keys."""
+    """By the highest bits of their keys."""
 
     @property
     def blocks(self) -> LookupBlocks:
