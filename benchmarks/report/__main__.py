@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from benchmarks.report.page import write_report
+from benchmarks.report.results import read_results
 from benchmarks.report.tables import renew as renew_tables
-from thoughtformer.bench.at_bytes import summary
-from thoughtformer.bench.records import read_records
 from thoughtformer.cli import main
 from thoughtformer.errors import InputError
 
@@ -29,9 +28,7 @@ def report(
 
     Example: python -m benchmarks.report benchmarks/results --out report --renew README.md
     """
-    lines = read_records(results)
-    # Of what is measured text by text, what it comes to.
-    records = [*(line for line in lines if line.case != "at_bytes"), *summary(lines)]
+    records = read_results(results)
     if not records:
         raise InputError("the files hold no results. Measure first, e.g. thoughtformer bench speed --out speed.jsonl.")
     # Bits per byte are the same wherever they were counted.

@@ -251,6 +251,7 @@ def _by_bytes(records: Sequence[Record]) -> Any:
     plain_ticks(axes[0].yaxis, (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1))
     highest = max(record.metrics["above_full_bits_per_byte"].median for record in records)
     axes[0].set_ylim(-0.001, 1.6 * max(highest, 0.01))
+    axes[1].set_ylim(-0.05, 1.05)
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)

@@ -62,8 +62,7 @@ def settings_at(num_tokens: int) -> dict[str, dict[str, Any]]:
         return {"method": name, **settings}
 
     least = {"recent_tokens": 0}  # raw; what waits to be a block is, too
-    # What waits for its second reading is raw: shorter chunks, so that there is less of it.
-    zipped = {"bits": 4, "chunk_tokens": 256, "recent_tokens": 16, "block_tokens": 32}
+    zipped = {"bits": 4, "recent_tokens": 16, "block_tokens": 32}
     looked_up = {"recent_tokens": 0, "in_host_memory": True}
     found = {
         "full": made("full"),

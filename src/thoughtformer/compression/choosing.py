@@ -156,7 +156,7 @@ class AttendToChosen(AttendInPieces[Kind]):
     ) -> Tensor:
         reads = queries.reads.clone()
         if self.is_chosen is not None:
-            reads[..., : self.is_chosen.shape[3]] &= self.is_chosen | ~queries.is_token[:, None, :, None]
+            reads[..., : self.is_chosen.shape[3]] &= self.is_chosen
         states = queries.states.flatten(1, 2)
         mask = torch.zeros(reads.shape, dtype=states.dtype, device=states.device)
         mask = mask.masked_fill(~reads, torch.finfo(states.dtype).min)
