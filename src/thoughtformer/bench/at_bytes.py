@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 
 from thoughtformer.bench.peers import PEERS, PeerProcess, find_peer
 from thoughtformer.bench.peers.process import PeerError
+from thoughtformer.bench.quality_options import QualityOptions
 from thoughtformer.bench.records import Record, Spread
 from thoughtformer.compression import METHODS, compress
 from thoughtformer.compression.method import CacheBytes
@@ -26,9 +27,6 @@ from thoughtformer.evaluate.tasks import TaskText, make_texts, score_texts
 from thoughtformer.models.backbone import Backbone, backbone_of
 from thoughtformer.models.loading import load
 from thoughtformer.text.plain import document_tokenizer
-
-if TYPE_CHECKING:
-    from thoughtformer.bench.quality import QualityOptions
 
 __all__ = ["at_bytes", "settings_at", "summary"]
 
@@ -184,13 +182,13 @@ def at_bytes(options: QualityOptions) -> Iterator[Record]:
                 if missing:
                     options.on_progress(f"{length} tokens, text {first + 1}: {label}")
                     yield from measure.under(model, tokenizer, missing)
-            for press, fraction in _presses() if peer is not None else ():
+            for press, fraction in _presses():
                 label = _press_label(press, fraction)
                 if label not in (options.settings or [label]):
                     continue
                 measure = _Measure(options, backbone, length, label, {"press": press, "ratio": fraction})
                 missing = [part for part in here if measure.place(part).name not in known]
-                if missing:
+                if missing and peer is not None:
                     options.on_progress(f"{length} tokens, text {first + 1}: {label}")
                     yield from measure.pressed(peer, missing)
     if peer is not None:

@@ -31,7 +31,8 @@ def score(model: Any, press: Any, blocks: list[list[int]], first_scored: int, re
             logits = model(ids[:, : first_scored - read_later], past_key_values=cache, logits_to_keep=1).logits
         cached = cache.get_seq_length()
         rest = ids[:, first_scored - read_later :]
-        held = [(layer.keys.numel() + layer.values.numel(), layer.keys.shape[2]) for layer in cache.layers]
+        layers: Any = cache.layers
+        held = [(layer.keys.numel() + layer.values.numel(), layer.keys.shape[2]) for layer in layers]
         numbers += sum(size * (length + number) / length for size, length in held for number in range(rest.shape[1]))
         # Positions go on from the text's, not from what is held; the mask of ones says that the gap starts no document.
         mask: Any = torch.ones(1, cached + rest.shape[1], dtype=torch.long)
