@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -157,42 +159,41 @@ def at_bytes(options: QualityOptions) -> Iterator[Record]:
     tokenizer = document_tokenizer(tokenizer)
     backbone = backbone_of(model)
     parts = {length: _parts(options, tokenizer, length) for length in options.lengths}
-    known = {record.name for record in options.earlier}
-    peer, why = _started_press(name, options.dtype)
-    if peer is None:
-        missing_peer = Record(
-            theme="quality", case="at_bytes", peer="kvpress", workload={"model": _short(name)}, skipped=why
-        )
-        if missing_peer.name not in known:
-            yield missing_peer
     firsts = sorted({part.first for of in parts.values() for part in of})
-    for first in firsts:
-        for length, of_length in parts.items():
-            here = [part for part in of_length if part.first == first]
-            settings = {
-                label: chosen
-                for label, chosen in settings_at(length).items()
-                if label == "full" or (chosen["method"] in options.methods and label in (options.settings or [label]))
-            }
-            for label, chosen in settings.items():
-                if length > 4096 and METHODS[chosen["method"]].decides_each_token and first >= FEW_TEXTS:
-                    continue
-                measure = _Measure(options, backbone, length, label, chosen)
+    known = {record.name for record in options.earlier}
+    with ExitStack() as stack:
+        peer: PeerProcess | None = None
+        if not options.settings or any(label.startswith("kvpress") for label in options.settings):
+            peer, why = _started_press(name, options.dtype)
+            if peer is not None:
+                stack.enter_context(peer)
+            else:
+                told = {"theme": "quality", "case": "at_bytes", "peer": "kvpress", "workload": {"model": _short(name)}}
+                yield from (line for line in [Record(**told, skipped=why)] if line.name not in known)
+        for first, length in product(firsts, parts):
+            here = [part for part in parts[length] if part.first == first]
+            for measure in _measures(options, backbone, length, first):
                 missing = [part for part in here if measure.place(part).name not in known]
-                if missing:
-                    options.on_progress(f"{length} tokens, text {first + 1}: {label}")
+                if not missing:
+                    continue
+                options.on_progress(f"{length} tokens, text {first + 1}: {measure.label}")
+                if "method" in measure.settings:
                     yield from measure.under(model, tokenizer, missing)
-            for press, fraction in _presses():
-                label = _press_label(press, fraction)
-                if label not in (options.settings or [label]):
-                    continue
-                measure = _Measure(options, backbone, length, label, {"press": press, "ratio": fraction})
-                missing = [part for part in here if measure.place(part).name not in known]
-                if missing and peer is not None:
-                    options.on_progress(f"{length} tokens, text {first + 1}: {label}")
+                elif peer is not None:
                     yield from measure.pressed(peer, missing)
-    if peer is not None:
-        peer.close()
+
+
+def _measures(options: QualityOptions, backbone: Backbone, length: int, first: int) -> Iterator[_Measure]:
+    """What is to be measured on texts of a length from the `first` one on."""
+    presses = {_press_label(press, ratio): {"press": press, "ratio": ratio} for press, ratio in _presses()}
+    for label, settings in (settings_at(length) | presses).items():
+        if "method" in settings and label != "full":
+            kind = METHODS[settings["method"]]
+            is_long = length > 4096 and kind.decides_each_token and first >= FEW_TEXTS
+            if kind.name not in options.methods or is_long:
+                continue
+        if label == "full" or label in (options.settings or [label]):
+            yield _Measure(options, backbone, length, label, settings)
 
 
 def _started_press(name: str, dtype: str) -> tuple[PeerProcess | None, str]:
