@@ -42,6 +42,9 @@ class Codes(NamedTuple):
 
 
 STEPS_AN_OCTAVE, LEAST_STEP = 8, -20
+#: What differs by less counts as equal, so that rounding decides nothing: numbers that had more bits lie on a grid,
+#: often halfway between two steps of another.
+EVEN = 1e-6
 #: Channels of keys may lie far from zero; numbers of a value don't.
 KEY_ZERO, VALUE_ZERO = torch.int16, torch.int8
 #: That codes can be added to.
@@ -56,16 +59,28 @@ def sizes(step: UInt8[Tensor, "*scales"], dtype: torch.dtype) -> Float[Tensor, "
 def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int, zero_kind: torch.dtype) -> Codes:
     """Each number as the nearest step, of which `2**bits - 1` reach from the smallest to the largest along `dim`.
 
-    What lies further from zero than `zero_kind` can tell in such steps gets larger ones.
+    Or the next smaller step, where the squares of all errors come to less though it doesn't reach as far. What lies
+    further from zero than `zero_kind` can tell in such steps gets larger ones.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     lowest, highest = states.amin(dim=dim, keepdim=True), states.amax(dim=dim, keepdim=True)
-    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / LARGEST_ZERO[zero_kind])
-    step = ((needed.log2() - LEAST_STEP) * STEPS_AN_OCTAVE).ceil().clamp(0, 255).to(torch.uint8)
-    size = sizes(step, states.dtype)
-    zero = (lowest / size).round()
-    codes = ((states / size).round() - zero).clamp(0, 2**bits - 1).to(torch.uint8)
-    return Codes(packed(codes, bits), step, zero.to(zero_kind))
+    farthest = LARGEST_ZERO[zero_kind]
+    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / farthest)
+    step = ((needed.log2() - LEAST_STEP) * STEPS_AN_OCTAVE - EVEN).ceil().clamp(0, 255).to(torch.uint8)
+
+    def by(step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, zero and the sum of squared errors."""
+        size = sizes(step, states.dtype)
+        zero = (lowest / size + EVEN).round()
+        codes = ((states / size + EVEN).round() - zero).clamp(0, 2**bits - 1)
+        return codes, zero, ((codes + zero) * size - states).square().sum(dim=dim, keepdim=True)
+
+    smaller = step - (step > 0).to(torch.uint8)
+    (codes, zero, error), (smaller_codes, smaller_zero, less) = by(step), by(smaller)
+    is_better = (less < error * (1 - EVEN)) & (smaller_zero.abs() <= farthest)
+    codes = torch.where(is_better, smaller_codes, codes).to(torch.uint8)
+    zero = torch.where(is_better, smaller_zero, zero).to(zero_kind)
+    return Codes(packed(codes, bits), torch.where(is_better, smaller, step), zero)
 
 
 def packed(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "*bytes"]:
