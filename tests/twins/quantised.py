@@ -18,20 +18,14 @@ from twins import MethodTwin, attended_by_hand, window_of
 def levels(states: Tensor, bits: int, farthest: int) -> tuple[Tensor, float, float]:
     """One list of numbers in whole steps above the lowest, which is also told in steps; and the step.
 
-    That is the first of 2**-20, 2**-(20 - 1/8), ... that will do, or the one before it if its errors' squares come to
-    less; the lowest lies no more than `farthest` from zero.
+    That is the first of 2**-20, 2**-(20 - 1/8), ... that will do; the lowest lies no more than `farthest` from zero.
+    Numbers halfway between two steps, to a millionth, go up.
     """
     needed = max(float(states.max() - states.min()) / (2**bits - 1), abs(float(states.min())) / farthest)
-    sizes = [2 ** (n / 8 - 20) for n in range(256)]
-    number = next(n for n, size in enumerate(sizes) if size * 2 ** (1e-6 / 8) >= needed)
-    tried = []
-    for step in (sizes[n] for n in (number, number - 1) if n >= 0):
-        lowest = float((states.min() / step + 1e-6).round())
-        found = torch.stack([((one / step + 1e-6).round() - lowest).clamp(max=2**bits - 1) for one in states])
-        off = float(sum(((level + lowest) * step - one) ** 2 for level, one in zip(found, states, strict=True)))
-        if not tried or (off < tried[0][0] * (1 - 1e-6) and abs(lowest) <= farthest):
-            tried.append((off, found, lowest, step))
-    return tried[-1][1:]
+    step = next(2 ** (n / 8 - 20) for n in range(256) if 2 ** ((n + 1e-6) / 8 - 20) >= needed)
+    lowest = float((states.min() / step + 1e-6).round())
+    found = [((number / step + 1e-6).round() - lowest).clamp(max=2**bits - 1) for number in states]
+    return torch.stack(found), lowest, step
 
 
 def fewer(states: Tensor, bits: int, farthest: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,6 +83,11 @@ class Blocks(ABC):
             return held
         places = held[:, :, None, None] + torch.arange(self.block_entries, dtype=held.dtype, device=held.device)
         return places.expand(-1, -1, self.num_kv_heads, -1)
+
+    def to_host(self, names: Iterable[str]) -> None:
+        """From now on holds these in the host's memory."""
+        for name in names:
+            self.held[name] = [tensor.cpu() for tensor in self.held[name]]
 
     def put(
         self, layer: int, row: int, positions: Int[Tensor, "kv_heads entries"], block: Mapping[str, Tensor]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,8 @@ from thoughtformer.cache.quantised import Codes, QuantisedBlocks, dequantised, p
 
 __all__ = ["LookupBlocks", "lookup_bytes"]
 
-
 #: What is an entry's own.
 ENTRIES = ("key_codes", "value_codes", "value_step", "value_zero")
-
-
 #: Steps of a nat in which shares are told apart.
 GRID = 2**13
 
@@ -29,36 +25,16 @@ class LookupBlocks(QuantisedBlocks):
     Args:
         bits, block_entries: as for `QuantisedBlocks`.
         in_host_memory: entries lie there, wherever the model is; what finds them is with the model.
+        shape: as for `QuantisedBlocks`.
     """
 
-    def __init__(
-        self,
-        bits: int,
-        block_entries: int,
-        *,
-        in_host_memory: bool,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | Sequence[torch.device],
-    ) -> None:
-        super().__init__(
-            bits,
-            block_entries,
-            num_layers=num_layers,
-            num_rows=num_rows,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        devices = [device] * num_layers if isinstance(device, torch.device) else device
-        for name in ENTRIES if in_host_memory else ():
-            self.held[name] = [tensor.cpu() for tensor in self.held[name]]
-        shape = (num_kv_heads, block_entries, -(-head_dim // 8))
-        self.held["key_high"] = [torch.zeros(num_rows, 0, *shape, dtype=torch.uint8, device=place) for place in devices]
+    def __init__(self, bits: int, block_entries: int, *, in_host_memory: bool, **shape: Any) -> None:
+        super().__init__(bits, block_entries, **shape)
+        high = (self.num_kv_heads, block_entries, -(-shape["head_dim"] // 8))
+        # Like the keys' steps they are bytes, and with the model.
+        self.held["key_high"] = [steps.new_zeros(len(steps), 0, *high) for steps in self.held["key_step"]]
+        if in_host_memory:
+            self.to_host(ENTRIES)
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         coded = self.coded(keys, values)

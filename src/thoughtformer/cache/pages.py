@@ -59,8 +59,7 @@ class Pages(Blocks):
             page_entries, shapes, is_span=True, num_rows=num_rows, num_kv_heads=num_kv_heads, devices=devices
         )
         if in_host_memory:
-            for name in ("keys", "values"):
-                self.held[name] = [tensor.cpu() for tensor in self.held[name]]
+            self.to_host(("keys", "values"))
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         bounds = torch.stack([keys.amin(dim=1), keys.amax(dim=1)])

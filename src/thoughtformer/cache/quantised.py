@@ -59,28 +59,16 @@ def sizes(step: UInt8[Tensor, "*scales"], dtype: torch.dtype) -> Float[Tensor, "
 def quantised(states: Float[Tensor, "*shape"], bits: int, dim: int, zero_kind: torch.dtype) -> Codes:
     """Each number as the nearest step, of which `2**bits - 1` reach from the smallest to the largest along `dim`.
 
-    Or the next smaller step, where the squares of all errors come to less though it doesn't reach as far. What lies
-    further from zero than `zero_kind` can tell in such steps gets larger ones.
+    What lies further from zero than `zero_kind` can tell in such steps gets larger ones.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     lowest, highest = states.amin(dim=dim, keepdim=True), states.amax(dim=dim, keepdim=True)
-    farthest = LARGEST_ZERO[zero_kind]
-    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / farthest)
+    needed = torch.maximum((highest - lowest) / (2**bits - 1), lowest.abs() / LARGEST_ZERO[zero_kind])
     step = ((needed.log2() - LEAST_STEP) * STEPS_AN_OCTAVE - EVEN).ceil().clamp(0, 255).to(torch.uint8)
-
-    def by(step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, zero and the sum of squared errors."""
-        size = sizes(step, states.dtype)
-        zero = (lowest / size + EVEN).round()
-        codes = ((states / size + EVEN).round() - zero).clamp(0, 2**bits - 1)
-        return codes, zero, ((codes + zero) * size - states).square().sum(dim=dim, keepdim=True)
-
-    smaller = step - (step > 0).to(torch.uint8)
-    (codes, zero, error), (smaller_codes, smaller_zero, less) = by(step), by(smaller)
-    is_better = (less < error * (1 - EVEN)) & (smaller_zero.abs() <= farthest)
-    codes = torch.where(is_better, smaller_codes, codes).to(torch.uint8)
-    zero = torch.where(is_better, smaller_zero, zero).to(zero_kind)
-    return Codes(packed(codes, bits), torch.where(is_better, smaller, step), zero)
+    size = sizes(step, states.dtype)
+    zero = (lowest / size + EVEN).round()
+    codes = ((states / size + EVEN).round() - zero).clamp(0, 2**bits - 1).to(torch.uint8)
+    return Codes(packed(codes, bits), step, zero.to(zero_kind))
 
 
 def packed(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "*bytes"]:
