@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from thoughtformer.decode import Drafter
 from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, runner_of
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.serve import ServeSettings, Service, create_app
@@ -40,13 +41,13 @@ def serving(
     limits: Limits | None = None,
     store: SentenceStore | None = None,
     folder=None,
+    drafter: Drafter | None = None,
     **settings,
 ) -> Iterator[Running]:
     """Serves a model as "tiny" at a free port."""
     model, tokenizer = pair
-    scheduler = Scheduler(
-        runner_of(model, tokenizer, sentences=None if store is None else store.of(model)), limits or Limits()
-    )
+    runner = runner_of(model, tokenizer, sentences=None if store is None else store.of(model))
+    scheduler = Scheduler(runner, limits or Limits(), drafter=drafter)
     service = Service(
         scheduler, Sessions(scheduler.runner, folder=folder), ServeSettings(model_name="tiny", **settings)
     )

@@ -17,6 +17,7 @@ __all__ = [
     "BENCH_CASES",
     "BUNDLED",
     "BUNDLED_ADAPTERS",
+    "DRAFTER_NAMES",
     "METHOD_NAMES",
     "RECIPE_NAMES",
     "nearest_method",
@@ -33,6 +34,8 @@ RECIPE_NAMES = ("tiny-gpthf", "tiny-gpt")
 METHOD_NAMES = tuple(
     module.name for module in iter_modules([str(Path(__file__).resolve().parent / "compression" / "methods")])
 )
+#: What proposes tokens.
+DRAFTER_NAMES = ("suffix",)
 BENCH_CASES = {
     "speed": (
         "prefill",
@@ -44,6 +47,7 @@ BENCH_CASES = {
         "architectures",
         "requests",
         "known",
+        "drafts",
     ),
     "memory": ("kv_bytes", "resident"),
     "quality": ("bits", "compression", "recall", "at_bytes"),

@@ -77,10 +77,12 @@ def test_names_known_before_anything_heavy_is_imported_are_those_that_there_are(
     from thoughtformer import names
     from thoughtformer.bench import memory, quality, speed
     from thoughtformer.compression import METHODS
+    from thoughtformer.decode import DRAFTERS
     from thoughtformer.recipes import RECIPES
 
     assert set(names.METHOD_NAMES) == set(METHODS)
     assert set(names.RECIPE_NAMES) == set(RECIPES)
+    assert set(names.DRAFTER_NAMES) == set(DRAFTERS)
     for theme, module in (("speed", speed), ("memory", memory), ("quality", quality)):
         assert set(names.BENCH_CASES[theme]) == set(module.CASES)
     assert all((names.ASSETS / name).is_dir() for name in (*names.BUNDLED, *names.BUNDLED_ADAPTERS))

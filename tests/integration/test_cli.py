@@ -57,6 +57,17 @@ def test_generate_streams_the_same_text(run, folder):
     assert other != text
 
 
+def test_drafts_change_no_text(run, folder):
+    arguments = ["generate", "--model", folder / "gpthf", "--file", folder / "prompt.txt", "--max-new-tokens", 30]
+    arguments += ["--ignore-eos", "--json"]
+    results = [json.loads(run(*arguments, "--drafts", drafts)[1]) for drafts in ("off", "suffix")]
+    assert results[0]["ids"] == results[1]["ids"]
+    assert results[0]["usage"]["drafted_tokens"] == 0
+    code, _, error = run(*arguments, "--drafts", "sufix")
+    assert code == 2
+    assert "--drafts 'sufix' is unknown. Did you mean 'suffix'?" in " ".join(error.split())
+
+
 def test_empty_prompt(run, folder):
     code, out, _ = run("generate", "--model", folder / "gpt", "--prompt", "", "--max-new-tokens", 3, "--json")
     assert code == 0

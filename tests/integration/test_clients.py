@@ -18,6 +18,7 @@ from lms import served_pair, tiny_lm
 from prose import PAGE, tiny_tokenizer
 from serving import Running, serving
 from thoughtformer.compression import Full, compress
+from thoughtformer.decode import Suffix
 from thoughtformer.engine import Engine, Limits, runner_of
 from thoughtformer.sampling import SamplingParams
 
@@ -242,6 +243,25 @@ KEYS: dict[str, Any] = {
 def test_keys_of_clients(server, name):
     done = post(server, {"messages": [USER], **KEYS[name]})
     assert done.status_code == 200, done.text
+
+
+def test_what_a_client_predicts_changes_no_text():
+    """It is copied from, and usage and metrics say what came of it."""
+    asked = {"messages": [USER], "max_tokens": 12, "seed": 3, "ignore_eos": True}
+    with serving(ended_pair(), drafter=Suffix()) as server:
+        plain = post(server, asked).json()
+        details = plain["usage"]["completion_tokens_details"]
+        assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] <= 12
+        for content in (PAGE[:90], [{"type": "text", "text": PAGE[:40]}, {"type": "text", "text": PAGE[40:90]}], ""):
+            done = post(server, {**asked, "prediction": {"type": "content", "content": content}}).json()
+            assert done["choices"] == plain["choices"]
+            details = done["usage"]["completion_tokens_details"]
+            assert (details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0) >= bool(content)
+        for wrong in ("text", {"type": "content"}, {"type": "file", "content": "x"}, {"content": [{"type": "image"}]}):
+            assert post(server, {**asked, "prediction": wrong}).status_code == 400
+        metrics = httpx.get(f"{server.url}/metrics").text
+        (verified,) = (line for line in metrics.splitlines() if line.startswith("thoughtformer_draft_tokens_total"))
+        assert float(verified.split()[1]) == server.service.scheduler.stats().drafts.verified > 0
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0}, {"temperature": 1e-9}, {"temperature": 0}, {"top_k": 1}])

@@ -12,7 +12,7 @@ from lms import SERVED, random_ids, served_pair, tiny_lm
 from prose import KINDS, PAGE, prose, tiny_pair
 from thoughtformer.cache.entries import BLOCK_ENTRIES, EntrySlots
 from thoughtformer.compression import Full, compress
-from thoughtformer.decode import Drafter
+from thoughtformer.decode import Drafter, StepCosts, Suffix
 from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, runner_of
 from thoughtformer.engine.request import Request
 from thoughtformer.errors import UnsupportedError
@@ -66,15 +66,19 @@ def requests_of(count: int) -> list[tuple[str, SamplingParams, str]]:
             seed=number,
             stop=chooser.choice([(), ("e", "a"), ("ing",)]),
             repetition_penalty=chooser.choice([1.0, 1.3]),
+            min_p=chooser.choice([0.0, 0.1]),
             ignore_end_of_text=chooser.random() < 0.5,
         )
         asked.append((prose(chooser.choice([5, 80, 200]), seed=number), params, str(chooser.randint(0, 2))))
     return asked
 
 
-def answered(runner, asked, drafter: Drafter | None, *, max_rows: int) -> tuple[list[Request], int]:
+def answered(
+    runner, asked, drafter: Drafter | None, *, max_rows: int, costs: StepCosts | None = None
+) -> tuple[list[Request], int]:
     """The requests once they have ended, which came at different times, and how many rounds that took."""
-    scheduler, chooser = Scheduler(runner, Limits(max_rows=max_rows), drafter=drafter), random.Random(5)
+    scheduler = Scheduler(runner, Limits(max_rows=max_rows), drafter=drafter, costs=costs)
+    chooser = random.Random(5)
     requests, waiting = [], list(asked)
     while waiting or scheduler.has_work:
         while waiting and chooser.random() < 0.5:
@@ -97,11 +101,69 @@ def test_texts_are_those_without_drafts(pair, max_rows):
     expected = told(plain)
     ends = [*runner.end_ids, *([] if runner.sentence_end is None else [runner.sentence_end])] or [0]
     texts = [request.ids for request in plain]
-    for drafter in (Adversary(ends, runner.vocab_size), Oracle(texts), Oracle(texts, size=9, errs=0.3)):
+    for drafter in (Adversary(ends, runner.vocab_size), Oracle(texts), Oracle(texts, size=9, errs=0.3), Suffix()):
         drafted, fewer = answered(runner, asked, drafter, max_rows=max_rows)
         assert told(drafted) == expected
         if isinstance(drafter, Oracle):
             assert fewer < rounds
+
+
+class SteppedCosts(StepCosts):
+    """As if a pass cost so much for up to four tokens, and twice as much for more; nothing is timed."""
+
+    is_measured = True
+
+    def seconds(self, num_tokens):
+        return 1.0 + (num_tokens > 4)
+
+    def add(self, num_tokens, seconds):
+        assert num_tokens <= 4 or num_tokens >= 8, "more than four never pays for less than twice the tokens"
+
+
+def test_a_budget_changes_no_text(pair):
+    """Whatever it grants; and what is counted of drafts is what was verified and chosen."""
+    runner, asked = runner_of(*pair), requests_of(8)
+    plain, _ = answered(runner, asked, None, max_rows=3)
+    for drafter, costs in (
+        (Oracle([request.ids for request in plain]), SteppedCosts()),
+        (Suffix(), StepCosts()),
+        (Suffix(most_tokens=3), None),
+    ):
+        drafted, _ = answered(runner, asked, drafter, max_rows=3, costs=costs)
+        assert told(drafted) == told(plain)
+        for request in drafted:
+            usage = request.completion(None).usage
+            assert 0 <= usage.accepted_draft_tokens <= usage.drafted_tokens
+            assert usage.accepted_draft_tokens < usage.new_tokens
+
+
+def test_a_request_may_do_without_drafts(pair):
+    runner = runner_of(*pair)
+    params = SamplingParams(max_new_tokens=12, ignore_end_of_text=True)
+    (plain,), _ = answered(runner, [("A loop. " * 9, params, "")], None, max_rows=1)
+    scheduler = Scheduler(runner, drafter=Oracle([plain.ids]))
+    both = [
+        scheduler.submit("A loop. " * 9, SamplingParams(max_new_tokens=12, ignore_end_of_text=True, drafts=drafts))
+        for drafts in (True, False)
+    ]
+    while scheduler.has_work:
+        scheduler.round()
+    assert both[0].ids == both[1].ids == plain.ids
+    assert both[0].num_drafted > 0 == both[1].num_drafted
+    counts = scheduler.stats().drafts
+    assert (counts.verified, counts.right) == (both[0].num_drafted, both[0].num_right)
+    assert counts.drafted_steps <= counts.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "hourglass"])
+def test_many_random_requests_are_answered_alike(kind):
+    """Of any settings, coming and going: token for token, in float64."""
+    runner, asked = runner_of(*tiny_pair(**KINDS[kind])), requests_of(250)
+    plain, rounds = answered(runner, asked, None, max_rows=4)
+    drafted, fewer = answered(runner, asked, Suffix(), max_rows=4)
+    assert told(drafted) == told(plain)
+    assert fewer < rounds
 
 
 def test_a_right_draft_takes_one_step(pair):
@@ -155,7 +217,7 @@ def test_a_drafter_that_fails_costs_nothing_else(pair, caplog, proposed):
     params = SamplingParams(max_new_tokens=9)
     expected = Engine(*pair).generate([PAGE[:80], "The ferry"], params)
     with caplog.at_level(logging.WARNING):
-        drafted = Engine(*pair, drafter=Failing()).generate([PAGE[:80], "The ferry"], params)
+        drafted = Engine(*pair, drafts=Failing()).generate([PAGE[:80], "The ferry"], params)
     assert [(one.ids, one.text) for one in drafted] == [(one.ids, one.text) for one in expected]
     assert len([record for record in caplog.records if "drafted" in record.message]) == 2, "once a request"
 
@@ -221,7 +283,7 @@ def test_methods_that_read_twice_refuse_drafts():
     for case in set(SERVED) - set(DRAFTED):
         model, tokenizer = served_pair(case)
         with pytest.raises(UnsupportedError, match=f"{model.method.name!r} overwrites what it drops"):
-            Engine(model, tokenizer, drafter=Oracle([]))
+            Engine(model, tokenizer, drafts=Oracle([]))
 
 
 @torch.no_grad()
@@ -236,7 +298,7 @@ def test_methods_that_cannot_refuse_by_name():
     cache.rollback()
     assert cache.get_seq_length() == 12
     _, tokenizer = tiny_pair()
-    with pytest.raises(UnsupportedError, match=r"'full' overwrites what it drops.*leave the drafter out"):
-        Engine(compressed, tokenizer, max_rows=1, drafter=Oracle([]))
+    with pytest.raises(UnsupportedError, match=r"'full' overwrites what it drops.*leave drafts off"):
+        Engine(compressed, tokenizer, max_rows=1, drafts=Oracle([]))
     with pytest.raises(UnsupportedError, match=r"'full' can't be batched.*max_rows=1"):
         Engine(compressed, tokenizer)

@@ -184,6 +184,22 @@ def test_tiers_stay_within_their_bytes(max_bytes):
         assert most > max_bytes * 0.75
 
 
+@torch.no_grad()
+def test_layers_with_a_window_let_go_of_the_first_tokens():
+    """With the first block that leaves them; layers that read all keep both."""
+    method = Quantised(bits=4, recent_tokens=4, block_tokens=4, first_tokens=3)
+    compressed = compress(tiny_lm("gemma3_text"), method)
+    (window,) = {group.window for group in compressed.backbone.groups if group.window is not None}
+    cache, held = compressed.new_cache(1), {None: [], window: []}
+    for token in random_ids(1, window + 20).unbind(1):
+        compressed(token[:, None], cache=cache)
+        for group, store in zip(compressed.backbone.groups, cache.store.parts, strict=True):
+            held[group.window].append(int(store["position"][0][0, 0, 0]))
+    assert set(held[None]) == {0}
+    assert held[window][window - 1] == 0
+    assert held[window][-1] > 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "method",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thoughtformer.cli.opening import Compression, open_model, takes_compression
-from thoughtformer.cli.options import AsJson, Encoding, Extrapolate, Model, Threads, read_text, set_threads
+from thoughtformer.cli.options import AsJson, Drafts, Encoding, Extrapolate, Model, Threads, read_text, set_threads
 from thoughtformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def generate(
         Path | None, typer.Option(help="Sentence store: sentences in it needn't be read again, others are added.")
     ] = None,
     context_file: Annotated[Path | None, typer.Option(help="UTF-8 text that comes before the prompt.")] = None,
+    drafts: Drafts = "off",
     allow_extrapolation: Extrapolate = False,
     encoding: Encoding = "utf-8",
     threads: Threads = None,
@@ -117,6 +118,7 @@ def generate(
         raise InputError("--store keeps sentences of a GPTHF; --method, --adapter and --context compress other models.")
 
     from thoughtformer.compression import CompressedModel, Context
+    from thoughtformer.decode import StepCosts, drafter_named
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, runner_of
     from thoughtformer.stores.sentences import storable
 
@@ -125,7 +127,8 @@ def generate(
         storable(opened)  # before a store is made
     with ExitStack() as stack:
         known = None if store is None else stack.enter_context(SentenceStore(store)).of(opened)
-        scheduler = Scheduler(runner_of(opened, tokenizer, sentences=known), Limits(max_rows=1))
+        runner = runner_of(opened, tokenizer, sentences=known)
+        scheduler = Scheduler(runner, Limits(max_rows=1), drafter=drafter_named(drafts), costs=StepCosts())
         if context is None:
             request = scheduler.prepare(text, params)
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from thoughtformer.errors import InputError, nearest
-from thoughtformer.names import BENCH_CASES, BUNDLED_ADAPTERS, METHOD_NAMES, nearest_method, resolve
+from thoughtformer.names import BENCH_CASES, BUNDLED_ADAPTERS, DRAFTER_NAMES, METHOD_NAMES, nearest_method, resolve
 
 if TYPE_CHECKING:
     from thoughtformer.train.settings import TrainingPlan
@@ -23,6 +23,7 @@ __all__ = [
     "AsJson",
     "Column",
     "Data",
+    "Drafts",
     "Encoding",
     "Extrapolate",
     "Model",
@@ -48,6 +49,12 @@ def check_model(name: str | None) -> str | None:
     """A callback: a model that isn't there is told before anything heavy is imported."""
     if name is not None:
         resolve(name)
+    return name
+
+
+def _check_drafts(name: str) -> str:
+    if name != "off" and name not in DRAFTER_NAMES:
+        raise InputError(f"--drafts {name!r} is unknown.{nearest(name, ['off', *DRAFTER_NAMES])}")
     return name
 
 
@@ -113,6 +120,14 @@ Column = Annotated[str, typer.Option(help="Column that holds the text, in .jsonl
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Extrapolate = Annotated[
     bool, typer.Option("--allow-extrapolation", help="Take texts longer than the model was trained for.")
+]
+Drafts = Annotated[
+    str,
+    typer.Option(
+        help=f"What proposes tokens, several of which are then read at once: off, {', '.join(DRAFTER_NAMES)}. The text "
+        "is the same.",
+        callback=_check_drafts,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one a core.", min=1)]
 

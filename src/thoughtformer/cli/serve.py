@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from thoughtformer.cli.opening import Compression, open_model, takes_compression
-from thoughtformer.cli.options import Extrapolate, Threads, check_model, set_threads
+from thoughtformer.cli.options import Drafts, Extrapolate, Threads, check_model, set_threads
 from thoughtformer.cli.store import parse_size
 from thoughtformer.errors import InputError
 
@@ -69,6 +69,7 @@ def serve(
             help="Pages of this origin may call the server, e.g. https://chat.example.org; * for any; repeatable.",
         ),
     ] = None,
+    drafts: Drafts = "off",
     compile: Annotated[bool, typer.Option("--compile", help="Compile steps of a single request.")] = False,
     allow_extrapolation: Extrapolate = False,
     threads: Threads = None,
@@ -92,6 +93,7 @@ def serve(
         raise InputError(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
+    from thoughtformer.decode import StepCosts, drafter_named
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, runner_of
     from thoughtformer.stores.sentences import storable
 
@@ -132,7 +134,8 @@ def serve(
             opened = SentenceStore(store, max_bytes=parse_size(store_size, "--store-size"), busy_seconds=1.0)
             stack.callback(opened.close)
             known = opened.of(served, is_strict=False)
-        scheduler = Scheduler(runner_of(served, tokenizer, sentences=known, compile=compile), limits)
+        runner = runner_of(served, tokenizer, sentences=known, compile=compile)
+        scheduler = Scheduler(runner, limits, drafter=drafter_named(drafts), costs=StepCosts())
         kept = Sessions(scheduler.runner, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)

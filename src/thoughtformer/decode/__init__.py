@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from thoughtformer.decode.drafting import Drafter
+from thoughtformer.decode.budget import StepCosts
+from thoughtformer.decode.drafting import DRAFTERS, Draft, Drafter, drafter_named
+from thoughtformer.decode.suffix import Suffix
 
-__all__ = ["Drafter"]
+__all__ = ["DRAFTERS", "Draft", "Drafter", "StepCosts", "Suffix", "drafter_named"]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import operator
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, takewhile
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import Drafter
+from thoughtformer.engine.drafting import Drafting
 from thoughtformer.engine.request import Request, StreamEvent
 from thoughtformer.runners.base import Runner
 
 __all__ = ["Batch"]
-
-logger = logging.getLogger(__name__)
 
 
 class Batch:
@@ -27,12 +23,12 @@ class Batch:
 
     Args:
         runner: the model.
-        drafter: proposes tokens, which are verified together; None: one token a step.
+        drafting: proposes tokens, which are verified together; None: one token a step.
     """
 
-    def __init__(self, runner: Runner, drafter: Drafter | None = None) -> None:
+    def __init__(self, runner: Runner, drafting: Drafting | None = None) -> None:
         self.runner = runner
-        self.drafter = drafter
+        self.drafting = drafting
         self.requests: list[Request] = []
         self.cache: RowsCache | None = None
 
@@ -74,16 +70,24 @@ class Batch:
         """
         cache = self.cache
         assert cache is not None
-        drafts = [self._draft(request) for request in self.requests]
+        drafting = self.drafting
+        drafts = [[]] * len(self.requests) if drafting is None else drafting.drafts(self.requests, cache)
         new = [[request.ids[-1], *draft] for request, draft in zip(self.requests, drafts, strict=True)]
         cache.autocommit = not any(drafts)
+        started = time.perf_counter()
         logits = self.runner.verify(new, cache)
         for request in self.requests:
             request.num_read = len(request.ids)
         of_each = [request for request, ids in zip(self.requests, new, strict=True) for _ in ids]
         logits = self._choices(logits, of_each)
         if cache.autocommit:
-            return list(zip(self.requests, self.choose(logits, self.requests), strict=True))
+            chosen = self.choose(logits, self.requests)
+            if drafting is not None:
+                drafting.took(len(new), time.perf_counter() - started)
+                for request in self.requests:
+                    drafting.observe(request, 0, 0)
+            return list(zip(self.requests, chosen, strict=True))
+        assert drafting is not None
         events, accepted, start = [], [], 0
         for request, draft in zip(self.requests, drafts, strict=True):
             chosen = list(self._chosen(request, draft, logits[start : start + len(draft) + 1]))
@@ -93,22 +97,10 @@ class Batch:
             start += len(draft) + 1
         cache.commit(torch.tensor(accepted))
         cache.autocommit = True
+        drafting.took(start, time.perf_counter() - started)
+        for request, draft, number in zip(self.requests, drafts, accepted, strict=True):
+            drafting.observe(request, len(draft), number - 1)
         return events
-
-    def _draft(self, request: Request) -> list[int]:
-        """What is proposed behind a request's ids, as far as it can be verified."""
-        # The token behind the draft is chosen, too. Who wants to be told of each token's context gets one at a time.
-        most = request.most_tokens - len(request.ids) - 1
-        if self.drafter is None or most < 1 or not request.takes_drafts or request.follower is not None:
-            return []
-        ends, size = (*self.runner.end_ids, *self.runner.start_ids), self.runner.vocab_size
-        try:
-            draft = [operator.index(token) for token in islice(self.drafter.propose(request.ids, most), most)]
-            return list(takewhile(lambda token: 0 <= token < size and token not in ends, draft))
-        except Exception:  # what isn't made of whole numbers, too
-            request.takes_drafts = False
-            logger.warning("nothing is drafted any more for request %d", request.number, exc_info=True)
-            return []
 
     def _chosen(
         self, request: Request, draft: Sequence[int], logits: Float[Tensor, "tokens vocab"]
@@ -169,6 +161,9 @@ class Batch:
         if len(staying) == len(self.requests) or self.cache is None:
             return []
         left = [request for request in self.requests if request.finish_reason is not None]
+        if self.drafting is not None:
+            for request in left:
+                self.drafting.ended(request)
         num_bytes = self.num_bytes()
         for index, request in enumerate(self.requests):
             if request.finish_reason is not None:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from thoughtformer.decode import Drafter
+from thoughtformer.decode import Drafter, StepCosts, drafter_named
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
@@ -31,11 +31,13 @@ class Engine:
         pack: on CPUs, give the weights a second copy that is 2 to 3 times as fast to read for few rows.
         compile: compile decoding of a single row; its first step then takes many seconds.
         store: sentences known from before; those that prompts bring anew are added.
-        drafter: proposes tokens, which are verified together: never changes a text.
+        drafts: what proposes tokens, which are verified together: "suffix" copies what followed the same tokens before;
+            "off"; or a `Drafter`. It never changes a text, only how long it takes, and as much is verified as pays by
+            the seconds of this machine's steps.
         session_folder: for sessions that are saved; made by the first call of `session`.
 
     Raises:
-        InputError: `max_rows` below 1.
+        InputError: `max_rows` below 1; drafts of an unknown name.
         UnsupportedError: a store for a model without vectors of sentences; several rows, drafts or compiled steps of a
             model that can't have them.
 
@@ -51,14 +53,15 @@ class Engine:
         pack: bool = True,
         compile: bool = False,
         store: SentenceStore | None = None,
-        drafter: Drafter | None = None,
+        drafts: str | Drafter = "off",
         session_folder: str | Path = "sessions",
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model
         self.max_rows = max_rows
-        self.drafter = drafter
+        self.drafter = drafter_named(drafts) if isinstance(drafts, str) else drafts
+        self._costs = StepCosts()
         self.session_folder = Path(session_folder)
         self._sessions: Sessions | None = None
         sentences = None if store is None else store.of(model)
@@ -113,7 +116,7 @@ class Engine:
                 raise failed
 
     def _scheduler(self) -> Scheduler:
-        return Scheduler(self.runner, Limits(max_rows=self.max_rows), drafter=self.drafter)
+        return Scheduler(self.runner, Limits(max_rows=self.max_rows), drafter=self.drafter, costs=self._costs)
 
     def _requests(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None

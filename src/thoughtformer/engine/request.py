@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from thoughtformer.cache.rows import RowsCache
+from thoughtformer.decode import Drafter
 from thoughtformer.errors import ContextOverflowError, InputError
 from thoughtformer.runners.base import ContextFollower, RequestContext, Runner
 from thoughtformer.sampling import Ends, FinishReason, Sampler, SamplingParams, TextStream, ends_of
@@ -14,11 +15,16 @@ from thoughtformer.sampling import Ends, FinishReason, Sampler, SamplingParams, 
 __all__ = ["Completion", "Request", "StreamEvent", "Usage", "make_request"]
 
 
+#: Of a token that may be written; more of a prediction isn't looked at.
+PREDICTED_CHARACTERS = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """Tokens read and written; sentence ends are tokens too, and also counted apart.
 
     `cached_prompt_tokens` are those that were not read anew: of sentences that a store knew, or of a session.
+    `drafted_tokens` were verified, and of these `accepted_draft_tokens` are among the new ones.
     """
 
     prompt_tokens: int
@@ -26,6 +32,8 @@ class Usage:
     cached_prompt_tokens: int
     new_tokens: int
     new_sentence_ends: int
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,9 @@ class Request:
         origin: where to go on from, copied once the request is admitted; `num_read` counts it already.
         keeps_cache: take the request's cache out of the batch when it ends.
         takes_drafts: several of its tokens may be read in one step.
+        prediction: tokens that its text is expected to repeat.
+        drafter: what drafts for it alone.
+        num_drafted, num_right: drafted tokens that were verified, and those of them that were chosen.
         ends: where its text ends.
         most_entries: by stage, what it may hold at most.
         client: for turns among clients.
@@ -106,6 +117,10 @@ class Request:
     origin: RowsCache | None = None
     keeps_cache: bool = False
     takes_drafts: bool = True
+    prediction: Sequence[int] = ()
+    drafter: Drafter | None = None
+    num_drafted: int = 0
+    num_right: int = 0
     is_cancelled: bool = False
     is_told: bool = False
     error: BaseException | None = None
@@ -182,6 +197,8 @@ class Request:
                 cached_prompt_tokens=self.num_known,
                 new_tokens=len(new),
                 new_sentence_ends=0 if sentence_end is None else new.count(sentence_end),
+                drafted_tokens=self.num_drafted,
+                accepted_draft_tokens=self.num_right,
             ),
             first_token_seconds=self.first_token_seconds,
             seconds=self.seconds,
@@ -211,7 +228,16 @@ def make_request(runner: Runner, prompt: str | Sequence[int], params: SamplingPa
         stream=TextStream(runner.tokenizer.backend_tokenizer, params.stop, ids),
         most_entries=runner.most_entries(ids, params.max_new_tokens),
         ends=ends,
+        takes_drafts=params.drafts,
+        prediction=_predicted(runner, params),
     )
+
+
+def _predicted(runner: Runner, params: SamplingParams) -> list[int]:
+    """As much of a prediction as there can be new text."""
+    # Tokens are longer than a character only where text is; what is cut off costs drafts, and nothing else.
+    text = params.prediction[: PREDICTED_CHARACTERS * params.max_new_tokens] if params.drafts else ""
+    return runner.encode(text, start=False) if text else []
 
 
 def check_prompt(runner: Runner, ids: Sequence[int], params: SamplingParams, number: int) -> None:

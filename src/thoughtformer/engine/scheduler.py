@@ -9,14 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import Drafter
+from thoughtformer.decode import Drafter, StepCosts
 from thoughtformer.engine.admission import Admission, Limits
 from thoughtformer.engine.batch import Batch
+from thoughtformer.engine.drafting import DraftCounts, Drafting
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.errors import StoppedError, UnsupportedError
 from thoughtformer.runners.base import Runner
@@ -38,6 +39,7 @@ class SchedulerStats:
     cached_prompt_tokens: int
     new_tokens: int
     finished: dict[FinishReason, int]
+    drafts: DraftCounts
 
 
 class Scheduler:
@@ -49,12 +51,20 @@ class Scheduler:
         runner: the model; see `runner_of`.
         limits: what is taken on.
         drafter: proposes tokens, which are verified together; None: one token a step.
+        costs: of a step, by which it is decided how much of what is proposed pays; None: all of it is verified.
 
     Raises:
         UnsupportedError: several rows, or drafts, of a method that can't have them, as H2O.
     """
 
-    def __init__(self, runner: Runner, limits: Limits = Limits(), *, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits = Limits(),
+        *,
+        drafter: Drafter | None = None,
+        costs: StepCosts | None = None,
+    ) -> None:
         if not runner.can_join and limits.max_rows > 1:
             raise UnsupportedError(
                 f"the method {runner.model.method.name!r} can't be batched continuously, because its rows can't be "
@@ -63,11 +73,12 @@ class Scheduler:
         if drafter is not None and not runner.can_speculate:
             raise UnsupportedError(
                 f"the method {runner.model.method.name!r} overwrites what it drops, so that no draft can be taken "
-                "back: leave the drafter out."
+                "back: leave drafts off."
             )
         self.runner = runner
         self.limits = limits
-        self.batch = Batch(runner, drafter)
+        self.drafting = None if drafter is None else Drafting(runner, drafter, costs)
+        self.batch = Batch(runner, self.drafting)
         self.admission = Admission(runner, limits)
         self._reading: list[Request] = []
         self._lock = threading.Lock()
@@ -158,6 +169,7 @@ class Scheduler:
                 cached_prompt_tokens=self._cached_tokens,
                 new_tokens=self._new_tokens,
                 finished=dict(self._finished),
+                drafts=DraftCounts() if self.drafting is None else replace(self.drafting.counts),
             )
 
     def completion(self, request: Request) -> Completion:

@@ -47,6 +47,8 @@ class SamplingParams:
         ignore_end_of_text: never choose an end of the model's, so that `max_new_tokens` are written unless `stop` or
             `stop_token_ids` say otherwise.
         fits_room: write fewer than `max_new_tokens` where the model's trained length leaves less room.
+        drafts: where the engine drafts, draft for this request, too; the text is the same.
+        prediction: text that the answer is expected to repeat, in parts: what an edit begins from, say; drafts copy it.
 
     Raises:
         InputError: a value out of range.
@@ -63,6 +65,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_end_of_text: bool = False
     fits_room: bool = False
+    drafts: bool = True
+    prediction: str = ""
 
     def __post_init__(self) -> None:
         for name, is_valid, needed in (

@@ -39,7 +39,11 @@ def usage(completions: Sequence[Completion], choices: int) -> dict[str, Any]:
             "cached_tokens": sum(one.cached_prompt_tokens for one in prompts),
             "sentence_ends": sum(one.prompt_sentence_ends for one in prompts),
         },
-        "completion_tokens_details": {"sentence_ends": sum(one.new_sentence_ends for one in used)},
+        "completion_tokens_details": {
+            "sentence_ends": sum(one.new_sentence_ends for one in used),
+            "accepted_prediction_tokens": sum(one.accepted_draft_tokens for one in used),
+            "rejected_prediction_tokens": sum(one.drafted_tokens - one.accepted_draft_tokens for one in used),
+        },
     }
 
 

@@ -53,6 +53,8 @@ class Metrics:
             ("cached_prompt_tokens", "Of these, those that needn't be read.", stats.cached_prompt_tokens),
             ("new_tokens", "Tokens written.", stats.new_tokens),
             ("rounds", "Rounds of the scheduler.", stats.rounds),
+            ("draft_tokens", "Drafted tokens that were verified.", stats.drafts.verified),
+            ("accepted_draft_tokens", "Of these, those that were chosen.", stats.drafts.right),
             ("session_failures", "Sessions that couldn't be saved.", sessions.failures),
             ("store_failures", "Uses of the sentence store that failed.", self.service.store_failures),
         ):

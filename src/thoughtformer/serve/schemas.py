@@ -43,7 +43,6 @@ IGNORED = (
     "metadata",
     "service_tier",
     "parallel_tool_calls",
-    "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
@@ -113,6 +112,25 @@ class Message(BaseModel):
 _Keys: Any = create_model("_Keys", __base__=_Strict, **dict.fromkeys((*OFF, *IGNORED), (Any, None)))  # type: ignore[call-overload]
 
 
+class TextPart(_Strict):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(_Strict):
+    """Text that the answer is expected to repeat: it may come sooner then, and is the same."""
+
+    type: Literal["content"] = "content"
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class GenerationRequest(_Keys):
     """What completions and chats share.
 
@@ -135,6 +153,7 @@ class GenerationRequest(_Keys):
     stream_options: StreamOptions | None = None
     session: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     return_context: bool = False
+    prediction: Prediction | None = None
 
     best_of: Any = None
     user: Any = None

@@ -316,5 +316,6 @@ def _params(body: GenerationRequest, new_tokens: int, *, fits_room: bool) -> Sam
         stop=body.stop_strings,
         ignore_end_of_text=body.ignore_eos,
         fits_room=fits_room,
+        prediction="" if body.prediction is None else body.prediction.text,
         **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
     )

@@ -1,0 +1,84 @@
+"""How much of what is drafted pays: seconds of a step by its tokens, measured, against tokens that it may yield."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+__all__ = ["StepCosts", "allotted"]
+
+#: Tokens of a pass that are timed.
+WIDTHS = (1, 2, 4, 8, 12, 16)
+#: Times each; the shortest counts.
+TIMES = 3
+#: By which one more step moves what is known of its width.
+WEIGHT = 0.05
+
+
+class StepCosts:
+    """Seconds of a pass by how many tokens it reads, of all rows together."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything is known."""
+        return bool(self._known)
+
+    def measure(self, seconds_of: Callable[[int], float]) -> None:
+        """Times passes of several widths; `seconds_of` takes one of so many tokens."""
+        for width in WIDTHS:
+            self._known[width] = min(seconds_of(width) for _ in range(TIMES))
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """One more pass was timed. One that took ten times as long as known is somebody else's doing."""
+        if num_tokens in self._known and seconds < 10 * self._known[num_tokens]:
+            self._known[num_tokens] += WEIGHT * (seconds - self._known[num_tokens])
+
+    def seconds(self, num_tokens: int) -> float:
+        """Of a pass; between widths and beyond them as along a line, and never less than a narrower one's."""
+        widths, largest = sorted(self._known), 0.0
+        points = []
+        for width in widths:
+            largest = max(largest, self._known[width])
+            points.append((width, largest))
+        for (left, low), (right, high) in pairwise(points):
+            if num_tokens <= right or right == widths[-1]:
+                return low + (high - low) * (num_tokens - left) / (right - left)
+        return points[0][1]
+
+
+def _by_survival(survivals: Sequence[Sequence[float]]) -> Iterator[tuple[int, float]]:
+    """All drafted tokens, the likeliest first, each behind those before it; of equal ones the first row's."""
+    waiting = [(-survival[0], row, 0) for row, survival in enumerate(survivals) if survival]
+    heapq.heapify(waiting)
+    while waiting:
+        least, row, place = heapq.heappop(waiting)
+        yield row, -least
+        if place + 1 < len(survivals[row]):
+            # A later token survives no more often than those before it, whatever a drafter says.
+            heapq.heappush(waiting, (max(-survivals[row][place + 1], least), row, place + 1))
+
+
+def allotted(survivals: Sequence[Sequence[float]], seconds: Callable[[int], float]) -> list[int]:
+    """How many tokens of each row's draft to verify, so that the step yields the most tokens a second.
+
+    A step yields a token a row, and of a draft each token with its survival. Of any number of drafted tokens the
+    likeliest yield most, so all numbers are compared.
+
+    Args:
+        survivals: of each row's draft.
+        seconds: of a pass of so many tokens.
+    """
+    taken, best = [0] * len(survivals), [0] * len(survivals)
+    num_tokens, tokens = len(survivals), float(len(survivals))
+    most = tokens / seconds(num_tokens)
+    for row, survival in _by_survival(survivals):
+        taken[row] += 1
+        num_tokens += 1
+        tokens += survival
+        if tokens / seconds(num_tokens) > most:
+            most, best = tokens / seconds(num_tokens), list(taken)
+    return best
