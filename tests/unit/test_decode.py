@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import product
 
@@ -207,17 +208,30 @@ def test_costs_between_widths_lie_on_a_line():
 
     def seconds_of(width):
         calls.append(width)
-        return {1: 10.0, 2: 9.0, 4: 12.0, 8: 20.0, 12: 40.0, 16: 60.0}[width] + 5 * (calls.count(width) == 1)
+        return {1: 10.0, 2: 9.0, 4: 12.0, 8: 20.0, 12: 40.0}[width] + 5 * (calls.count(width) == 1)
 
+    costs.add(1, 5.0)
+    assert not costs.is_measured
     costs.measure(seconds_of)
-    found = [costs.seconds(width) for width in (1, 2, 3, 4, 6, 8, 14, 16, 20)]
-    assert found == [10, 10, 11, 12, 16, 20, 50, 60, 80]
+    found = [costs.seconds(width) for width in (1, 2, 3, 4, 6, 8, 10, 12, 13)]
+    assert found == [10, 10, 11, 12, 16, 20, 30, 40, math.inf], "16 isn't tried where 12 took more than twice as long"
     for _ in range(200):
         costs.add(8, 30.0)
         costs.add(8, 1e6)
         costs.add(3, 1e6)
+        costs.add(99, 1.0)
+        costs.add(10, 33.0)
     assert costs.seconds(8) == pytest.approx(30, abs=0.01)
+    assert costs.seconds(10) == pytest.approx(33, abs=0.01)
     assert costs.seconds(3) == 11
+    assert costs.seconds(13) == math.inf
+
+
+def test_beyond_what_was_timed_nothing_is_drafted():
+    costs = StepCosts()
+    costs.measure(lambda width: 1.0 if width <= 8 else 3.0)
+    assert sum(allotted([[1.0] * 9] * 3, costs.seconds)) == 5
+    assert allotted([[1.0] * 9] * 13, costs.seconds) == [0] * 13
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _texts(size: Size) -> dict[str, tuple[list[int], list[int]]]:
     """Prompts and what is written after them, in ids, by workload."""
     tokenizer, chooser = size.tokenizer(), random.Random(0)
     words = (ASSETS / "page.txt").read_text(encoding="utf-8").split()
-    count = 160 if size.name == "full" else 24
+    count = 120 if size.name == "full" else 24
     first, second = words[:count], words[count : 2 * count]
     edited = [chooser.choice(second) if chooser.random() < CHANGED else word for word in first]
     pieces = [first[place : place + 10] + second[place : place + 10] for place in range(0, count, 20)]

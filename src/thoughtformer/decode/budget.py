@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 __all__ = ["StepCosts", "allotted"]
 
-#: Tokens of a pass that are timed.
-WIDTHS = (1, 2, 4, 8, 12, 16)
+#: Tokens of a pass that are timed, one after the other, until a pass takes twice as long as one of a single token.
+WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 #: Times each; the shortest counts.
 TIMES = 3
 #: By which one more step moves what is known of its width.
-WEIGHT = 0.05
+WEIGHT = 0.1
 
 
 class StepCosts:
@@ -31,23 +32,24 @@ class StepCosts:
         """Times passes of several widths; `seconds_of` takes one of so many tokens."""
         for width in WIDTHS:
             self._known[width] = min(seconds_of(width) for _ in range(TIMES))
+            if self._known[width] > 2 * self._known[1]:
+                return
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """One more pass was timed. One that took ten times as long as known is somebody else's doing."""
-        if num_tokens in self._known and seconds < 10 * self._known[num_tokens]:
-            self._known[num_tokens] += WEIGHT * (seconds - self._known[num_tokens])
+        known = self.seconds(num_tokens) if self._known else math.inf
+        if known < math.inf and seconds < 10 * known:
+            self._known[num_tokens] = known + WEIGHT * (seconds - known)
 
     def seconds(self, num_tokens: int) -> float:
-        """Of a pass; between widths and beyond them as along a line, and never less than a narrower one's."""
-        widths, largest = sorted(self._known), 0.0
-        points = []
-        for width in widths:
-            largest = max(largest, self._known[width])
-            points.append((width, largest))
+        """Of a pass; between widths as along a line, never less than a narrower one's, beyond all widths infinite."""
+        points: list[tuple[int, float]] = []
+        for width, seconds in sorted(self._known.items()):
+            points.append((width, max([seconds, *(known for _, known in points[-1:])])))
         for (left, low), (right, high) in pairwise(points):
-            if num_tokens <= right or right == widths[-1]:
+            if num_tokens <= right:
                 return low + (high - low) * (num_tokens - left) / (right - left)
-        return points[0][1]
+        return points[0][1] if num_tokens <= points[0][0] else math.inf
 
 
 def _by_survival(survivals: Sequence[Sequence[float]]) -> Iterator[tuple[int, float]]:
@@ -74,7 +76,7 @@ def allotted(survivals: Sequence[Sequence[float]], seconds: Callable[[int], floa
     """
     taken, best = [0] * len(survivals), [0] * len(survivals)
     num_tokens, tokens = len(survivals), float(len(survivals))
-    most = tokens / seconds(num_tokens)
+    most = tokens / seconds(num_tokens)  # 0 beyond what is known: then nothing is better
     for row, survival in _by_survival(survivals):
         taken[row] += 1
         num_tokens += 1
