@@ -19,6 +19,7 @@ RENEWED = (
     "docs/methods/gpthf.md",
     "docs/methods/sentinel.md",
     "docs/methods/compression.md",
+    "docs/methods/drafts.md",
 )
 
 
