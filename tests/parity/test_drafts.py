@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from typing import ClassVar
 
 import pytest
 import torch
@@ -153,6 +154,40 @@ def test_a_request_may_do_without_drafts(pair):
     counts = scheduler.stats().drafts
     assert (counts.verified, counts.right) == (both[0].num_drafted, both[0].num_right)
     assert counts.drafted_steps <= counts.steps
+
+
+def test_nothing_is_drafted_that_there_is_no_room_for(pair):
+    """The token behind a draft is chosen, too: no text grows beyond its limit, or the model's."""
+
+    class Greedy(Drafter):
+        asked: ClassVar[list[int]] = []
+
+        def propose(self, ids, most):
+            self.asked.append(len(ids) + most + 1)
+            return [ids[-1]] * (most + 3)
+
+    model, tokenizer = pair
+    runner = runner_of(model, tokenizer)
+    prompt = PAGE[:90]
+    length = len(runner.encode(prompt)) + 9
+    texts = []
+    for drafter in (None, Greedy()):
+        scheduler = Scheduler(runner, drafter=drafter)
+        request = scheduler.submit(prompt, SamplingParams(max_new_tokens=9, ignore_end_of_text=True))
+        widths, verify = [], runner.verify
+        runner.verify = lambda new, cache, verify=verify, widths=widths: (
+            widths.append(len(new[0])),
+            verify(new, cache),
+        )[1]
+        while scheduler.has_work:
+            before = len(request.ids)
+            scheduler.round()
+            assert not widths or before + widths[-1] <= length
+        runner.verify = verify
+        texts.append(request.ids)
+    assert texts[0] == texts[1]
+    assert Greedy.asked
+    assert max(Greedy.asked) <= length
 
 
 @pytest.mark.slow
