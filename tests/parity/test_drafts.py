@@ -156,6 +156,30 @@ def test_a_request_may_do_without_drafts(pair):
     assert counts.drafted_steps <= counts.steps
 
 
+def test_steps_that_cannot_be_timed_cost_no_request(caplog):
+    runner = runner_of(*tiny_pair(plain=True))
+    (plain,), _ = answered(runner, [(PAGE[:90], SamplingParams(max_new_tokens=9), "")], None, max_rows=1)
+
+    class Untimed(StepCosts):
+        def measure(self, seconds_of):
+            raise RuntimeError("out of memory, say")
+
+    with caplog.at_level(logging.WARNING):
+        scheduler = Scheduler(runner, drafter=Oracle([plain.ids]), costs=Untimed())
+        request = scheduler.submit(PAGE[:90], SamplingParams(max_new_tokens=9))
+        while scheduler.has_work:
+            scheduler.round()
+    assert told([request]) == told([plain])
+    assert len([record for record in caplog.records if "can't be timed" in record.message]) == 1
+
+
+def test_a_prediction_is_read_only_where_something_drafts():
+    runner, params = runner_of(*tiny_pair(plain=True)), SamplingParams(max_new_tokens=4, prediction=PAGE[:9000])
+    for drafter, length in ((None, 0), (Suffix(), len(runner.encode(PAGE[: 16 * 4], start=False)))):
+        scheduler = Scheduler(runner, drafter=drafter)
+        assert len(scheduler.submit(PAGE[:60], params).prediction) == length
+
+
 def test_nothing_is_drafted_that_there_is_no_room_for(pair):
     """The token behind a draft is chosen, too: no text grows beyond its limit, or the model's."""
 

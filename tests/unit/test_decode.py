@@ -86,8 +86,15 @@ def test_what_is_remembered_is_bounded():
     assert list(strategy.begin(client="a").propose([0, 1], 1).ids) == []
     for number in range(200):
         strategy.begin(client=str(number)).finish([1, 2, 3])
+        kept = [strategy.written_by(name) for name in ("a", *map(str, range(number + 1)))]
+        assert sum(known.num_tokens for known in kept if known is not None) <= 100
     assert strategy.written_by("a") is None
-    assert Suffix(remembered_tokens=0).begin().finish([1, 2, 3]) is None
+    assert strategy.written_by("199") is not None
+    strategy.begin(client="long").finish(range(500))
+    assert strategy.written_by("199") is None
+    forgetful = Suffix(remembered_tokens=0)
+    forgetful.begin().finish([1, 2, 3])
+    assert forgetful.written_by("") is None
 
 
 def test_the_latest_of_many_places_are_looked_at():

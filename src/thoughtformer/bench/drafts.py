@@ -101,7 +101,7 @@ def _written(
 ) -> dict[str, float]:
     """Tokens a second and a pass, behind the first token."""
     scheduler = Scheduler(runner, Limits(max_rows=rows), drafter=drafter_named(setting), costs=costs)
-    # A seed, so that tokens are chosen one by one.
+    # Drawn, not greedy: greedy rows are chosen together, and nobody would be asked.
     params = SamplingParams(max_new_tokens=len(text), ignore_end_of_text=True, temperature=1.0, seed=0)
     asked = [scheduler.prepare(prompt, params) for _ in range(rows)]
     for request in asked:

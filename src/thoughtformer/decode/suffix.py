@@ -1,4 +1,4 @@
-"""Drafts that copy: what followed the same tokens before (arXiv 2411.04975, section 3; 2304.04487)."""
+"""Drafts that copy: what followed the same tokens before (arXiv 2411.04975), here or in a text beside (2304.04487)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ LEAST_MATCH = 2
 LEAST_SHARE = 0.1
 #: Steps without a match behind the end of a copy, in which it is tried to go on with it.
 MOST_WITHOUT = 4
-#: Clients whose texts are remembered; the one that was longest away is forgotten.
-MOST_CLIENTS = 64
 
 
 class Place(NamedTuple):
@@ -160,7 +158,8 @@ class Suffix(Drafter):
         most_match: tokens that are compared; a longer match promises more.
         most_tokens: of a draft; of a match of m tokens, 2 m at most.
         most_places: that are looked at; the latest.
-        remembered_tokens: of a client's finished requests; 0: each request copies from its own text alone.
+        remembered_tokens: of finished requests, all clients' together; a token takes about 300 bytes. Who was away for
+            longest is forgotten first. 0: each request copies from its own text alone.
 
     Raises:
         ConfigError: a setting out of range.
@@ -186,6 +185,7 @@ class Suffix(Drafter):
         self.remembered_tokens = remembered_tokens
         self.shares = _Shares()
         self._clients: OrderedDict[str, Occurrences] = OrderedDict()
+        self._num_remembered = 0
 
     def begin(self, *, client: str = "", prediction: Sequence[int] = ()) -> _OfRequest:
         return _OfRequest(self, client, prediction)
@@ -203,12 +203,15 @@ class Suffix(Drafter):
             return
         known = self._clients.setdefault(client, Occurrences())
         self._clients.move_to_end(client)
+        before = known.num_tokens
         known.add(ids)
-        if known.num_tokens > self.remembered_tokens:
+        self._num_remembered += known.num_tokens - before
+        while self._num_remembered > self.remembered_tokens and len(self._clients) > 1:
+            self._num_remembered -= self._clients.popitem(last=False)[1].num_tokens
+        if self._num_remembered > self.remembered_tokens:
             # Half of it at once: forgetting reads what is left anew.
             known.forget(self.remembered_tokens // 2)
-        if len(self._clients) > MOST_CLIENTS:
-            self._clients.popitem(last=False)
+            self._num_remembered = known.num_tokens
 
 
 class _OfRequest(Drafter):

@@ -15,10 +15,6 @@ from thoughtformer.sampling import Ends, FinishReason, Sampler, SamplingParams, 
 __all__ = ["Completion", "Request", "StreamEvent", "Usage", "make_request"]
 
 
-#: Of a token that may be written; more of a prediction isn't looked at.
-PREDICTED_CHARACTERS = 16
-
-
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """Tokens read and written; sentence ends are tokens too, and also counted apart.
@@ -87,7 +83,7 @@ class Request:
         origin: where to go on from, copied once the request is admitted; `num_read` counts it already.
         keeps_cache: take the request's cache out of the batch when it ends.
         takes_drafts: several of its tokens may be read in one step.
-        prediction: tokens that its text is expected to repeat.
+        prediction: the tokens of `params.prediction`, where anything drafts.
         drafter: what drafts for it alone.
         num_drafted, num_right: drafted tokens that were verified, and those of them that were chosen.
         ends: where its text ends.
@@ -229,15 +225,7 @@ def make_request(runner: Runner, prompt: str | Sequence[int], params: SamplingPa
         most_entries=runner.most_entries(ids, params.max_new_tokens),
         ends=ends,
         takes_drafts=params.drafts,
-        prediction=_predicted(runner, params),
     )
-
-
-def _predicted(runner: Runner, params: SamplingParams) -> list[int]:
-    """As much of a prediction as there can be new text."""
-    # Tokens are longer than a character only where text is; what is cut off costs drafts, and nothing else.
-    text = params.prediction[: PREDICTED_CHARACTERS * params.max_new_tokens] if params.drafts else ""
-    return runner.encode(text, start=False) if text else []
 
 
 def check_prompt(runner: Runner, ids: Sequence[int], params: SamplingParams, number: int) -> None:

@@ -54,7 +54,7 @@ class Scheduler:
         costs: of a step, by which it is decided how much of what is proposed pays; None: all of it is verified.
 
     Raises:
-        UnsupportedError: several rows, or drafts, of a method that can't have them, as H2O.
+        UnsupportedError: several rows, or drafts, of a method that can't have them, as those that read twice.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class Scheduler:
     def enqueue(self, requests: Sequence[Request]) -> None:
         """Takes on all of them, or none; raises as `submit` does."""
         self.admission.check(requests)
+        if self.drafting is not None:
+            self.drafting.prepare(requests)
         with self._work:
             if self.is_closed:
                 raise StoppedError("the engine has stopped; nothing is worked on any more.")
