@@ -248,7 +248,14 @@ def test_keys_of_clients(server, name):
 def test_what_a_client_predicts_changes_no_text():
     """It is copied from, and usage and metrics say what came of it."""
     asked = {"messages": [USER], "max_tokens": 12, "seed": 3, "ignore_eos": True}
-    with serving(ended_pair(), drafter=Suffix()) as server:
+    read = []
+
+    class Noting(Suffix):
+        def begin(self, *, client="", prediction=()):
+            read.append(list(prediction))
+            return super().begin(client=client, prediction=prediction)
+
+    with serving(ended_pair(), drafter=Noting()) as server:
         plain = post(server, asked).json()
         details = plain["usage"]["completion_tokens_details"]
         assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] <= 12
@@ -257,6 +264,8 @@ def test_what_a_client_predicts_changes_no_text():
             assert done["choices"] == plain["choices"]
             details = done["usage"]["completion_tokens_details"]
             assert (details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0) >= bool(content)
+        page = server.service.runner.encode(PAGE[:90], start=False)
+        assert read == [[], page, page, []]
         for wrong in ("text", {"type": "content"}, {"type": "file", "content": "x"}, {"content": [{"type": "image"}]}):
             assert post(server, {**asked, "prediction": wrong}).status_code == 400
         metrics = httpx.get(f"{server.url}/metrics").text

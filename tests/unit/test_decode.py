@@ -76,12 +76,14 @@ def test_what_one_client_wrote_is_not_copied_for_another():
 
 
 def test_what_is_remembered_is_bounded():
-    strategy = Suffix(remembered_tokens=100)
+    strategy, sizes = Suffix(remembered_tokens=100), []
     for first in range(0, 10_000, 30):
         strategy.begin(client="a").finish(range(first, first + 30))
         known = strategy.written_by("a")
         assert known is not None
-        assert known.num_tokens <= 100
+        sizes.append(known.num_tokens)
+    assert sizes[:7] == [30, 60, 90, 30, 60, 90, 30]
+    assert max(sizes) <= 100
     assert list(strategy.begin(client="a").propose([first, first + 1], 1).ids) == [first + 2]
     assert list(strategy.begin(client="a").propose([0, 1], 1).ids) == []
     for number in range(200):
