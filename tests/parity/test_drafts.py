@@ -334,8 +334,8 @@ class Alone(Full):
 
     can_join = False
 
-    def new_store(self, **shape):
-        return Overwriting(self.entry_fields, block_entries=BLOCK_ENTRIES, **shape)
+    def new_store(self, shape, devices):
+        return Overwriting(self.entry_fields, shape, devices, block_entries=BLOCK_ENTRIES)
 
 
 def test_methods_that_read_twice_refuse_drafts():

@@ -11,6 +11,7 @@ import twins
 from lms import TINY_METHODS, random_ids, step_by_step, tiny_lm
 from thoughtformer.cache.blocks import allotted_blocks
 from thoughtformer.cache.quantised import BITS, dequantised, quantised, sizes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.compression import (
     TOVA,
     AttentionMatching,
@@ -152,14 +153,12 @@ def test_equal_numbers_stay_what_they_are(value):
 def test_a_step_of_selection_reads_the_pages_it_chooses():
     """And what is raw, all bounds and positions; with few pages all that is held."""
     method = Selection(read_tokens=8, page_tokens=4, first_tokens=2, recent_tokens=2)
-    shape = {"num_layers": 3, "num_rows": 2, "num_kv_heads": 2, "head_dim": 8, "dtype": torch.float32}
+    shape = KVShape(num_layers=3, num_rows=2, num_kv_heads=2, head_dim=8, dtype=torch.float32)
     entry = 2 * 2 * 8 * 4
     for paged, pages_unread in ((0, 0), (8, 0), (12, 1), (40, 8)):
-        stored, read = (
-            count(longest_row_entries=(6, paged), **shape) for count in (method.store_bytes, method.read_bytes)
-        )
+        stored, read = (count((6, paged), shape) for count in (method.store_bytes, method.read_bytes))
         assert stored - read == 3 * 2 * pages_unread * 4 * entry
-        assert method.resident_bytes(longest_row_entries=(6, paged), **shape) == stored
+        assert method.resident_bytes((6, paged), shape) == stored
 
 
 def test_room_grows_by_a_32nd():

@@ -144,7 +144,8 @@ def _kvpress(
         export_llama(*load_gpthf(options.base), Path(folder) / "llama")
         with PeerProcess(python, PEERS["kvpress"].worker, threads=torch.get_num_threads()) as peer:
             version = peer.ask(ask="load", path=str(Path(folder) / "llama"), threads=torch.get_num_threads())
-            entry_bytes = backbone_of(model).kv_bytes_per_entry()
+            backbone = backbone_of(model)
+            entry_bytes = backbone.kv_shape(range(backbone.num_layers)).entry_bytes
             unpruned: list[float] = []
             for name, press in {"kvpress none": None, **PRESSES}.items():
                 for ratio in options.removed if press is not None else (0.0,):

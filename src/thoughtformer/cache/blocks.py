@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from thoughtformer.cache.shape import KVShape
+
 __all__ = ["BlockEntries", "Blocks", "allotted_blocks", "positions_bytes"]
 
 #: Keys, values and positions of entries.
@@ -33,32 +35,30 @@ class Blocks(ABC):
 
     Args:
         block_entries: of a block.
-        shapes: of what is held of a block beside its positions, and its type, by name.
-        is_span: a block's entries follow one another, so that its first position tells all; or each head has its own.
-        num_rows: rows.
-        num_kv_heads: heads.
+        contents: what is held of a block beside its positions, by name: its shape and type.
+        shape: of what goes in.
         devices: of each layer.
+        is_span: a block's entries follow one another, so that its first position tells all; or each head has its own.
     """
 
     def __init__(
         self,
         block_entries: int,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        contents: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        shape: KVShape,
+        devices: Sequence[torch.device],
         *,
         is_span: bool,
-        num_rows: int,
-        num_kv_heads: int,
-        devices: Sequence[torch.device],
     ) -> None:
         self.block_entries = block_entries
         self.is_span = is_span
-        self.num_kv_heads = num_kv_heads
-        self.num_blocks = torch.zeros(len(devices), num_rows, dtype=torch.long)
-        of_positions = ((), torch.int32) if is_span else ((num_kv_heads, block_entries), torch.int32)
+        self.num_kv_heads = shape.num_kv_heads
+        self.num_blocks = torch.zeros(shape.num_layers, shape.num_rows, dtype=torch.long)
+        of_positions = ((), torch.int32) if is_span else ((shape.num_kv_heads, block_entries), torch.int32)
         #: By layer: (rows, blocks, ...).
         self.held = {
-            name: [torch.zeros(num_rows, 0, *shape, dtype=kind, device=place) for place in devices]
-            for name, (shape, kind) in {**shapes, "positions": of_positions}.items()
+            name: [torch.zeros(shape.num_rows, 0, *size, dtype=kind, device=device) for device in devices]
+            for name, (size, kind) in {**contents, "positions": of_positions}.items()
         }
 
     @abstractmethod

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, EntrySlots, Store
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.rules.entries import TOKEN, Entries, in_window
 from thoughtformer.rules.schedule import RowReading
 
@@ -41,8 +43,8 @@ class WindowSlots(EntrySlots):
         holds_spans: older tokens stay until they are dropped or folded, because sentinels have yet to read them.
     """
 
-    def __init__(self, window: int, *, holds_spans: bool, **shape: Any) -> None:
-        super().__init__(ENTRY_FIELDS, block_entries=BLOCK_ENTRIES, **shape)
+    def __init__(self, window: int, shape: KVShape, devices: Sequence[torch.device], *, holds_spans: bool) -> None:
+        super().__init__(ENTRY_FIELDS, shape, devices, block_entries=BLOCK_ENTRIES)
         self.window = self._width = window
         self.holds_spans = holds_spans
 

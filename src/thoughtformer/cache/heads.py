@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thoughtformer.cache.blocks import Blocks
 from thoughtformer.cache.entries import BLOCK_ENTRIES, Store
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.rules.schedule import RowReading
 
 __all__ = ["HeadStore", "Replayed", "head_store_bytes"]
@@ -35,20 +36,17 @@ def _num_slots(longest: int, most: int) -> int:
 
 def head_store_bytes(
     most_entries: Sequence[int],
-    *,
     longest_row_entries: int,
-    num_rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
+    shape: KVShape,
+    *,
     slot_numbers: int = 1,
     state_numbers: int = 0,
 ) -> int:
     """What the tensors of a `HeadStore` must measure, with so many numbers a slot, and a row in a layer."""
-    exact = torch.promote_types(dtype, torch.float32).itemsize
+    exact = torch.promote_types(shape.dtype, torch.float32).itemsize
     slots = sum(_num_slots(longest_row_entries, most) for most in most_entries)
-    in_slots = num_kv_heads * slots * (2 * head_dim * dtype.itemsize + slot_numbers * exact + 4)
-    return num_rows * (in_slots + len(most_entries) * state_numbers * exact + 8)
+    in_slots = shape.num_kv_heads * slots * (shape.head_bytes + slot_numbers * exact + 4)
+    return shape.num_rows * (in_slots + shape.num_layers * state_numbers * exact + 8)
 
 
 class HeadStore(Store):
@@ -59,6 +57,8 @@ class HeadStore(Store):
 
     Args:
         most_entries: slots that each layer may come to.
+        shape: of its keys and values.
+        devices: of each layer.
         numbers: names of what a method knows of an entry.
         state: what a method knows of a row in a layer beside that: names, and shapes without rows.
         tiers: what holds older entries.
@@ -69,28 +69,24 @@ class HeadStore(Store):
     def __init__(
         self,
         most_entries: Sequence[int],
+        shape: KVShape,
+        devices: Sequence[torch.device],
+        *,
         numbers: Sequence[str] = ("attention",),
         state: Mapping[str, Sequence[int]] | None = None,
         tiers: Sequence[Blocks] = (),
-        *,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | Sequence[torch.device],
     ) -> None:
-        assert len(most_entries) == num_layers
+        assert len(most_entries) == shape.num_layers
+        num_rows = shape.num_rows
         self.most_entries = list(most_entries)
         #: Entries of each row in its slots, in the layer that holds most.
         self.raw_lengths = torch.zeros(num_rows, dtype=torch.long)
         #: Passes since the last commit.
         self.passes: list[Replayed] = []
-        devices = [device] * num_layers if isinstance(device, torch.device) else device
-        exact = torch.promote_types(dtype, torch.float32)
+        exact = torch.promote_types(shape.dtype, torch.float32)
         kinds: dict[str, tuple[Sequence[int], torch.dtype]] = {
-            "keys": ((head_dim,), dtype),
-            "values": ((head_dim,), dtype),
+            "keys": ((shape.head_dim,), shape.dtype),
+            "values": ((shape.head_dim,), shape.dtype),
             **dict.fromkeys(numbers, ((), exact)),
             "position": ((), torch.int32),
         }
@@ -98,13 +94,13 @@ class HeadStore(Store):
         self.in_slots = tuple(kinds)
         self.held: dict[str, list[Tensor]] = {}
         for name, (tail, kind) in kinds.items():
-            shapes = [(num_rows, num_kv_heads, _num_slots(0, most), *tail) for most in most_entries]
+            sizes = [(num_rows, shape.num_kv_heads, _num_slots(0, most), *tail) for most in most_entries]
             self.held[name] = [
-                torch.full(shape, _EMPTY.get(name, 0), dtype=kind, device=place)
-                for shape, place in zip(shapes, devices, strict=True)
+                torch.full(size, _EMPTY.get(name, 0), dtype=kind, device=device)
+                for size, device in zip(sizes, devices, strict=True)
             ]
         for name, tail in (state or {}).items():
-            self.held[name] = [torch.zeros(num_rows, *tail, dtype=exact, device=place) for place in devices]
+            self.held[name] = [torch.zeros(num_rows, *tail, dtype=exact, device=device) for device in devices]
         self.tiers = list(tiers)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, allotted_blocks
 from thoughtformer.cache.quantised import Codes, QuantisedBlocks, dequantised, packed, sizes, unpacked
+from thoughtformer.cache.shape import KVShape
 
 __all__ = ["LookupBlocks", "lookup_bytes"]
 
@@ -23,14 +24,15 @@ class LookupBlocks(QuantisedBlocks):
     """Blocks in fewer bits, of whose keys the highest bit of each number is held apart: it finds them.
 
     Args:
-        bits, block_entries: as for `QuantisedBlocks`.
+        bits, block_entries, shape, devices: as for `QuantisedBlocks`.
         in_host_memory: entries lie there, wherever the model is; what finds them is with the model.
-        shape: as for `QuantisedBlocks`.
     """
 
-    def __init__(self, bits: int, block_entries: int, *, in_host_memory: bool, **shape: Any) -> None:
-        super().__init__(bits, block_entries, **shape)
-        high = (self.num_kv_heads, block_entries, -(-shape["head_dim"] // 8))
+    def __init__(
+        self, bits: int, block_entries: int, shape: KVShape, devices: Sequence[torch.device], *, in_host_memory: bool
+    ) -> None:
+        super().__init__(bits, block_entries, shape, devices)
+        high = (shape.num_kv_heads, block_entries, -(-shape.head_dim // 8))
         # Like the keys' steps they are bytes, and with the model.
         self.held["key_high"] = [steps.new_zeros(len(steps), 0, *high) for steps in self.held["key_step"]]
         if in_host_memory:
@@ -78,16 +80,7 @@ class LookupBlocks(QuantisedBlocks):
         return keys, values.flatten(3), of(self.positions(layer))
 
 
-def lookup_bytes(
-    block_entries: int,
-    *,
-    longest_row_entries: int,
-    num_layers: int,
-    num_rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    **_: Any,
-) -> int:
+def lookup_bytes(block_entries: int, longest_row_entries: int, shape: KVShape) -> int:
     """What the tensors of `LookupBlocks` must measure beside those of `QuantisedBlocks`."""
-    block = num_kv_heads * block_entries * -(-head_dim // 8)
-    return num_layers * num_rows * allotted_blocks(longest_row_entries // block_entries) * block
+    block = shape.num_kv_heads * block_entries * -(-shape.head_dim // 8)
+    return shape.num_layers * shape.num_rows * allotted_blocks(longest_row_entries // block_entries) * block

@@ -9,24 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
+from thoughtformer.cache.shape import KVShape
 
 __all__ = ["Pages", "pages_bytes"]
 
 
-def pages_bytes(
-    page_entries: int,
-    *,
-    longest_row_entries: int,
-    num_layers: int,
-    num_rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> int:
+def pages_bytes(page_entries: int, longest_row_entries: int, shape: KVShape) -> int:
     """What the tensors of `Pages` must measure."""
-    page = num_kv_heads * 2 * (page_entries + 1) * head_dim * dtype.itemsize
-    page += positions_bytes(page_entries, num_kv_heads, is_span=True)
-    return num_layers * num_rows * (allotted_blocks(longest_row_entries // page_entries) * page + 8)
+    page = shape.num_kv_heads * (page_entries + 1) * shape.head_bytes
+    page += positions_bytes(page_entries, shape.num_kv_heads, is_span=True)
+    pages = allotted_blocks(longest_row_entries // page_entries)
+    return shape.num_layers * shape.num_rows * (pages * page + 8)
 
 
 class Pages(Blocks):
@@ -34,30 +27,20 @@ class Pages(Blocks):
 
     Args:
         page_entries: of a page.
+        shape, devices: as for all blocks.
         in_host_memory: pages lie there, wherever the model is; bounds and positions are with the model.
     """
 
     def __init__(
-        self,
-        page_entries: int,
-        *,
-        in_host_memory: bool,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | Sequence[torch.device],
+        self, page_entries: int, shape: KVShape, devices: Sequence[torch.device], *, in_host_memory: bool
     ) -> None:
-        shapes = {
-            "keys": ((num_kv_heads, page_entries, head_dim), dtype),
-            "values": ((num_kv_heads, page_entries, head_dim), dtype),
-            "bounds": ((2, num_kv_heads, head_dim), dtype),
+        page = (shape.num_kv_heads, page_entries, shape.head_dim)
+        contents = {
+            "keys": (page, shape.dtype),
+            "values": (page, shape.dtype),
+            "bounds": ((2, shape.num_kv_heads, shape.head_dim), shape.dtype),
         }
-        devices = [device] * num_layers if isinstance(device, torch.device) else device
-        super().__init__(
-            page_entries, shapes, is_span=True, num_rows=num_rows, num_kv_heads=num_kv_heads, devices=devices
-        )
+        super().__init__(page_entries, contents, shape, devices, is_span=True)
         if in_host_memory:
             self.to_host(("keys", "values"))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks, positions_bytes
+from thoughtformer.cache.shape import KVShape
 
 __all__ = [
     "BITS",
@@ -104,39 +105,31 @@ class QuantisedBlocks(Blocks):
 
     Args:
         bits: of a number.
-        block_entries: of a block.
-        is_span: as for all blocks.
+        block_entries, shape, devices, is_span: as for all blocks.
     """
 
     def __init__(
         self,
         bits: int,
         block_entries: int,
+        shape: KVShape,
+        devices: Sequence[torch.device],
         *,
         is_span: bool = True,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | Sequence[torch.device],
     ) -> None:
         self.bits = bits
-        self.dtype = dtype
-        groups, coded = _groups(head_dim), head_dim * bits // 8
-        by_channel, by_token = (num_kv_heads, 1, head_dim), (num_kv_heads, block_entries, groups, 1)
-        shapes = {
-            "key_codes": ((num_kv_heads, block_entries, coded), torch.uint8),
+        self.dtype = shape.dtype
+        heads, groups, coded = shape.num_kv_heads, _groups(shape.head_dim), shape.head_dim * bits // 8
+        by_channel, by_token = (heads, 1, shape.head_dim), (heads, block_entries, groups, 1)
+        contents = {
+            "key_codes": ((heads, block_entries, coded), torch.uint8),
             "key_step": (by_channel, torch.uint8),
             "key_zero": (by_channel, KEY_ZERO),
-            "value_codes": ((num_kv_heads, block_entries, groups, coded // groups), torch.uint8),
+            "value_codes": ((heads, block_entries, groups, coded // groups), torch.uint8),
             "value_step": (by_token, torch.uint8),
             "value_zero": (by_token, VALUE_ZERO),
         }
-        devices = [device] * num_layers if isinstance(device, torch.device) else device
-        super().__init__(
-            block_entries, shapes, is_span=is_span, num_rows=num_rows, num_kv_heads=num_kv_heads, devices=devices
-        )
+        super().__init__(block_entries, contents, shape, devices, is_span=is_span)
 
     def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.put(layer, row, positions, self.coded(keys, values))
@@ -159,19 +152,11 @@ class QuantisedBlocks(Blocks):
 
 
 def quantised_bytes(
-    bits: int,
-    block_entries: int,
-    *,
-    longest_row_entries: int,
-    num_layers: int,
-    num_rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    is_span: bool = True,
-    **_: Any,
+    bits: int, block_entries: int, longest_row_entries: int, shape: KVShape, *, is_span: bool = True
 ) -> int:
     """What the tensors of `QuantisedBlocks` must measure, whatever the type of what is raw."""
-    entries = block_entries * num_kv_heads * entry_bits(bits, head_dim) // 8
-    of_keys = num_kv_heads * head_dim * (1 + KEY_ZERO.itemsize)
-    block = entries + of_keys + positions_bytes(block_entries, num_kv_heads, is_span=is_span)
-    return num_layers * num_rows * (allotted_blocks(longest_row_entries // block_entries) * block + 8)
+    entries = block_entries * shape.num_kv_heads * entry_bits(bits, shape.head_dim) // 8
+    of_keys = shape.num_kv_heads * shape.head_dim * (1 + KEY_ZERO.itemsize)
+    block = entries + of_keys + positions_bytes(block_entries, shape.num_kv_heads, is_span=is_span)
+    blocks = allotted_blocks(longest_row_entries // block_entries)
+    return shape.num_layers * shape.num_rows * (blocks * block + 8)

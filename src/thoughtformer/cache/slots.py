@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from thoughtformer.cache.shape import KVShape
+
 __all__ = ["RowSlots", "slots_bytes"]
 
 
@@ -24,40 +26,26 @@ def allotted(entries: int, block_entries: int, block_growth: int = 1) -> int:
 
 
 def slots_bytes(
-    num_fields: int,
-    *,
-    num_layers: int,
-    num_rows: int,
-    longest_row_entries: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    block_entries: int,
-    block_growth: int = 1,
+    num_fields: int, longest_row_entries: int, shape: KVShape, *, block_entries: int, block_growth: int = 1
 ) -> int:
     """Bytes of slots between forward passes, block rounding included; what the tensors of `RowSlots` must measure."""
-    slots = num_rows * allotted(longest_row_entries, block_entries, block_growth)
-    kv_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
-    return slots * (kv_bytes + num_fields * 4) + num_rows * 8
+    slots = shape.num_rows * allotted(longest_row_entries, block_entries, block_growth)
+    return slots * (shape.entry_bytes + num_fields * 4) + shape.num_rows * 8
 
 
 class RowSlots:
     """Entries of each row, in slots 0 to `lengths[row]` in any order, with named integer fields each.
 
-    Rows share one tensor a layer, allotted in whole blocks for the longest row, and for `reserve_entries` at least; on
-    one device, or each on its own.
+    Rows share one tensor a layer, on its device, allotted in whole blocks for the longest row, and for
+    `reserve_entries` at least.
     """
 
     def __init__(
         self,
         fields: tuple[str, ...],
+        shape: KVShape,
+        devices: Sequence[torch.device],
         *,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | Sequence[torch.device],
         block_entries: int,
         block_growth: int = 1,
     ) -> None:
@@ -65,13 +53,12 @@ class RowSlots:
         self.block_entries = block_entries
         self.block_growth = block_growth
         self.reserve_entries = 0
-        shape = (num_rows, num_kv_heads, allotted(0, block_entries), head_dim)
+        sizes = (shape.num_rows, shape.num_kv_heads, allotted(0, block_entries), shape.head_dim)
         # Zeroed, not empty: slots past a row's length are masked, but 0 times not-a-number is not 0.
-        devices = [device] * num_layers if isinstance(device, torch.device) else device
-        self.keys = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
-        self.values = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
-        self.entries = torch.zeros(len(fields), num_rows, shape[2], dtype=torch.int32)
-        self.lengths = torch.zeros(num_rows, dtype=torch.long)
+        self.keys = [torch.zeros(sizes, dtype=shape.dtype, device=device) for device in devices]
+        self.values = [torch.zeros(sizes, dtype=shape.dtype, device=device) for device in devices]
+        self.entries = torch.zeros(len(fields), shape.num_rows, sizes[2], dtype=torch.int32)
+        self.lengths = torch.zeros(shape.num_rows, dtype=torch.long)
 
     @property
     def capacity(self) -> int:

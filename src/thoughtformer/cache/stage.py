@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from thoughtformer.attention.cached import CachedAttention
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.cache.slots import RowSlots
 from thoughtformer.rules import RowCounters, TokenStructure, VisibilityRule
 
@@ -28,28 +29,15 @@ class StageCache(RowSlots):
     def __init__(
         self,
         rule: VisibilityRule,
+        shape: KVShape,
+        device: torch.device,
         *,
         name: str,
         per_token: int = 1,
         per_end: int = 1,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        super().__init__(
-            FIELDS,
-            num_layers=num_layers,
-            num_rows=num_rows,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
-            block_entries=rule.block_entries,
-            block_growth=rule.block_growth,
-        )
+        devices = [device] * shape.num_layers
+        super().__init__(FIELDS, shape, devices, block_entries=rule.block_entries, block_growth=rule.block_growth)
         self.rule = rule
         self.name = name
         self.per_token = per_token

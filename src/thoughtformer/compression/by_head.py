@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.compression.method import Method
 from thoughtformer.compression.on_devices import OnDevices
 from thoughtformer.models.backbone import Original
@@ -48,15 +49,15 @@ class ByHead(Method):
         """What is known of a row in a layer beside its entries: names, and shapes."""
         return {}
 
-    def new_store(self, **shape: Any) -> Store:
-        return HeadStore(self.most_entries(shape["num_layers"]), state=self.state, **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        return HeadStore(self.most_entries(shape.num_layers), shape, devices, state=self.state)
 
-    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         return head_store_bytes(
-            self.most_entries(num_layers),
-            longest_row_entries=longest_row_entries[0],
+            self.most_entries(shape.num_layers),
+            longest_row_entries[0],
+            shape,
             state_numbers=sum(torch.Size(tail).numel() for tail in self.state.values()),
-            **shape,
         )
 
 

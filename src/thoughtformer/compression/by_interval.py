@@ -58,7 +58,7 @@ class ByInterval(ByHead):
         return [self.max_entries] * num_layers
 
     def bound(self: Kind, shape: LayersShape) -> Kind:
-        return replace(self, layers=shape.num_layers)
+        return replace(self, layers=shape.kv.num_layers)
 
     def most_entries(self, num_layers: int) -> list[int]:
         return [budget + self.every_tokens for budget in self.budgets(num_layers)]

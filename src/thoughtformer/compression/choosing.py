@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor
 from thoughtformer.cache.blocks import BlockEntries, Blocks, allotted_blocks
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count
 from thoughtformer.compression.by_head import ByHead
 from thoughtformer.compression.in_pieces import AttendInPieces, Queries
@@ -59,15 +60,15 @@ class Choosing(ByHead):
         return 1
 
     @abstractmethod
-    def new_tier(self, **shape: Any) -> Blocks:
+    def new_tier(self, shape: KVShape, devices: Sequence[torch.device]) -> Blocks:
         """What is chosen from."""
 
     @abstractmethod
-    def tier_bytes(self, entries: int, **shape: Any) -> int:
+    def tier_bytes(self, entries: int, shape: KVShape) -> int:
         """Of so many of its entries in the longest row."""
 
     @abstractmethod
-    def entry_bytes(self, **shape: Any) -> int:
+    def entry_bytes(self, shape: KVShape) -> int:
         """That a step reads of an entry that it chooses, in one layer and row; they lie in the host's memory."""
 
     @property
@@ -97,24 +98,25 @@ class Choosing(ByHead):
     def most_entries(self, num_layers: int) -> list[int]:
         return [self.offset + self.every_tokens] * num_layers
 
-    def new_store(self, **shape: Any) -> Store:
-        return HeadStore(self.most_entries(shape["num_layers"]), (), tiers=[self.new_tier(**shape)], **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        tiers = [self.new_tier(shape, devices)]
+        return HeadStore(self.most_entries(shape.num_layers), shape, devices, numbers=(), tiers=tiers)
 
-    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         raw, others = longest_row_entries
-        total = head_store_bytes(self.most_entries(num_layers), longest_row_entries=raw, slot_numbers=0, **shape)
-        return total + self.tier_bytes(others, num_layers=num_layers, **shape)
+        total = head_store_bytes(self.most_entries(shape.num_layers), raw, shape, slot_numbers=0)
+        return total + self.tier_bytes(others, shape)
 
-    def read_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, num_rows: int, **shape: Any) -> int:
+    def read_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         _, others = longest_row_entries
         unread = allotted_blocks(others // self.every_tokens) * self.every_tokens - min(others, self.read_tokens)
-        shape |= {"num_layers": num_layers, "num_rows": num_rows}
-        stored = self.store_bytes(longest_row_entries=longest_row_entries, **shape)
-        return stored - num_layers * num_rows * unread * self.entry_bytes(**shape)
+        stored = self.store_bytes(longest_row_entries, shape)
+        return stored - shape.num_layers * shape.num_rows * unread * self.entry_bytes(shape)
 
-    def resident_bytes(self, **shape: Any) -> int:
+    def resident_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         # What isn't chosen is elsewhere; where the model runs on the host itself, that is the same memory.
-        return self.read_bytes(**shape) if self.in_host_memory else self.store_bytes(**shape)
+        count = self.read_bytes if self.in_host_memory else self.store_bytes
+        return count(longest_row_entries, shape)
 
 
 class AttendToChosen(AttendInPieces[Kind]):

@@ -45,9 +45,9 @@ class Folding(Method):
 
     def bound(self: FoldingKind, shape: LayersShape) -> FoldingKind:
         policy = self.policy.bound(
-            bytes_per_entry=shape.bytes_per_entry(),
+            bytes_per_entry=shape.kv.entry_bytes,
             num_summaries=self.num_summaries,
-            window_bytes=[(window, shape.bytes_per_entry(number)) for window, number in shape.windows],
+            window_bytes=[(window, kv.entry_bytes) for window, kv in shape.windows],
             holds_spans=self.num_sentinels_read > 0,
         )
         return replace(self, policy=policy)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.groups import GroupedStore, LayerGroup, WindowSlots
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.compression.at_once import AttendAtOnce
 from thoughtformer.compression.method import CacheBytes, LayersShape, Method, PassAttention
 from thoughtformer.compression.on_cache import AttendOnCache
@@ -70,8 +71,8 @@ class InWindow(Method):
         start = max(row.num_tokens - self.window + 1, 0)
         return row.num_tokens - start + self.beside.num_awaited(row, start)
 
-    def new_store(self, **shape: Any) -> Store:
-        return WindowSlots(self.window, holds_spans=self.holds_spans, **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        return WindowSlots(self.window, shape, devices, holds_spans=self.holds_spans)
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert store is None or isinstance(store, WindowSlots)
@@ -85,13 +86,12 @@ class InWindow(Method):
 def shape_of(backbone: Backbone) -> LayersShape:
     """What entries take in the layers that a method acts on, and which others there are."""
     return LayersShape(
-        num_layers=len(backbone.groups[0].layers),
+        kv=backbone.kv_shape(backbone.groups[0].layers),
         num_heads=backbone.num_heads,
-        num_kv_heads=backbone.num_kv_heads,
-        head_dim=backbone.head_dim,
-        dtype=backbone.dtype,
         max_tokens=backbone.max_tokens,
-        windows=[(group.window, len(group.layers)) for group in backbone.groups if group.window is not None],
+        windows=[
+            (group.window, backbone.kv_shape(group.layers)) for group in backbone.groups if group.window is not None
+        ],
     )
 
 
@@ -109,22 +109,11 @@ class Holding:
             if group.window is not None
         ]
 
-    def _shape(self, group: LayerGroup, num_rows: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Of the keys and values of so many rows in some layers, wherever they are."""
-        backbone = self.backbone
-        return {
-            "num_layers": len(group.layers),
-            "num_rows": num_rows,
-            "num_kv_heads": backbone.num_kv_heads,
-            "head_dim": backbone.head_dim,
-            "dtype": backbone.dtype if dtype is None else dtype,
-        }
-
     def new_store(self, num_rows: int) -> Store:
         """Empty stores behind one face, on the layers' devices."""
         devices = self.backbone.devices
         parts = [
-            holder.new_store(**self._shape(group, num_rows), device=[devices[layer] for layer in group.layers])
+            holder.new_store(self.backbone.kv_shape(group.layers, num_rows), [devices[layer] for layer in group.layers])
             for holder, group in zip(self.holders, self.groups, strict=True)
         ]
         return parts[0] if len(parts) == 1 else GroupedStore(parts)
@@ -141,7 +130,7 @@ class Holding:
         for holder, group in zip(self.holders, self.groups, strict=True):
             parts = [longest.pop(0) for _ in holder.stored_parts(RowProgress())]
             count = {"stored": holder.store_bytes, "resident": holder.resident_bytes, "read": holder.read_bytes}[kind]
-            total += count(longest_row_entries=parts, **self._shape(group, num_rows, dtype))
+            total += count(parts, self.backbone.kv_shape(group.layers, num_rows, dtype))
         assert not longest
         return total
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 
 from thoughtformer.cache.entries import BLOCK_ENTRIES, ENTRY_FIELDS, EntrySlots, Store
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.checks import check_fields
 from thoughtformer.compression.at_once import AttendAtOnce
@@ -48,26 +49,16 @@ class LayersShape:
     """Of the layers that a method acts on, what their entries take.
 
     Attributes:
-        num_layers: that it acts on.
-        num_heads, num_kv_heads: of queries, and of keys.
-        head_dim: numbers of a query, a key or a value.
-        dtype: of keys and values.
+        kv: shape of their keys and values, of one row.
+        num_heads: of queries.
         max_tokens: positions that the model was trained for.
-        windows: of other layers, by group: their window, and how many they are.
+        windows: of other layers, by group: their window, and the shape of their keys and values.
     """
 
-    num_layers: int
+    kv: KVShape
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
     max_tokens: int
-    windows: Sequence[tuple[int, int]] = ()
-
-    def bytes_per_entry(self, num_layers: int | None = None) -> int:
-        """Keys and values of an entry in so many layers; None: in those that the method acts on."""
-        num_layers = self.num_layers if num_layers is None else num_layers
-        return 2 * num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    windows: Sequence[tuple[int, KVShape]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,40 +223,22 @@ class Method(ABC):
         """What the entries of its caches are; caches of one kind alone fit one another."""
         return "entries"
 
-    def new_store(self, **shape: Any) -> Store:
-        """Where keys and values go: num_layers, num_rows, num_kv_heads, head_dim, dtype and device of them."""
-        return EntrySlots(self.entry_fields, block_entries=BLOCK_ENTRIES, **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        """Where keys and values go, each layer's on its device."""
+        return EntrySlots(self.entry_fields, shape, devices, block_entries=BLOCK_ENTRIES)
 
-    def store_bytes(
-        self,
-        *,
-        longest_row_entries: Sequence[int],
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-    ) -> int:
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         """What a store's tensors must measure, block rounding included, by the longest row in each of its parts."""
         (longest,) = longest_row_entries
-        return slots_bytes(
-            len(self.entry_fields),
-            num_layers=num_layers,
-            num_rows=num_rows,
-            longest_row_entries=longest,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            block_entries=BLOCK_ENTRIES,
-        )
+        return slots_bytes(len(self.entry_fields), longest, shape, block_entries=BLOCK_ENTRIES)
 
-    def resident_bytes(self, **shape: Any) -> int:
+    def resident_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         """What of `store_bytes` is in memory."""
-        return self.store_bytes(**shape)
+        return self.store_bytes(longest_row_entries, shape)
 
-    def read_bytes(self, **shape: Any) -> int:
+    def read_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         """What of `store_bytes` a step reads."""
-        return self.store_bytes(**shape)
+        return self.store_bytes(longest_row_entries, shape)
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         """The attention of a pass over new entries, which extends the store if there is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor
 from thoughtformer.cache.blocks import Blocks
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count, check_fraction
 from thoughtformer.compression.by_head import ByHead
 from thoughtformer.compression.in_pieces import AttendInPieces, Queries
@@ -117,20 +118,17 @@ class Rereading(ByHead):
         # What is kept of all chunks has no end.
         return [1 << 40] * num_layers
 
-    def tiers(self, **shape: Any) -> list[Blocks]:
+    def tiers(self, shape: KVShape, devices: Sequence[torch.device]) -> list[Blocks]:
         """What holds that which is kept, if not slots."""
         return []
 
-    def new_store(self, **shape: Any) -> Store:
-        return RereadStore(self.most_entries(shape["num_layers"]), self.numbers, tiers=self.tiers(**shape), **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        most = self.most_entries(shape.num_layers)
+        return RereadStore(most, shape, devices, numbers=self.numbers, tiers=self.tiers(shape, devices))
 
-    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
-        return head_store_bytes(
-            self.most_entries(num_layers),
-            longest_row_entries=longest_row_entries[0],
-            slot_numbers=len(self.numbers),
-            **shape,
-        )
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
+        most = self.most_entries(shape.num_layers)
+        return head_store_bytes(most, longest_row_entries[0], shape, slot_numbers=len(self.numbers))
 
     @classmethod
     def at_entries(cls: type[Kind], search: Search) -> Iterator[Kind]:

@@ -9,7 +9,7 @@ Over 400 lines, because the families stand side by side: a new one is written by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from thoughtformer.attention.rotary import Rotary
 from thoughtformer.cache.groups import LayerGroup
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.errors import ThoughtformerError, UnsupportedError
 from thoughtformer.models.acceptance import check_configuration, check_told, prove, windows_of
 from thoughtformer.models.gpthf.causal_lm import GPTHFForCausalLM
@@ -193,10 +194,15 @@ class Backbone(ABC):
             on: what an adapter acts on; None for the model as it is.
         """
 
-    def kv_bytes_per_entry(self, num_layers: int | None = None) -> int:
-        """Keys and values of one entry in so many layers; None: all."""
-        num_layers = self.num_layers if num_layers is None else num_layers
-        return 2 * num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def kv_shape(self, layers: Sequence[int], num_rows: int = 1, dtype: torch.dtype | None = None) -> KVShape:
+        """Of the keys and values of so many rows in some layers; dtype None: the model's."""
+        return KVShape(
+            num_layers=len(layers),
+            num_rows=num_rows,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype if dtype is None else dtype,
+        )
 
     def _probe(self, through: Callable[[Tensor, Tensor, Attend], Any]) -> None:
         """Runs two tokens to learn shapes and places, and to see that every layer really asks for its attention."""

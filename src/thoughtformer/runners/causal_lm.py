@@ -177,7 +177,7 @@ class _Follower(ContextFollower):
             open_tokens=still_open,
             held_bytes=model.cache_bytes([int(lengths[index]) for lengths in cache.store.lengths_by_part()], 1),
             plain_bytes=sum(
-                min(len(ids), group.window or len(ids)) * model.backbone.kv_bytes_per_entry(len(group.layers))
+                min(len(ids), group.window or len(ids)) * model.backbone.kv_shape(group.layers).entry_bytes
                 for group in model.groups
             ),
             folded=folded,

@@ -65,7 +65,7 @@ class ExpectedAttention(ByInterval):
             )
 
     def bound(self, shape: LayersShape) -> ExpectedAttention:
-        return replace(super().bound(shape), query_heads=shape.num_heads, head_dim=shape.head_dim)
+        return replace(super().bound(shape), query_heads=shape.num_heads, head_dim=shape.kv.head_dim)
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from thoughtformer.cache.blocks import Blocks
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore
 from thoughtformer.cache.quantised import BITS, QuantisedBlocks, quantised_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count
 from thoughtformer.compression.method import LayersShape, Method, PassAttention
 from thoughtformer.compression.methods.quantised import WINDOW_BLOCK, Quantised, check_head
@@ -52,8 +53,10 @@ class KVzip(Rereading):
         kept = (1 - self.removed) * self.chunk_tokens
         return round(kept) if self.bits is None else max(round(kept / self.block_tokens), 1) * self.block_tokens
 
-    def tiers(self, **shape: Any) -> list[Blocks]:
-        return [] if self.bits is None else [QuantisedBlocks(self.bits, self.block_tokens, is_span=False, **shape)]
+    def tiers(self, shape: KVShape, devices: Sequence[torch.device]) -> list[Blocks]:
+        if self.bits is None:
+            return []
+        return [QuantisedBlocks(self.bits, self.block_tokens, shape, devices, is_span=False)]
 
     def stored_parts(self, row: RowProgress) -> tuple[int, ...]:
         if self.bits is None:
@@ -61,12 +64,10 @@ class KVzip(Rereading):
         chunks = self.chunks_after(row.num_tokens)
         return row.num_tokens - chunks * self.chunk_tokens, chunks * self.kept_tokens
 
-    def store_bytes(self, *, longest_row_entries: Sequence[int], **shape: Any) -> int:
-        total = super().store_bytes(longest_row_entries=longest_row_entries, **shape)
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
+        total = super().store_bytes(longest_row_entries, shape)
         if self.bits is not None:
-            total += quantised_bytes(
-                self.bits, self.block_tokens, is_span=False, longest_row_entries=longest_row_entries[1], **shape
-            )
+            total += quantised_bytes(self.bits, self.block_tokens, longest_row_entries[1], shape, is_span=False)
         return total
 
     def in_window(self, window: int) -> Method | None:

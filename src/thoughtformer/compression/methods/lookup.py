@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks
@@ -13,6 +13,7 @@ from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore
 from thoughtformer.cache.lookup import LookupBlocks, lookup_bytes
 from thoughtformer.cache.quantised import BITS, entry_bits, quantised_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count
 from thoughtformer.compression.choosing import AttendToChosen, Choosing
 from thoughtformer.compression.method import LayersShape, PassAttention
@@ -72,16 +73,16 @@ class Lookup(Choosing):
         )
         return like.in_window(window)
 
-    def new_tier(self, **shape: Any) -> Blocks:
-        return LookupBlocks(self.bits, self.block_tokens, in_host_memory=self.in_host_memory, **shape)
+    def new_tier(self, shape: KVShape, devices: Sequence[torch.device]) -> Blocks:
+        return LookupBlocks(self.bits, self.block_tokens, shape, devices, in_host_memory=self.in_host_memory)
 
-    def tier_bytes(self, entries: int, **shape: Any) -> int:
-        held = quantised_bytes(self.bits, self.block_tokens, longest_row_entries=entries, **shape)
-        return held + lookup_bytes(self.block_tokens, longest_row_entries=entries, **shape)
+    def tier_bytes(self, entries: int, shape: KVShape) -> int:
+        held = quantised_bytes(self.bits, self.block_tokens, entries, shape)
+        return held + lookup_bytes(self.block_tokens, entries, shape)
 
-    def entry_bytes(self, **shape: Any) -> int:
+    def entry_bytes(self, shape: KVShape) -> int:
         # The scales of a block's keys stay with the model, and count as read, all of them.
-        return shape["num_kv_heads"] * entry_bits(self.bits, shape["head_dim"]) // 8
+        return shape.num_kv_heads * entry_bits(self.bits, shape.head_dim) // 8
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, HeadStore)

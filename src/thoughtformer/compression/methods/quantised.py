@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore, head_store_bytes
 from thoughtformer.cache.quantised import BITS, QuantisedBlocks, quantised_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count
 from thoughtformer.compression.at_once import additive
 from thoughtformer.compression.by_head import ByHead
@@ -30,8 +30,8 @@ WINDOW_BLOCK = 32
 
 def check_head(bits: int, shape: LayersShape) -> None:
     """Raises `UnsupportedError` where a head's numbers don't fill bytes."""
-    if shape.head_dim % (8 // bits):
-        raise UnsupportedError(f"numbers of {bits} bits don't fill the bytes of a head of {shape.head_dim}.")
+    if shape.kv.head_dim % (8 // bits):
+        raise UnsupportedError(f"numbers of {bits} bits don't fill the bytes of a head of {shape.kv.head_dim}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +144,15 @@ class Quantised(ByHead):
         if self.max_bytes is None:
             return self
         least = self.finer_tokens // self.block_tokens
-        each: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
 
         def most_bytes(blocks: int) -> int:
             """What layers that read all may come to with so many blocks."""
             longest = [self.offset + self.block_tokens - 1, self.finer_tokens]
             rest = (blocks - least) * self.block_tokens
             longest = [*longest, rest] if self.finer_tokens else [longest[0], rest]
-            return self.store_bytes(longest_row_entries=longest, num_layers=shape.num_layers, num_rows=1, **each)
+            return self.store_bytes(longest, shape.kv)
 
-        in_windows = sum(self._window_bytes(window, num_layers=number, **each) for window, number in shape.windows)
+        in_windows = sum(self._window_bytes(window, kv) for window, kv in shape.windows)
         needed = in_windows + most_bytes(least)
         if needed > self.max_bytes:
             raise ConfigError(
@@ -164,12 +163,12 @@ class Quantised(ByHead):
         blocks = longest[bisect_right(longest, self.max_bytes - in_windows, key=most_bytes) - 1]
         return replace(self, held_tokens=blocks * self.block_tokens, max_bytes=None)
 
-    def _window_bytes(self, window: int, **shape: Any) -> int:
+    def _window_bytes(self, window: int, shape: KVShape) -> int:
         """What layers with a window may come to."""
         beside = self.in_window(window)
         rows = map(RowProgress, range(self.offset + window + 3 * self.block_tokens))
         sizes = {beside.stored_parts(row) for row in rows}
-        return max(beside.store_bytes(longest_row_entries=parts, num_rows=1, **shape) for parts in sizes)
+        return max(beside.store_bytes(parts, shape) for parts in sizes)
 
     # How it is kept and attended to.
 
@@ -180,17 +179,15 @@ class Quantised(ByHead):
     def most_entries(self, num_layers: int) -> list[int]:
         return [self.offset + self.block_tokens] * num_layers
 
-    def new_store(self, **shape: Any) -> Store:
-        tiers = [QuantisedBlocks(bits, self.block_tokens, **shape) for bits in self.tiers]
-        return HeadStore(self.most_entries(shape["num_layers"]), (), tiers=tiers, **shape)
+    def new_store(self, shape: KVShape, devices: Sequence[torch.device]) -> Store:
+        tiers = [QuantisedBlocks(bits, self.block_tokens, shape, devices) for bits in self.tiers]
+        return HeadStore(self.most_entries(shape.num_layers), shape, devices, numbers=(), tiers=tiers)
 
-    def store_bytes(self, *, longest_row_entries: Sequence[int], num_layers: int, **shape: Any) -> int:
+    def store_bytes(self, longest_row_entries: Sequence[int], shape: KVShape) -> int:
         raw, *of_tiers = longest_row_entries
-        total = head_store_bytes(self.most_entries(num_layers), longest_row_entries=raw, slot_numbers=0, **shape)
+        total = head_store_bytes(self.most_entries(shape.num_layers), raw, shape, slot_numbers=0)
         for bits, entries in zip(self.tiers, of_tiers, strict=True):
-            total += quantised_bytes(
-                bits, self.block_tokens, longest_row_entries=entries, num_layers=num_layers, **shape
-            )
+            total += quantised_bytes(bits, self.block_tokens, entries, shape)
         return total
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from thoughtformer.cache.blocks import BlockEntries, Blocks
 from thoughtformer.cache.entries import Store
 from thoughtformer.cache.heads import HeadStore
 from thoughtformer.cache.pages import Pages, pages_bytes
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.checks import check_count
 from thoughtformer.compression.choosing import AttendToChosen, Choosing
 from thoughtformer.compression.method import PassAttention
@@ -58,14 +59,14 @@ class Selection(Choosing):
     def kind(self) -> str:
         return f"pages of {self.page_tokens}"
 
-    def new_tier(self, **shape: Any) -> Blocks:
-        return Pages(self.page_tokens, in_host_memory=self.in_host_memory, **shape)
+    def new_tier(self, shape: KVShape, devices: Sequence[torch.device]) -> Blocks:
+        return Pages(self.page_tokens, shape, devices, in_host_memory=self.in_host_memory)
 
-    def tier_bytes(self, entries: int, **shape: Any) -> int:
-        return pages_bytes(self.page_tokens, longest_row_entries=entries, **shape)
+    def tier_bytes(self, entries: int, shape: KVShape) -> int:
+        return pages_bytes(self.page_tokens, entries, shape)
 
-    def entry_bytes(self, **shape: Any) -> int:
-        return 2 * shape["num_kv_heads"] * shape["head_dim"] * shape["dtype"].itemsize
+    def entry_bytes(self, shape: KVShape) -> int:
+        return shape.num_kv_heads * shape.head_bytes
 
     def attend(self, chunk: Chunk, store: Store | None, *, backbone: Backbone, execution: str) -> PassAttention:
         assert isinstance(store, HeadStore)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from thoughtformer.cache import GPTHFCache, StageCache
+from thoughtformer.cache.shape import KVShape
 from thoughtformer.cache.slots import slots_bytes
 from thoughtformer.cache.stage import FIELDS
 from thoughtformer.models.gpthf.configuration import GPTHFConfig
@@ -29,6 +30,17 @@ class CachedStage:
     per_token: int
     per_end: int
 
+    def shape(self, num_rows: int, dtype: torch.dtype) -> KVShape:
+        """Of its keys and values."""
+        layer = self.stage.shape
+        return KVShape(
+            num_layers=len(self.stage.layers),
+            num_rows=num_rows,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            dtype=dtype,
+        )
+
 
 def cached_stages(stages: Sequence[Stage]) -> list[CachedStage]:
     """The stages' entries, in order, then those of the summaries that an hourglass's decoder reads."""
@@ -45,15 +57,11 @@ def new_cache(cached: Sequence[CachedStage], num_rows: int, *, dtype: torch.dtyp
     stages = [
         StageCache(
             part.rule,
+            part.shape(num_rows, dtype),
+            device,
             name=part.name,
             per_token=part.per_token,
             per_end=part.per_end,
-            num_layers=len(part.stage.layers),
-            num_rows=num_rows,
-            num_kv_heads=part.stage.shape.num_kv_heads,
-            head_dim=part.stage.shape.head_dim,
-            dtype=dtype,
-            device=device,
         )
         for part in cached
     ]
@@ -71,12 +79,8 @@ def cache_bytes(
     stages = sum(
         slots_bytes(
             len(FIELDS),
-            num_layers=len(part.stage.layers),
-            num_rows=num_rows,
-            longest_row_entries=max(longest_row_entries[part.name], reserve_tokens if part.rule.keeps_all else 0),
-            num_kv_heads=part.stage.shape.num_kv_heads,
-            head_dim=part.stage.shape.head_dim,
-            dtype=dtype,
+            max(longest_row_entries[part.name], reserve_tokens if part.rule.keeps_all else 0),
+            part.shape(num_rows, dtype),
             block_entries=part.rule.block_entries,
             block_growth=part.rule.block_growth,
         )
