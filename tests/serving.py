@@ -47,7 +47,7 @@ def serving(
     """Serves a model as "tiny" at a free port."""
     model, tokenizer = pair
     runner = runner_of(model, tokenizer, sentences=None if store is None else store.of(model))
-    scheduler = Scheduler(runner, limits or Limits(), drafter=drafter)
+    scheduler = Scheduler(runner, limits or Limits(), drafters=[drafter] if drafter else [])
     service = Service(
         scheduler, Sessions(scheduler.runner, folder=folder), ServeSettings(model_name="tiny", **settings)
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thoughtformer.compression import CompressedModel, Context, compress
+    from thoughtformer.decode.speculating import speculate
     from thoughtformer.engine import Completion, Engine, SentenceStore, generate
     from thoughtformer.models import GPTHFConfig, GPTHFForCausalLM
     from thoughtformer.models.loading import load
@@ -35,6 +36,7 @@ __all__ = [
     "compress",
     "generate",
     "load",
+    "speculate",
 ]
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "compress": "thoughtformer.compression",
     "generate": "thoughtformer.engine",
     "load": "thoughtformer.models.loading",
+    "speculate": "thoughtformer.decode.speculating",
 }
 
 

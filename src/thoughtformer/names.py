@@ -35,7 +35,7 @@ METHOD_NAMES = tuple(
     module.name for module in iter_modules([str(Path(__file__).resolve().parent / "compression" / "methods")])
 )
 #: What proposes tokens.
-DRAFTER_NAMES = ("suffix",)
+DRAFTER_NAMES = ("suffix", "model")
 BENCH_CASES = {
     "speed": (
         "prefill",

@@ -81,7 +81,7 @@ def test_the_drafter_shown_saves_steps(shown):
     """On a text that repeats itself, as greedy ones of small models do; and changes nothing of it."""
     reader, params, texts, rounds = runner_of(*tiny_pair()), SamplingParams(max_new_tokens=40), [], []
     for drafter in (None, shown["Again"]()):
-        scheduler = Scheduler(reader, drafter=drafter)
+        scheduler = Scheduler(reader, drafters=[drafter] if drafter else [])
         request = scheduler.submit("The ferry left. The ferry left. The ferry", params)
         while scheduler.has_work:
             scheduler.round()

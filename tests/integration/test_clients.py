@@ -251,9 +251,9 @@ def test_what_a_client_predicts_changes_no_text():
     read = []
 
     class Noting(Suffix):
-        def begin(self, *, client="", prediction=()):
+        def begin(self, *, client="", prediction=(), guess=None):
             read.append(list(prediction))
-            return super().begin(client=client, prediction=prediction)
+            return super().begin(client=client, prediction=prediction, guess=guess)
 
     with serving(ended_pair(), drafter=Noting()) as server:
         plain = post(server, asked).json()
@@ -270,7 +270,7 @@ def test_what_a_client_predicts_changes_no_text():
             assert post(server, {**asked, "prediction": wrong}).status_code == 400
         metrics = httpx.get(f"{server.url}/metrics").text
         (verified,) = (line for line in metrics.splitlines() if line.startswith("thoughtformer_draft_tokens_total"))
-        assert float(verified.split()[1]) == server.service.scheduler.stats().drafts.verified > 0
+        assert float(verified.split()[1]) == server.service.scheduler.stats().drafts.verified.total() > 0
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0}, {"temperature": 1e-9}, {"temperature": 0}, {"top_k": 1}])

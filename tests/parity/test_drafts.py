@@ -9,18 +9,16 @@ from typing import ClassVar
 import pytest
 import torch
 
+from drafting import DRAFTED, answered, requests_of, told
 from lms import SERVED, random_ids, served_pair, tiny_lm
-from prose import KINDS, PAGE, prose, tiny_pair
+from prose import KINDS, PAGE, tiny_pair
 from thoughtformer.cache.entries import BLOCK_ENTRIES, EntrySlots
 from thoughtformer.compression import Full, compress
 from thoughtformer.decode import Drafter, StepCosts, Suffix
-from thoughtformer.engine import Engine, Limits, Scheduler, Sessions, runner_of
-from thoughtformer.engine.request import Request
+from thoughtformer.decode.budget import RowCosts
+from thoughtformer.engine import Engine, Scheduler, Sessions, runner_of
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.sampling import SamplingParams
-
-#: What a second reading dropped can't be found again: such methods refuse drafts.
-DRAFTED = [case for case, (_, method) in SERVED.items() if not method.can_reread]
 
 
 @pytest.fixture(params=[*KINDS, *DRAFTED])
@@ -57,45 +55,11 @@ class Oracle(Drafter):
         return [token if self.chooser.random() >= self.errs else self.chooser.choice(ids) for token in draft]
 
 
-def requests_of(count: int) -> list[tuple[str, SamplingParams, str]]:
-    chooser = random.Random(11)
-    asked = []
-    for number in range(count):
-        params = SamplingParams(
-            max_new_tokens=chooser.choice([1, 2, 9, 25]),
-            temperature=chooser.choice([0.0, 0.0, 1.0]),
-            seed=number,
-            stop=chooser.choice([(), ("e", "a"), ("ing",)]),
-            repetition_penalty=chooser.choice([1.0, 1.3]),
-            min_p=chooser.choice([0.0, 0.1]),
-            ignore_end_of_text=chooser.random() < 0.5,
-        )
-        asked.append((prose(chooser.choice([5, 80, 200]), seed=number), params, str(chooser.randint(0, 2))))
-    return asked
-
-
-def answered(
-    runner, asked, drafter: Drafter | None, *, max_rows: int, costs: StepCosts | None = None
-) -> tuple[list[Request], int]:
-    """The requests once they have ended, which came at different times, and how many rounds that took."""
-    scheduler = Scheduler(runner, Limits(max_rows=max_rows), drafter=drafter, costs=costs)
-    chooser = random.Random(5)
-    requests, waiting = [], list(asked)
-    while waiting or scheduler.has_work:
-        while waiting and chooser.random() < 0.5:
-            prompt, params, client = waiting.pop(0)
-            requests.append(scheduler.submit(prompt, params, client=client))
-        scheduler.round()
-        assert scheduler.batch.cache is None or scheduler.batch.cache.autocommit
-        assert scheduler.batch.num_bytes() <= scheduler.admission.most_bytes(scheduler.batch.requests)
-    return requests, scheduler.stats().rounds
-
-
-def told(requests: list[Request]) -> list[tuple]:
-    return [(request.ids, "".join(request.text), request.finish_reason) for request in requests]
-
-
-@pytest.mark.parametrize("max_rows", [1, 4])
+@pytest.mark.parametrize(
+    ("pair", "max_rows"),
+    [*((kind, rows) for kind in KINDS for rows in (1, 4)), *((case, (1, 4)[n % 2]) for n, case in enumerate(DRAFTED))],
+    indirect=["pair"],
+)
 def test_texts_are_those_without_drafts(pair, max_rows):
     runner, asked = runner_of(*pair), requests_of(10)
     plain, rounds = answered(runner, asked, None, max_rows=max_rows)
@@ -109,10 +73,14 @@ def test_texts_are_those_without_drafts(pair, max_rows):
             assert fewer < rounds
 
 
-class SteppedCosts(StepCosts):
+class Stepped(RowCosts):
     """As if a pass cost so much for up to four tokens, and twice as much for more; nothing is timed."""
 
     is_measured = True
+
+    def __init__(self):
+        super().__init__()
+        self.is_tried = True
 
     def seconds(self, num_tokens):
         return 1.0 + (num_tokens > 4)
@@ -121,12 +89,23 @@ class SteppedCosts(StepCosts):
         assert num_tokens <= 4 or num_tokens >= 8, "more than four never pays for less than twice the tokens"
 
 
+class CostsOf(StepCosts):
+    """The same for all numbers of rows."""
+
+    def __init__(self, costs):
+        super().__init__()
+        self.costs = costs
+
+    def of(self, num_rows):
+        return self.costs
+
+
 def test_a_budget_changes_no_text(pair):
     """Whatever it grants; and what is counted of drafts is what was verified and chosen."""
     runner, asked = runner_of(*pair), requests_of(8)
     plain, _ = answered(runner, asked, None, max_rows=3)
     for drafter, costs in (
-        (Oracle([request.ids for request in plain]), SteppedCosts()),
+        (Oracle([request.ids for request in plain]), CostsOf(Stepped())),
         (Suffix(), StepCosts()),
         (Suffix(most_tokens=3), None),
     ):
@@ -142,7 +121,7 @@ def test_a_request_may_do_without_drafts(pair):
     runner = runner_of(*pair)
     params = SamplingParams(max_new_tokens=12, ignore_end_of_text=True)
     (plain,), _ = answered(runner, [("A loop. " * 9, params, "")], None, max_rows=1)
-    scheduler = Scheduler(runner, drafter=Oracle([plain.ids]))
+    scheduler = Scheduler(runner, drafters=[Oracle([plain.ids])])
     both = [
         scheduler.submit("A loop. " * 9, SamplingParams(max_new_tokens=12, ignore_end_of_text=True, drafts=drafts))
         for drafts in (True, False)
@@ -152,7 +131,7 @@ def test_a_request_may_do_without_drafts(pair):
     assert both[0].ids == both[1].ids == plain.ids
     assert both[0].num_drafted > 0 == both[1].num_drafted
     counts = scheduler.stats().drafts
-    assert (counts.verified, counts.right) == (both[0].num_drafted, both[0].num_right)
+    assert (counts.verified.total(), counts.right.total()) == (both[0].num_drafted, both[0].num_right)
     assert counts.drafted_steps <= counts.steps
 
 
@@ -160,12 +139,12 @@ def test_steps_that_cannot_be_timed_cost_no_request(caplog):
     runner = runner_of(*tiny_pair(plain=True))
     (plain,), _ = answered(runner, [(PAGE[:90], SamplingParams(max_new_tokens=9), "")], None, max_rows=1)
 
-    class Untimed(StepCosts):
-        def measure(self, seconds_of):
+    class Untimed(RowCosts):
+        def measure(self, seconds_of, num_rows=1):
             raise RuntimeError("out of memory, say")
 
     with caplog.at_level(logging.WARNING):
-        scheduler = Scheduler(runner, drafter=Oracle([plain.ids]), costs=Untimed())
+        scheduler = Scheduler(runner, drafters=[Oracle([plain.ids])], costs=CostsOf(Untimed()))
         request = scheduler.submit(PAGE[:90], SamplingParams(max_new_tokens=9))
         while scheduler.has_work:
             scheduler.round()
@@ -176,7 +155,7 @@ def test_steps_that_cannot_be_timed_cost_no_request(caplog):
 def test_a_prediction_is_read_only_where_something_drafts():
     runner, params = runner_of(*tiny_pair(plain=True)), SamplingParams(max_new_tokens=4, prediction=PAGE[:9000])
     for drafter, length in ((None, 0), (Suffix(), len(runner.encode(PAGE[: 16 * 4], start=False)))):
-        scheduler = Scheduler(runner, drafter=drafter)
+        scheduler = Scheduler(runner, drafters=[drafter] if drafter else [])
         assert len(scheduler.submit(PAGE[:60], params).prediction) == length
 
 
@@ -196,7 +175,7 @@ def test_nothing_is_drafted_that_there_is_no_room_for(pair):
     length = len(runner.encode(prompt)) + 9
     texts = []
     for drafter in (None, Greedy()):
-        scheduler = Scheduler(runner, drafter=drafter)
+        scheduler = Scheduler(runner, drafters=[drafter] if drafter else [])
         request = scheduler.submit(prompt, SamplingParams(max_new_tokens=9, ignore_end_of_text=True))
         widths, verify = [], runner.verify
         runner.verify = lambda new, cache, verify=verify, widths=widths: (
@@ -232,7 +211,7 @@ def test_a_right_draft_takes_one_step(pair):
     runner = runner_of(model, tokenizer)
     (plain,), rounds = answered(runner, [(PAGE[:120], params, "")], None, max_rows=1)
     assert rounds >= 21
-    scheduler = Scheduler(runner, drafter=Oracle([plain.ids], size=4))
+    scheduler = Scheduler(runner, drafters=[Oracle([plain.ids], size=4)])
     request = scheduler.submit(PAGE[:120], params)
     tokens = []
     while scheduler.has_work:
@@ -253,7 +232,7 @@ def test_what_is_held_is_what_was_accepted(pair):
             for number, prompt in enumerate((PAGE[:150], " And then", " She laughed.")):
                 if drafts:
                     drafter = Oracle([ids[False, number] + [5, 6, 7]], size=5)
-                scheduler = Scheduler(runner, drafter=drafter)
+                scheduler = Scheduler(runner, drafters=[drafter] if drafter else [])
                 session, request = sessions.begin("a", prompt, params)
                 scheduler.enqueue([request])
                 while scheduler.has_work:
@@ -278,14 +257,14 @@ def test_a_drafter_that_fails_costs_nothing_else(pair, caplog, proposed):
     with caplog.at_level(logging.WARNING):
         drafted = Engine(*pair, drafts=Failing()).generate([PAGE[:80], "The ferry"], params)
     assert [(one.ids, one.text) for one in drafted] == [(one.ids, one.text) for one in expected]
-    assert len([record for record in caplog.records if "drafted" in record.message]) == 2, "once a request"
+    assert len([record for record in caplog.records if "drafts no more" in record.message]) == 2, "once a request"
 
 
 def test_who_is_told_of_each_token_gets_one_at_a_time(pair):
     runner = runner_of(*pair)
     params = SamplingParams(max_new_tokens=12, ignore_end_of_text=True)
     (plain,), _ = answered(runner, [(PAGE[:120], params, "")], None, max_rows=1)
-    scheduler = Scheduler(runner, drafter=Oracle([plain.ids]))
+    scheduler = Scheduler(runner, drafters=[Oracle([plain.ids])])
     request = scheduler.prepare(PAGE[:120], params)
     request.follower = runner.new_follower()
     scheduler.enqueue([request])
@@ -301,7 +280,7 @@ def test_what_a_request_is_told_of_is_its_own(pair):
     runner, params, told = runner_of(*pair), SamplingParams(max_new_tokens=30, ignore_end_of_text=True), []
     (neighbour,), _ = answered(runner, [(PAGE[:90], params, "")], None, max_rows=1)
     for drafter in (None, Oracle([neighbour.ids])):
-        scheduler, events = Scheduler(runner, drafter=drafter), []
+        scheduler, events = Scheduler(runner, drafters=[drafter] if drafter else []), []
         scheduler.submit(PAGE[:90], params)
         request = scheduler.prepare(PAGE[40:160], params)
         request.follower, request.on_event = runner.new_follower(), events.append

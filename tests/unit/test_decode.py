@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thoughtformer.decode import DRAFTERS, Drafter, StepCosts, Suffix, drafter_named
-from thoughtformer.decode.budget import allotted
+from thoughtformer.decode import DRAFTERS, Drafter, DraftModel, Suffix, drafters_of
+from thoughtformer.decode.budget import RowCosts, allotted
 from thoughtformer.decode.suffix import LEAST_MATCH, LEAST_SHARE, Occurrences
 from thoughtformer.errors import ConfigError, InputError
+from thoughtformer.names import DRAFTER_NAMES
 
 SMALL_IDS = st.lists(st.integers(0, 3), min_size=0, max_size=40)
 
@@ -115,7 +116,7 @@ def replayed(drafter: Drafter, prompt: list[int], answer: list[int], most: int) 
         right = 0
         while right < len(draft) and len(ids) + right < end - 1 and draft[right] == whole[len(ids) + right]:
             right += 1
-        drafter.observe(len(draft), right)
+        drafter.observe(len(draft), right, right + 1)
         ids += whole[len(ids) : len(ids) + right + 1]
         passes, verified = passes + 1, verified + 1 + len(draft)
     return passes, verified
@@ -140,16 +141,16 @@ def test_a_copy_goes_on_behind_what_differs():
     drafter = Suffix().begin()
     ids = [*text, *text[:6]]
     assert list(drafter.propose(ids, 4).ids) == text[6:10]
-    drafter.observe(4, 2)
+    drafter.observe(4, 2, 3)
     ids += [106, 107, 7]  # not 108
     assert list(drafter.propose(ids, 4).ids) == text[9:13]
-    drafter.observe(4, 0)
+    drafter.observe(4, 0, 1)
     ids += [8]
     assert list(drafter.propose(ids, 4).ids) == text[10:14]
-    drafter.observe(0, 0)
+    drafter.observe(0, 0, 1)
     for token in range(5):
         drafter.propose(ids := [*ids, token], 4)
-        drafter.observe(0, 0)
+        drafter.observe(0, 0, 1)
     assert list(drafter.propose(ids, 4).ids) == []
 
 
@@ -158,22 +159,22 @@ def test_promises_that_are_not_kept_count_for_less():
     drafter = strategy.begin()
     ids = [1, 2, 3, 1, 2]
     first = drafter.propose(ids, 2).survival
-    drafter.observe(2, 0)
+    drafter.observe(2, 0, 1)
     second = drafter.propose(ids, 2).survival
     assert second[0] < first[0]
     for _ in range(30):
         drafter.propose(ids, 2)
-        drafter.observe(2, 2)
+        drafter.observe(2, 2, 2 + 1)
     assert drafter.propose(ids, 2).survival[0] > second[0]
     for _ in range(60):
         drafter.propose(ids, 2)
-        drafter.observe(2, 0)
+        drafter.observe(2, 0, 1)
     low = drafter.propose(ids, 2).survival[0]
     assert low < 0.4
     tried = []
     for _ in range(70):  # what isn't verified is tried again now and then
         tried.append(drafter.propose(ids, 2).survival[0])
-        drafter.observe(0, 0)
+        drafter.observe(0, 0, 1)
     assert max(tried) == first[0]
 
 
@@ -212,7 +213,7 @@ def test_where_a_token_costs_a_step_nothing_is_drafted_and_where_it_costs_nothin
 
 
 def test_costs_between_widths_lie_on_a_line():
-    costs = StepCosts()
+    costs = RowCosts()
     assert not costs.is_measured
     calls = []
 
@@ -238,7 +239,7 @@ def test_costs_between_widths_lie_on_a_line():
 
 
 def test_beyond_what_was_timed_nothing_is_drafted():
-    costs = StepCosts()
+    costs = RowCosts()
     costs.measure(lambda width: 1.0 if width <= 8 else 3.0)
     assert sum(allotted([[1.0] * 9] * 3, costs.seconds)) == 5
     assert allotted([[1.0] * 9] * 13, costs.seconds) == [0] * 13
@@ -247,7 +248,7 @@ def test_beyond_what_was_timed_nothing_is_drafted():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: drafter_named("sufix"), InputError, "drafts='sufix' is unknown.*Did you mean 'suffix'"),
+        (lambda: drafters_of("sufix"), InputError, "drafts='sufix' is unknown.*Did you mean 'suffix'"),
         (lambda: Suffix(most_match=1), ConfigError, "most_match=1 must be a whole number of at least 2"),
         (lambda: Suffix(most_tokens=0), ConfigError, "most_tokens=0"),
         (lambda: Suffix(remembered_tokens=-1), ConfigError, "remembered_tokens=-1"),
@@ -259,6 +260,10 @@ def test_settings_that_cannot_be(make, error, message):
 
 
 def test_every_strategy_is_made_by_its_name():
-    assert drafter_named("off") is None
+    assert drafters_of("off") == []
+    arguments = {"model": "model:tiny-gpthf"}
+    assert set(DRAFTERS) == set(DRAFTER_NAMES)
     for name, kind in DRAFTERS.items():
-        assert type(drafter_named(name)) is kind
+        (drafter,) = drafters_of(arguments.get(name, name))
+        assert type(drafter) is kind
+    assert [type(drafter) for drafter in drafters_of("suffix, model:tiny-gpthf")] == [Suffix, DraftModel]

@@ -1,14 +1,16 @@
 """Drafts: texts of which much, half or nothing was written before, with and without, beside transformers' lookup.
 
 The model's weights are random, so what it writes is given: every peer computes all that it would, and then chooses the
-text's next token.
+text's next token. Texts called drawn or greedy were written by the bundled GPT, with the same random numbers: so the
+bundled hourglass is as often right about them as it would be if that GPT were as large as the one that is timed.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from thoughtformer.bench.running import Options, measured
 from thoughtformer.bench.shapes import Size
 from thoughtformer.bench.timing import Run
 from thoughtformer.convert.llama import as_llama
-from thoughtformer.decode import StepCosts, drafter_named
+from thoughtformer.decode import Drafter, DraftModel, StepCosts, Suffix
 from thoughtformer.engine import Limits, Scheduler, runner_of
+from thoughtformer.engine.request import Request
+from thoughtformer.models.loading import load
 from thoughtformer.names import ASSETS
 from thoughtformer.sampling import Sampler, SamplingParams
 
@@ -30,6 +34,10 @@ __all__ = ["drafts"]
 CHANGED = 0.05
 #: Rows of the batch beside a single one.
 ROWS = 8
+#: The bundled models that write a text and draft for it.
+WRITER, DRAFTER = "tiny-gpt", "tiny-gpthf"
+#: Tokens of a piece, where copied ones and new ones take turns.
+PIECE = 12
 #: Tokens that transformers' lookup proposes.
 LOOKED_UP = 7
 
@@ -40,19 +48,34 @@ def drafts(options: Options) -> Iterator[Record]:
     gpt, tokenizer = size.gpt(), size.tokenizer()
     llama = as_llama(gpt)
     runner = runner_of(gpt, tokenizer)
-    for (name, (prompt, text)), rows in ((pair, rows) for pair in _texts(size).items() for rows in (1, ROWS)):
+    drafter = load(DRAFTER)
+    # New ones for each run: what one has learned of a text must not help the next.
+    strategies: dict[str, Callable[[], list[Drafter]]] = {"off": list, "suffix": lambda: [Suffix()]}
+    for (name, given), rows in ((pair, rows) for pair in _texts(size).items() for rows in (1, ROWS)):
+        is_written = given.temperature is not None
+        if is_written and rows > 1:
+            continue
+        if is_written and "model" not in strategies:
+            strategies["model"] = lambda: [DraftModel(*drafter)]
+            strategies["both"] = lambda: [Suffix(), DraftModel(*drafter)]
         runs: dict[str, Run] = {}
-        for setting in ("off", "suffix"):
+        for setting, made in strategies.items():
             costs = StepCosts()  # measured once, as in an engine that stays
-            runs[f"gpt, drafts {setting}"] = lambda setting=setting, costs=costs, prompt=prompt, text=text, rows=rows: (
-                _written(runner, setting, costs, prompt, text, rows)
+            runs[f"gpt, drafts {setting}"] = lambda made=made, costs=costs, given=given, rows=rows: _written(
+                runner, made(), costs, given, rows
             )
-        if rows == 1:
+        if rows == 1 and not is_written:
             for peer, more in (("generate", {}), ("prompt lookup", {"prompt_lookup_num_tokens": LOOKED_UP})):
-                runs[f"transformers Llama, {peer}"] = lambda more=more, prompt=prompt, text=text: _generated(
-                    llama, prompt, text, more
+                runs[f"transformers Llama, {peer}"] = lambda more=more, given=given: _generated(
+                    llama, given.prompt, given.text, more
                 )
-        workload = {"text": name, "batch": rows, "context": len(prompt), "new_tokens": len(text), "size": size.name}
+        workload = {
+            "text": name,
+            "batch": rows,
+            "context": len(given.prompt),
+            "new_tokens": len(given.text),
+            "size": size.name,
+        }
         yield from measured(
             "drafts",
             workload,
@@ -65,8 +88,21 @@ def drafts(options: Options) -> Iterator[Record]:
         )
 
 
-def _texts(size: Size) -> dict[str, tuple[list[int], list[int]]]:
-    """Prompts and what is written after them, in ids, by workload."""
+@dataclass(frozen=True)
+class Given:
+    """A prompt, and what is written after it, in ids.
+
+    Attributes:
+        temperature: at which the bundled GPT wrote it; None: it was put together of other texts.
+    """
+
+    prompt: list[int]
+    text: list[int]
+    temperature: float | None = None
+
+
+def _texts(size: Size) -> dict[str, Given]:
+    """By workload; those that a model wrote come last."""
     tokenizer, chooser = size.tokenizer(), random.Random(0)
     words = (ASSETS / "page.txt").read_text(encoding="utf-8").split()
     count = 120 if size.name == "full" else 24
@@ -79,31 +115,56 @@ def _texts(size: Size) -> dict[str, tuple[list[int], list[int]]]:
         return tokenizer.encode_document(" ".join(text) + "\n\n", complete=False, start=start).tolist()
 
     prompt = ids(first, start=True)
-    return {
-        name: (prompt, ids(text, start=False)) for name, text in (("edit", edited), ("half", half), ("new", second))
+    texts = {
+        name: Given(prompt, ids(text, start=False))
+        for name, text in (("edit", edited), ("half", half), ("new", second))
+        for name, text in (("edit", edited), ("half", half), ("new", second))
     }
+    for name, temperature, is_half in (("drawn", 1.0, False), ("greedy", 0.0, False), ("half drawn", 1.0, True)):
+        copied = prompt[1:] if is_half else []
+        texts[name] = Given(prompt, _continued(prompt, copied, temperature, len(texts["new"].text)), temperature)
+    return texts
+
+
+def _continued(prompt: list[int], copied: Sequence[int], temperature: float, count: int) -> list[int]:
+    """What the bundled GPT writes behind a prompt; of every two pieces of the text, one is a piece of `copied`."""
+    scheduler = Scheduler(runner_of(*load(WRITER)), Limits(max_rows=1))
+    request = _asked(scheduler, prompt, temperature, count)
+    text = [copied[place % len(copied)] if copied and place // PIECE % 2 == 0 else None for place in range(count)]
+    request.sampler = _Given(request.sampler, len(prompt), text)
+    scheduler.enqueue([request])
+    while scheduler.has_work:
+        scheduler.round()
+    return request.ids[len(prompt) :]
+
+
+def _asked(scheduler: Scheduler, prompt: list[int], temperature: float, count: int) -> Request:
+    """A request whose tokens are chosen by its sampler one by one, also where that is greedy."""
+    params = SamplingParams(max_new_tokens=count, ignore_end_of_text=True, temperature=1.0, seed=0)
+    request = scheduler.prepare(prompt, params)
+    greedy = Sampler(replace(params, temperature=temperature), (), torch.device("cpu"), never=request.sampler.never)
+    request.sampler = request.sampler if temperature else greedy
+    return request
 
 
 class _Given(Sampler):
-    """Chooses, after working out its choice, what a text has next."""
+    """Chooses, after working out its choice, what a text has next; its choice where the text has none."""
 
-    def __init__(self, sampler: Sampler, num_prompt: int, text: Sequence[int]) -> None:
+    def __init__(self, sampler: Sampler, num_prompt: int, text: Sequence[int | None]) -> None:
         self.__dict__.update(sampler.__dict__)
         self.num_prompt, self.text = num_prompt, text
 
     def choose(self, ids: Sequence[int], logits: torch.Tensor) -> int:
-        super().choose(ids, logits)
-        return self.text[len(ids) - self.num_prompt]
+        chosen, given = super().choose(ids, logits), self.text[len(ids) - self.num_prompt]
+        return chosen if given is None else given
 
 
-def _written(
-    runner: Any, setting: str, costs: StepCosts, prompt: list[int], text: list[int], rows: int
-) -> dict[str, float]:
+def _written(runner: Any, drafters: Sequence[Drafter], costs: StepCosts, given: Given, rows: int) -> dict[str, float]:
     """Tokens a second and a pass, behind the first token."""
-    scheduler = Scheduler(runner, Limits(max_rows=rows), drafter=drafter_named(setting), costs=costs)
-    # Drawn, not greedy: greedy rows are chosen together, and nobody would be asked.
-    params = SamplingParams(max_new_tokens=len(text), ignore_end_of_text=True, temperature=1.0, seed=0)
-    asked = [scheduler.prepare(prompt, params) for _ in range(rows)]
+    prompt, text = given.prompt, given.text
+    scheduler = Scheduler(runner, Limits(max_rows=rows), drafters=drafters, costs=costs)
+    temperature = 1.0 if given.temperature is None else given.temperature
+    asked = [_asked(scheduler, prompt, temperature, len(text)) for _ in range(rows)]
     for request in asked:
         request.sampler = _Given(request.sampler, len(prompt), text)
         request.client = str(request.number)  # what one writes isn't copied by another
@@ -114,11 +175,11 @@ def _written(
         scheduler.round()
     seconds = time.perf_counter() - started
     assert all(request.ids == [*prompt, *text] for request in asked)
-    new = rows * (len(text) - 1)
+    new, counts = rows * (len(text) - 1), scheduler.stats().drafts
     return {
         "tokens_per_second": new / seconds,
         "tokens_per_pass": new / rows / (scheduler.stats().rounds - rounds),
-        "verified_per_token": 1 + (scheduler.stats().drafts.verified - scheduler.stats().drafts.right) / new,
+        "verified_per_token": 1 + (counts.verified.total() - counts.right.total()) / new,
     }
 
 

@@ -118,7 +118,7 @@ def generate(
         raise InputError("--store keeps sentences of a GPTHF; --method, --adapter and --context compress other models.")
 
     from thoughtformer.compression import CompressedModel, Context
-    from thoughtformer.decode import StepCosts, drafter_named
+    from thoughtformer.decode import StepCosts, drafters_of
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, runner_of
     from thoughtformer.stores.sentences import storable
 
@@ -128,7 +128,7 @@ def generate(
     with ExitStack() as stack:
         known = None if store is None else stack.enter_context(SentenceStore(store)).of(opened)
         runner = runner_of(opened, tokenizer, sentences=known)
-        scheduler = Scheduler(runner, Limits(max_rows=1), drafter=drafter_named(drafts), costs=StepCosts())
+        scheduler = Scheduler(runner, Limits(max_rows=1), drafters=drafters_of(drafts), costs=StepCosts())
         if context is None:
             request = scheduler.prepare(text, params)
         else:

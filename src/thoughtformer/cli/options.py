@@ -52,10 +52,15 @@ def check_model(name: str | None) -> str | None:
     return name
 
 
-def _check_drafts(name: str) -> str:
-    if name != "off" and name not in DRAFTER_NAMES:
-        raise InputError(f"--drafts {name!r} is unknown.{nearest(name, ['off', *DRAFTER_NAMES])}")
-    return name
+def _check_drafts(names: str) -> str:
+    """A callback: what can't draft is told before anything heavy is imported."""
+    for name in names.split(","):
+        kind, _, argument = name.strip().partition(":")
+        if kind != "off" and kind not in DRAFTER_NAMES:
+            raise InputError(f"--drafts {name!r} is unknown.{nearest(kind, ['off', *DRAFTER_NAMES])}")
+        if kind == "model" and argument:
+            resolve(argument)
+    return names
 
 
 def check_source(source: str) -> None:
@@ -124,8 +129,8 @@ Extrapolate = Annotated[
 Drafts = Annotated[
     str,
     typer.Option(
-        help=f"What proposes tokens, several of which are then read at once: off, {', '.join(DRAFTER_NAMES)}. The text "
-        "is the same.",
+        help="What proposes tokens, several of which are then read at once: off, suffix, model:NAME (a smaller model), "
+        "or several with commas. The text is the same.",
         callback=_check_drafts,
     ),
 ]

@@ -93,7 +93,7 @@ def serve(
         raise InputError(
             f"serving needs further packages ({error.name}): pip install 'thoughtformer[serve]'."
         ) from None
-    from thoughtformer.decode import StepCosts, drafter_named
+    from thoughtformer.decode import StepCosts, drafters_of
     from thoughtformer.engine import Limits, Scheduler, SentenceStore, Sessions, runner_of
     from thoughtformer.stores.sentences import storable
 
@@ -135,7 +135,7 @@ def serve(
             stack.callback(opened.close)
             known = opened.of(served, is_strict=False)
         runner = runner_of(served, tokenizer, sentences=known, compile=compile)
-        scheduler = Scheduler(runner, limits, drafter=drafter_named(drafts), costs=StepCosts())
+        scheduler = Scheduler(runner, limits, drafters=drafters_of(drafts), costs=StepCosts())
         kept = Sessions(scheduler.runner, folder=session_folder, max_bytes=session_bytes, idle_seconds=idle_seconds)
         app = create_app(Service(scheduler, kept, settings))
         uvicorn.run(app, host=host, port=port, log_level="info", server_header=False, timeout_graceful_shutdown=5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from thoughtformer.decode.budget import StepCosts
-from thoughtformer.decode.drafting import DRAFTERS, Draft, Drafter, drafter_named
+from thoughtformer.decode.draft_model import DraftModel
+from thoughtformer.decode.drafting import DRAFTERS, Draft, Drafter, Forecast, Guess, drafters_of
 from thoughtformer.decode.suffix import Suffix
 
-__all__ = ["DRAFTERS", "Draft", "Drafter", "StepCosts", "Suffix", "drafter_named"]
+__all__ = ["DRAFTERS", "Draft", "DraftModel", "Drafter", "Forecast", "Guess", "StepCosts", "Suffix", "drafters_of"]

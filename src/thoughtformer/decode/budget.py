@@ -9,7 +9,7 @@ from itertools import pairwise
 
 __all__ = ["StepCosts", "allotted"]
 
-#: Tokens of a pass that are timed, one after the other, until a pass takes twice as long as one of a single token.
+#: Tokens of a pass that are timed, those of the other rows beside, until a pass takes twice as long as without drafts.
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 #: Times each; the shortest counts.
 TIMES = 3
@@ -18,21 +18,35 @@ WEIGHT = 0.1
 
 
 class StepCosts:
-    """Seconds of a pass by how many tokens it reads, of all rows together."""
+    """Seconds of a pass by how many tokens it reads, of all rows together; known for each number of rows apart."""
+
+    def __init__(self) -> None:
+        self._of_rows: dict[int, RowCosts] = {}
+
+    def of(self, num_rows: int) -> RowCosts:
+        """Of passes of so many rows; numbers of rows count alike up to the next power of two."""
+        return self._of_rows.setdefault(1 << (num_rows - 1).bit_length(), RowCosts())
+
+
+class RowCosts:
+    """Seconds of a pass of some rows by how many tokens it reads."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
+        #: Timing them was tried.
+        self.is_tried = False
 
     @property
     def is_measured(self) -> bool:
         """Whether anything is known."""
         return bool(self._known)
 
-    def measure(self, seconds_of: Callable[[int], float]) -> None:
-        """Times passes of several widths; `seconds_of` takes one of so many tokens."""
-        for width in WIDTHS:
+    def measure(self, seconds_of: Callable[[int], float], num_rows: int = 1) -> None:
+        """Times passes of several widths, from a token a row on; `seconds_of` takes one of so many tokens."""
+        self.is_tried = True
+        for width in (num_rows - 1 + width for width in WIDTHS):
             self._known[width] = min(seconds_of(width) for _ in range(TIMES))
-            if self._known[width] > 2 * self._known[1]:
+            if self._known[width] > 2 * self._known[num_rows]:
                 return
 
     def add(self, num_tokens: int, seconds: float) -> None:
@@ -64,23 +78,29 @@ def _by_survival(survivals: Sequence[Sequence[float]]) -> Iterator[tuple[int, fl
             heapq.heappush(waiting, (max(-survivals[row][place + 1], least), row, place + 1))
 
 
-def allotted(survivals: Sequence[Sequence[float]], seconds: Callable[[int], float]) -> list[int]:
+def allotted(
+    survivals: Sequence[Sequence[float]], seconds: Callable[[int], float], drafting: Sequence[float] = ()
+) -> list[int]:
     """How many tokens of each row's draft to verify, so that the step yields the most tokens a second.
 
     A step yields a token a row, and of a draft each token with its survival. Of any number of drafted tokens the
-    likeliest yield most, so all numbers are compared.
+    likeliest yield most, so all numbers are compared; where drafting itself costs time, it is the best of these, not
+    surely of all.
 
     Args:
         survivals: of each row's draft.
         seconds: of a pass of so many tokens.
+        drafting: seconds that each token of a row's draft takes to be drafted; none given: it is drafted already.
     """
     taken, best = [0] * len(survivals), [0] * len(survivals)
     num_tokens, tokens = len(survivals), float(len(survivals))
     most = tokens / seconds(num_tokens)  # 0 beyond what is known: then nothing is better
+    drafted = 0.0
     for row, survival in _by_survival(survivals):
         taken[row] += 1
         num_tokens += 1
         tokens += survival
-        if tokens / seconds(num_tokens) > most:
-            most, best = tokens / seconds(num_tokens), list(taken)
+        drafted += drafting[row] if drafting else 0.0
+        if tokens / (seconds(num_tokens) + drafted) > most:
+            most, best = tokens / (seconds(num_tokens) + drafted), list(taken)
     return best

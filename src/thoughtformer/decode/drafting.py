@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
 
 from thoughtformer.errors import InputError, nearest
+from thoughtformer.runners import Runner
 
-__all__ = ["DRAFTERS", "Draft", "Drafter", "drafter_named"]
+__all__ = ["DRAFTERS", "Draft", "Drafter", "Forecast", "Guess", "drafters_of"]
 
-#: Strategies by name; made without settings, each must do.
+#: Strategies by name.
 DRAFTERS: dict[str, type[Drafter]] = {}
 
 
@@ -26,6 +30,27 @@ class Draft:
 
     ids: Sequence[int]
     survival: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a draft may be worth that isn't made yet.
+
+    Attributes:
+        survival: as of a draft.
+        seconds: that each of its tokens takes to make.
+    """
+
+    survival: Sequence[float]
+    seconds: float
+
+
+class Guess(Protocol):
+    """How a request chooses, for those who draft by a model of their own: see `Sampler.guess`."""
+
+    def __call__(self, ids: Sequence[int], logits: Float[Tensor, " vocab"], ahead: int) -> tuple[int, float]:
+        """What it would choose behind `ids`, `ahead` tokens from now, by these logits, and how likely that is."""
+        ...
 
 
 class Drafter(ABC):
@@ -46,12 +71,27 @@ class Drafter(ABC):
         if cls.__dict__.get("name"):
             DRAFTERS[cls.name] = cls
 
-    def begin(self, *, client: str = "", prediction: Sequence[int] = ()) -> Drafter:
+    @classmethod
+    def from_argument(cls, argument: str) -> Drafter:
+        """What `drafts="NAME:ARGUMENT"` asks for; "" where nothing follows the name. Raises `InputError`."""
+        if argument:
+            raise InputError(f"drafts='{cls.name}:{argument}': {cls.name!r} takes nothing behind a colon.")
+        return cls()
+
+    def bound(self, runner: Runner) -> Drafter:
+        """What drafts for a model: itself, or one that shares what it learns. Raises `UnsupportedError`."""
+        return self
+
+    def begin(self, *, client: str = "", prediction: Sequence[int] = (), guess: Guess | None = None) -> Drafter:
         """What drafts for one request of a client's; here the same for all. The answer may well repeat `prediction`.
 
         What one client wrote must not show in how fast another is answered.
         """
         return self
+
+    def forecast(self, ids: Sequence[int], most: int) -> Forecast | None:
+        """What a draft is likely to be worth, where making it costs time; None: it costs next to none."""
+        return None
 
     @abstractmethod
     def propose(self, ids: Sequence[int], most: int) -> Draft | Sequence[int]:
@@ -61,8 +101,9 @@ class Drafter(ABC):
         count as certain.
         """
 
-    def observe(self, num_verified: int, num_right: int) -> None:
-        """Of what was proposed last, so many tokens were verified, and the first so many were chosen."""
+    def observe(self, num_verified: int, num_right: int, num_new: int) -> None:
+        """What came of a step: so many new tokens; of what was proposed last, so many were verified, and the first so
+        many chosen."""
         return
 
     def finish(self, ids: Sequence[int]) -> None:
@@ -70,14 +111,29 @@ class Drafter(ABC):
         return
 
 
-def drafter_named(name: str) -> Drafter | None:
-    """The strategy of a name; None for "off".
+def drafters_of(drafts: str | Drafter | Sequence[str | Drafter]) -> list[Drafter]:
+    """What is asked for by names ("suffix,model:tiny-gpthf", or "off"), by strategies, or by a list of both.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, or the same twice.
+        ConfigError, CheckpointError: what is behind a colon isn't there.
     """
-    if name == "off":
-        return None
-    if name not in DRAFTERS:
-        raise InputError(f"drafts={name!r} is unknown.{nearest(name, ['off', *DRAFTERS])}")
-    return DRAFTERS[name]()
+    asked = [drafts] if isinstance(drafts, str | Drafter) else list(drafts)
+    found: list[Drafter] = []
+    for one in asked:
+        if isinstance(one, Drafter):
+            found.append(one)
+        elif isinstance(one, str):
+            found += [_named(name.strip()) for name in one.split(",") if one != "off"]
+        else:
+            raise InputError(f"drafts={one!r} is neither the name of a strategy nor one.")
+    if len({id(drafter) for drafter in found}) < len(found):
+        raise InputError("drafts names the same strategy twice.")
+    return found
+
+
+def _named(name: str) -> Drafter:
+    kind, _, argument = name.partition(":")
+    if kind not in DRAFTERS:
+        raise InputError(f"drafts={name!r} is unknown.{nearest(kind, ['off', *DRAFTERS])}")
+    return DRAFTERS[kind].from_argument(argument)

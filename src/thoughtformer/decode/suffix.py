@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from thoughtformer.checks import check_count
-from thoughtformer.decode.drafting import Draft, Drafter
+from thoughtformer.decode.drafting import Draft, Drafter, Guess
 
 __all__ = ["Occurrences", "Suffix"]
 
@@ -126,8 +126,8 @@ class _Shares:
         return min(kept / promised, 1.0)
 
     def _count(self, matched: int, place: int) -> tuple[float, float]:
-        # Before anything was seen, of a longer match more is believed: half of two tokens', four fifths of eight's.
-        believed = matched / (matched + 2) if matched else 0.5
+        # Before anything was seen, of a longer match more is believed: a third of two tokens', two thirds of eight's.
+        believed = matched / (matched + 4) if matched else 0.5
         return self._counts.get((min(matched, 8), place), (self.PRIOR, self.PRIOR * believed))
 
     def add(self, matched: int, place: int, promised: float, was_right: bool) -> None:
@@ -187,7 +187,7 @@ class Suffix(Drafter):
         self._clients: OrderedDict[str, Occurrences] = OrderedDict()
         self._num_remembered = 0
 
-    def begin(self, *, client: str = "", prediction: Sequence[int] = ()) -> _OfRequest:
+    def begin(self, *, client: str = "", prediction: Sequence[int] = (), guess: Guess | None = None) -> _OfRequest:
         return _OfRequest(self, client, prediction)
 
     def propose(self, ids: Sequence[int], most: int) -> Draft:
@@ -251,7 +251,7 @@ class _OfRequest(Drafter):
             survival.append(likely)
         return Draft(ids=drafted, survival=survival)
 
-    def observe(self, num_verified: int, num_right: int) -> None:
+    def observe(self, num_verified: int, num_right: int, num_new: int) -> None:
         place, _, shares = self._path
         known = self.strategy.shares
         if place is not None:
@@ -259,13 +259,12 @@ class _OfRequest(Drafter):
                 known.passed_over(place.matched)
             for number, share in enumerate(shares[: min(num_verified, num_right + 1)]):
                 known.add(place.matched, number, share, number < num_right)
-        # As many tokens have been chosen as were right, and one more.
         self._num_without = 0 if place is not None and place.matched else self._num_without + 1
         left_off = self._left_off if place is None else place
         self._left_off = (
             None
             if left_off is None or self._num_without > MOST_WITHOUT
-            else left_off._replace(start=left_off.start + num_right + 1)
+            else left_off._replace(start=left_off.start + num_new)
         )
 
     def finish(self, ids: Sequence[int]) -> None:

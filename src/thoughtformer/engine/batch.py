@@ -83,7 +83,7 @@ class Batch:
         if cache.autocommit:
             chosen = self.choose(logits, self.requests)
             if drafting is not None:
-                drafting.took(len(new), time.perf_counter() - started)
+                drafting.took(len(new), len(new), time.perf_counter() - started)
                 for request in self.requests:
                     drafting.observe(request, 0, 0)
             return list(zip(self.requests, chosen, strict=True))
@@ -97,7 +97,7 @@ class Batch:
             start += len(draft) + 1
         cache.commit(torch.tensor(accepted))
         cache.autocommit = True
-        drafting.took(start, time.perf_counter() - started)
+        drafting.took(len(new), start, time.perf_counter() - started)
         for request, draft, number in zip(self.requests, drafts, accepted, strict=True):
             drafting.observe(request, len(draft), number - 1)
         return events

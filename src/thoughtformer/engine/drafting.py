@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import operator
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
 import torch
 
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import Draft, Drafter, StepCosts
-from thoughtformer.decode.budget import WIDTHS, allotted
+from thoughtformer.decode.budget import WIDTHS, RowCosts, allotted
 from thoughtformer.engine.request import Request
 from thoughtformer.runners.base import Runner
 
@@ -27,26 +28,53 @@ PREDICTED_CHARACTERS = 16
 
 @dataclass(kw_only=True)
 class DraftCounts:
-    """What came of drafts: tokens that were verified, and those of them that were chosen; steps, and steps with any."""
+    """What came of drafts: by strategy, tokens that were verified, and those of them that were chosen; steps, and steps
+    with any."""
 
-    verified: int = 0
-    right: int = 0
+    verified: Counter[str] = field(default_factory=Counter)
+    right: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     drafted_steps: int = 0
 
+    def copy(self) -> DraftCounts:
+        """As they are now."""
+        return DraftCounts(
+            verified=Counter(self.verified),
+            right=Counter(self.right),
+            steps=self.steps,
+            drafted_steps=self.drafted_steps,
+        )
+
+
+@dataclass(kw_only=True)
+class _Offer:
+    """What a strategy offers one request: a draft, or what one would be worth."""
+
+    by: str = ""
+    ids: Sequence[int] | None = None  # None: not drafted yet
+    survival: Sequence[float] = ()
+    seconds: float = 0.0
+
 
 class Drafting:
-    """One drafter at work for the requests of a batch.
+    """Drafters at work for the requests of a batch; for each request and step, the one that promises most.
 
     Args:
         runner: the model.
-        drafter: what proposes.
+        drafters: what proposes.
         costs: of a step, by which it is decided how much of what is proposed pays; None: all of it is verified.
+
+    Raises:
+        UnsupportedError: one can't draft for this model.
     """
 
-    def __init__(self, runner: Runner, drafter: Drafter, costs: StepCosts | None = None) -> None:
+    def __init__(self, runner: Runner, drafters: Sequence[Drafter], costs: StepCosts | None = None) -> None:
         self.runner = runner
-        self.drafter = drafter
+        self.drafters: dict[str, Drafter] = {}
+        for drafter in drafters:
+            name = drafter.name or type(drafter).__name__
+            name = name if name not in self.drafters else f"{name} {len(self.drafters) + 1}"
+            self.drafters[name] = drafter.bound(runner)
         self.costs = costs
         self.counts = DraftCounts()
 
@@ -62,91 +90,155 @@ class Drafting:
 
     def drafts(self, requests: Sequence[Request], cache: RowsCache) -> list[list[int]]:
         """What to verify behind each request's ids."""
-        proposed = [self._proposed(request) for request in requests]
-        survivals = [draft.survival for draft in proposed]
-        chosen = [len(draft.ids) for draft in proposed]
-        if self.costs is not None and any(chosen):
-            if not self.costs.is_measured:
-                try:
-                    self._measure(self.costs, requests[0], cache)
-                except Exception:  # no request fails for a draft's sake
-                    logger.warning("nothing is drafted: steps can't be timed", exc_info=True)
-                    for request in requests:
-                        request.takes_drafts = False
-            chosen = allotted(survivals, self.costs.seconds) if self.costs.is_measured else [0] * len(requests)
-        drafts = [list(draft.ids[:number]) for draft, number in zip(proposed, chosen, strict=True)]
+        offers = [self._offers(request) for request in requests]
+        costs = None
+        if self.costs is not None and any(offer.survival for of_one in offers for offer in of_one):
+            costs = self.costs.of(len(requests))
+            if not costs.is_tried:
+                self._measure(costs, requests, cache)
+        best = [self._best(of_one, costs) for of_one in offers]
+        chosen = self._allotted(best, costs)
+        has_drafted = False
+        for request, offer, number in zip(requests, best, chosen, strict=True):
+            if offer.ids is None:
+                has_drafted |= number > 0
+                offer.ids, offer.survival, offer.seconds = *self._proposed(request, offer, number), 0.0
+        if has_drafted:
+            chosen = self._allotted(best, costs)  # now that it is known how likely these are
+        for request, offer in zip(requests, best, strict=True):
+            request.drafted_by = offer.by
+        drafts = [list((offer.ids or ())[:number]) for offer, number in zip(best, chosen, strict=True)]
         self.counts.steps += 1
         self.counts.drafted_steps += any(chosen)
         return drafts
 
     def observe(self, request: Request, num_verified: int, num_right: int) -> None:
-        """What came of a request's draft."""
+        """What came of a request's draft; behind those that were right, one more token has been chosen."""
         request.num_drafted += num_verified
         request.num_right += num_right
-        self.counts.verified += num_verified
-        self.counts.right += num_right
-        if request.takes_drafts and request.drafter is not None:
+        if num_verified:
+            self.counts.verified[request.drafted_by] += num_verified
+            self.counts.right[request.drafted_by] += num_right
+        for name, drafter in list((request.drafters or {}).items()):
+            of_it = (num_verified, num_right) if name == request.drafted_by else (0, 0)
             try:
-                request.drafter.observe(num_verified, num_right)
+                drafter.observe(*of_it, num_right + 1)
             except Exception:
-                self._give_up(request)
+                self._give_up(request, name)
 
-    def took(self, num_tokens: int, seconds: float) -> None:
+    def took(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A step has been taken."""
         if self.costs is not None:
-            self.costs.add(num_tokens, seconds)
+            self.costs.of(num_rows).add(num_tokens, seconds)
 
     def ended(self, request: Request) -> None:
         """A request has come to its end."""
-        if request.drafter is not None and request.takes_drafts and request.has_ended_itself:
-            try:
-                request.drafter.finish(request.ids)
-            except Exception:
-                self._give_up(request)
-        request.drafter = None
+        for name, drafter in list((request.drafters or {}).items()):
+            if request.has_ended_itself:
+                try:
+                    drafter.finish(request.ids)
+                except Exception:
+                    self._give_up(request, name)
+        request.drafters = None
 
-    def _proposed(self, request: Request) -> Draft:
-        """What is proposed behind a request's ids, as far as it can be verified."""
-        none = Draft(ids=(), survival=())
+    def _offers(self, request: Request) -> list[_Offer]:
+        """What is offered behind a request's ids."""
         # The token behind the draft is chosen, too. Who wants to be told of each token's context gets one at a time.
         most = request.most_tokens - len(request.ids) - 1
         if most < 1 or not request.takes_drafts or request.follower is not None:
-            return none
+            return []
+        if request.drafters is None:
+            request.drafters = {}
+            for name, drafter in self.drafters.items():
+                try:
+                    request.drafters[name] = drafter.begin(
+                        client=request.client, prediction=request.prediction, guess=request.sampler.guess
+                    )
+                except Exception:
+                    self._give_up(request, name)
+        offers = []
+        for name, drafter in list(request.drafters.items()):
+            offer = _Offer(by=name)
+            try:
+                forecast = drafter.forecast(request.ids, most)
+                if forecast is not None:
+                    offer.survival, offer.seconds = forecast.survival[:most], forecast.seconds
+            except Exception:
+                self._give_up(request, name)
+                continue
+            if forecast is None:
+                offer.ids, offer.survival = self._proposed(request, offer, most)
+            offers.append(offer)
+        return offers
+
+    def _best(self, offers: Sequence[_Offer], costs: RowCosts | None) -> _Offer:
+        """The offer that alone would yield the most tokens a second; without costs, the most tokens."""
+
+        def worth(offer: _Offer) -> float:
+            if costs is None or not costs.is_measured:
+                return sum(offer.survival)
+            (number,) = allotted([offer.survival], costs.seconds, [offer.seconds])
+            seconds = costs.seconds(1 + number) + number * offer.seconds
+            return (1 + sum(offer.survival[:number])) / seconds if seconds else 0.0
+
+        return max(offers, key=worth, default=_Offer(ids=()))
+
+    def _allotted(self, offers: Sequence[_Offer], costs: RowCosts | None) -> list[int]:
+        """How much of each offer to take."""
+        survivals = [offer.survival for offer in offers]
+        if self.costs is None:
+            return [len(survival) for survival in survivals]
+        if costs is None or not costs.is_measured:
+            return [0] * len(offers)
+        return allotted(survivals, costs.seconds, [offer.seconds for offer in offers])
+
+    def _proposed(self, request: Request, offer: _Offer, most: int) -> tuple[Sequence[int], Sequence[float]]:
+        """What a drafter proposes behind a request's ids, as far as it can be verified."""
+        drafter = (request.drafters or {}).get(offer.by)
+        if not most or drafter is None:
+            return (), ()
         ends, size = (*self.runner.end_ids, *self.runner.start_ids), self.runner.vocab_size
         try:
-            if request.drafter is None:
-                request.drafter = self.drafter.begin(client=request.client, prediction=request.prediction)
-            draft = request.drafter.propose(request.ids, most)
+            draft = drafter.propose(request.ids, most)
             ids, survival = (draft.ids, draft.survival) if isinstance(draft, Draft) else (draft, None)
             whole = [operator.index(token) for token in islice(ids, most)]
             left = list(takewhile(lambda token: 0 <= token < size and token not in ends, whole))
             likely = [1.0] * len(left) if survival is None else [float(survival[place]) for place in range(len(left))]
-            return Draft(ids=left, survival=likely)
+            return left, likely
         except Exception:  # what isn't made of whole numbers, too
-            self._give_up(request)
-            return none
+            self._give_up(request, offer.by)
+            return (), ()
 
-    def _give_up(self, request: Request) -> None:
-        request.takes_drafts = False
-        logger.warning("nothing is drafted any more for request %d", request.number, exc_info=True)
+    def _give_up(self, request: Request, name: str) -> None:
+        """No request fails for a draft's sake."""
+        (request.drafters or {}).pop(name, None)
+        logger.warning("%s drafts no more for request %d", name, request.number, exc_info=True)
 
-    def _measure(self, costs: StepCosts, request: Request, cache: RowsCache) -> None:
-        """Times passes of the first row, on a copy: what they read is taken back."""
-        runner, ids = self.runner, request.ids
-        special = {*runner.end_ids, *runner.start_ids, runner.sentence_end}
-        token = next((token for token in reversed(ids) if token not in special), None)
-        room = max(WIDTHS) + len(ids)
-        if token is None or (runner.max_tokens is not None and room > runner.max_tokens):
-            return
-        copy = cache.fork_rows(torch.tensor([0]))
-        copy.reserve(room)
+    def _measure(self, costs: RowCosts, requests: Sequence[Request], cache: RowsCache) -> None:
+        """Times passes on a copy of all rows: what they read is taken back."""
+        try:
+            costs.is_tried = True
+            runner, rows = self.runner, len(requests)
+            special = {*runner.end_ids, *runner.start_ids, runner.sentence_end}
+            longest = max(requests, key=lambda request: len(request.ids))
+            token = next((token for token in reversed(longest.ids) if token not in special), None)
+            room = max(WIDTHS) + len(longest.ids)
+            if token is None or (runner.max_tokens is not None and room > runner.max_tokens):
+                costs.is_tried = False
+                return
+            copy = cache.fork_rows(torch.arange(rows))
+            copy.reserve(room)
 
-        def seconds_of(width: int) -> float:
-            copy.autocommit = False
-            started = time.perf_counter()
-            runner.verify([[token] * width], copy).argmax(-1).tolist()
-            seconds = time.perf_counter() - started
-            copy.rollback()
-            return seconds
+            def seconds_of(width: int) -> float:
+                # What is drafted is spread over the rows.
+                each, more = divmod(width, rows)
+                copy.autocommit = False
+                started = time.perf_counter()
+                runner.verify([[token] * (each + (row < more)) for row in range(rows)], copy).argmax(-1).tolist()
+                seconds = time.perf_counter() - started
+                copy.rollback()
+                return seconds
 
-        costs.measure(seconds_of)
+            costs.measure(seconds_of, rows)
+        except Exception:
+            logger.warning("nothing is drafted for %d rows: steps can't be timed", len(requests), exc_info=True)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from thoughtformer.decode import Drafter, StepCosts, drafter_named
+from thoughtformer.decode import Drafter, StepCosts, drafters_of
 from thoughtformer.engine.admission import Limits
 from thoughtformer.engine.request import Completion, Request, StreamEvent, make_request
 from thoughtformer.engine.scheduler import Scheduler
@@ -32,14 +32,16 @@ class Engine:
         compile: compile decoding of a single row; its first step then takes many seconds.
         store: sentences known from before; those that prompts bring anew are added.
         drafts: what proposes tokens, which are verified together: "suffix" copies what followed the same tokens before;
-            "off"; or a `Drafter`. It never changes a text, only how long it takes, and as much is verified as pays by
-            the seconds of this machine's steps.
+            "model:NAME" has a smaller model write on; "off"; a `Drafter`; or several, of which each step takes what
+            promises most. It never changes a text, only how long it takes, and as much is drafted and verified as pays
+            by the seconds of this machine's steps.
         session_folder: for sessions that are saved; made by the first call of `session`.
 
     Raises:
         InputError: `max_rows` below 1; drafts of an unknown name.
+        CheckpointError: no such model that drafts.
         UnsupportedError: a store for a model without vectors of sentences; several rows, drafts or compiled steps of a
-            model that can't have them.
+            model that can't have them; a model that drafts with other ids.
 
     Packing and compiling belong to the model: of several engines on one model, the one that last read a prompt decides.
     """
@@ -53,19 +55,19 @@ class Engine:
         pack: bool = True,
         compile: bool = False,
         store: SentenceStore | None = None,
-        drafts: str | Drafter = "off",
+        drafts: str | Drafter | Sequence[str | Drafter] = "off",
         session_folder: str | Path = "sessions",
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows={max_rows} must be 1 or more.")
         self.model = model
         self.max_rows = max_rows
-        self.drafter = drafter_named(drafts) if isinstance(drafts, str) else drafts
         self._costs = StepCosts()
         self.session_folder = Path(session_folder)
         self._sessions: Sessions | None = None
         sentences = None if store is None else store.of(model)
         self.runner = runner_of(model, tokenizer, sentences=sentences, pack=pack, compile=compile)
+        self.drafters = [drafter.bound(self.runner) for drafter in drafters_of(drafts)]
         self._scheduler()  # what doesn't go together is told now
 
     def generate(
@@ -116,7 +118,7 @@ class Engine:
                 raise failed
 
     def _scheduler(self) -> Scheduler:
-        return Scheduler(self.runner, Limits(max_rows=self.max_rows), drafter=self.drafter, costs=self._costs)
+        return Scheduler(self.runner, Limits(max_rows=self.max_rows), drafters=self.drafters, costs=self._costs)
 
     def _requests(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None

@@ -84,7 +84,8 @@ class Request:
         keeps_cache: take the request's cache out of the batch when it ends.
         takes_drafts: several of its tokens may be read in one step.
         prediction: the tokens of `params.prediction`, where anything drafts.
-        drafter: what drafts for it alone.
+        drafters: what drafts for it alone, by strategy; None: nothing has begun to.
+        drafted_by: which of them made the last draft.
         num_drafted, num_right: drafted tokens that were verified, and those of them that were chosen.
         ends: where its text ends.
         most_entries: by stage, what it may hold at most.
@@ -114,7 +115,8 @@ class Request:
     keeps_cache: bool = False
     takes_drafts: bool = True
     prediction: Sequence[int] = ()
-    drafter: Drafter | None = None
+    drafters: dict[str, Drafter] | None = None
+    drafted_by: str = ""
     num_drafted: int = 0
     num_right: int = 0
     is_cancelled: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -50,11 +50,12 @@ class Scheduler:
     Args:
         runner: the model; see `runner_of`.
         limits: what is taken on.
-        drafter: proposes tokens, which are verified together; None: one token a step.
+        drafters: propose tokens, which are verified together; none: one token a step.
         costs: of a step, by which it is decided how much of what is proposed pays; None: all of it is verified.
 
     Raises:
-        UnsupportedError: several rows, or drafts, of a method that can't have them, as those that read twice.
+        UnsupportedError: several rows, or drafts, of a method that can't have them, as those that read twice; a drafter
+            that can't draft for this model.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Scheduler:
         runner: Runner,
         limits: Limits = Limits(),
         *,
-        drafter: Drafter | None = None,
+        drafters: Sequence[Drafter] = (),
         costs: StepCosts | None = None,
     ) -> None:
         if not runner.can_join and limits.max_rows > 1:
@@ -70,14 +71,14 @@ class Scheduler:
                 f"the method {runner.model.method.name!r} can't be batched continuously, because its rows can't be "
                 "joined: choose another, or write one request at a time (max_rows=1; command line: --max-rows 1)."
             )
-        if drafter is not None and not runner.can_speculate:
+        if drafters and not runner.can_speculate:
             raise UnsupportedError(
                 f"the method {runner.model.method.name!r} overwrites what it drops, so that no draft can be taken "
                 "back: leave drafts off."
             )
         self.runner = runner
         self.limits = limits
-        self.drafting = None if drafter is None else Drafting(runner, drafter, costs)
+        self.drafting = Drafting(runner, drafters, costs) if drafters else None
         self.batch = Batch(runner, self.drafting)
         self.admission = Admission(runner, limits)
         self._reading: list[Request] = []
@@ -171,7 +172,7 @@ class Scheduler:
                 cached_prompt_tokens=self._cached_tokens,
                 new_tokens=self._new_tokens,
                 finished=dict(self._finished),
-                drafts=DraftCounts() if self.drafting is None else replace(self.drafting.counts),
+                drafts=DraftCounts() if self.drafting is None else self.drafting.counts.copy(),
             )
 
     def completion(self, request: Request) -> Completion:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
@@ -23,6 +25,10 @@ __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "CachedOutput",
+    "GenerateDecoderOnlyOutput",
+    "GenerationConfig",
+    "LogitsProcessorList",
+    "StoppingCriteriaList",
     "name_cache_twice",
     "one_cache",
     "refuse_arguments",

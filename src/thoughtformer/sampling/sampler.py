@@ -20,6 +20,7 @@ from transformers.generation import (
 )
 
 from thoughtformer.errors import InputError
+from thoughtformer.sampling.noise import Noise
 from thoughtformer.sampling.penalty import ExemptingRepetitionPenalty
 
 __all__ = ["Sampler", "SamplingParams", "derived_seed"]
@@ -129,7 +130,7 @@ class Sampler:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         # PyTorch's generator on CPUs looks at 32 bits alone: what they don't hold is folded into them.
         seed = seed if 0 <= seed < 1 << 32 else _digest(str(seed))
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.noise = Noise(torch.Generator(device=device).manual_seed(seed))
         self.processors = LogitsProcessorList()
         if params.repetition_penalty != 1:
             self.processors.append(ExemptingRepetitionPenalty(params.repetition_penalty, exempt))
@@ -158,6 +159,15 @@ class Sampler:
     def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
         """The next token, given the request's ids so far and the logits (float32, as transformers samples)."""
         scores = self.scores(ids, logits)
-        if self.params.is_greedy:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+        return int(scores.argmax()) if self.params.is_greedy else self.noise.draw(scores.softmax(-1))
+
+    def guess(self, ids: Sequence[int], logits: Float[Tensor, " vocab"], ahead: int) -> tuple[int, float]:
+        """What it would choose behind `ids`, `ahead` tokens from now, by another model's logits, and how likely it is.
+
+        With the random numbers that will choose that token: what two models agree on, both choose.
+        """
+        scores = self.scores(ids, logits)
+        self.leave_out(scores)
+        probabilities = scores.softmax(-1)
+        token = int(scores.argmax()) if self.params.is_greedy else self.noise.drawn_ahead(probabilities, ahead)
+        return token, float(probabilities[token])

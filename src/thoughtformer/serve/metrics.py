@@ -53,12 +53,18 @@ class Metrics:
             ("cached_prompt_tokens", "Of these, those that needn't be read.", stats.cached_prompt_tokens),
             ("new_tokens", "Tokens written.", stats.new_tokens),
             ("rounds", "Rounds of the scheduler.", stats.rounds),
-            ("draft_tokens", "Drafted tokens that were verified.", stats.drafts.verified),
-            ("accepted_draft_tokens", "Of these, those that were chosen.", stats.drafts.right),
             ("session_failures", "Sessions that couldn't be saved.", sessions.failures),
             ("store_failures", "Uses of the sentence store that failed.", self.service.store_failures),
         ):
             yield CounterMetricFamily(f"thoughtformer_{name}", text, value=value)
+        for name, text, counts in (
+            ("draft_tokens", "Drafted tokens that were verified, by strategy.", stats.drafts.verified),
+            ("accepted_draft_tokens", "Of these, those that were chosen.", stats.drafts.right),
+        ):
+            by_strategy = CounterMetricFamily(f"thoughtformer_{name}", text, labels=["strategy"])
+            for strategy, count in counts.items():
+                by_strategy.add_metric([strategy], count)
+            yield by_strategy
         finished = CounterMetricFamily("thoughtformer_requests", "Requests that have ended.", labels=["reason"])
         for reason, count in stats.finished.items():
             finished.add_metric([reason], count)
