@@ -1,7 +1,8 @@
 """Runs the contract at the lowest and the newest versions that pyproject.toml allows, warnings as errors.
 
 Each end has an environment of its own in .compat; torch is as pinned, and everything else as in constraints.txt. Where
-constraints.txt has an end's versions itself, the environment that `make setup` made from it is that end's.
+constraints.txt has an end's versions itself, the environment that `make setup` made from it is that end's; `make test`
+has run all of it there, so that --untested leaves it out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What `make setup` made.
+SHARED = ROOT / ".venv" / "bin" / "python"
 BORDERS = ("transformers", "tokenizers", "peft", "safetensors", "accelerate", "sentencex")
 #: Chosen anew with them: each of them allows versions of its own.
 FOLLOWING = ("huggingface-hub", "huggingface_hub", "hf-xet")
@@ -54,9 +57,8 @@ def pinned_versions() -> dict[str, str]:
 def environment(end: str, versions: dict[str, str]) -> str:
     """The Python of an environment with these versions."""
     kept = pinned_versions()
-    shared = ROOT / ".venv" / "bin" / "python"
-    if shared.exists() and all(kept.get(name) == version for name, version in versions.items()):
-        return str(shared)
+    if SHARED.exists() and all(kept.get(name) == version for name, version in versions.items()):
+        return str(SHARED)
     folder = ROOT / ".compat" / end
     python = str(folder / "bin" / "python")
     if not Path(python).exists():
@@ -70,12 +72,15 @@ def environment(end: str, versions: dict[str, str]) -> str:
 
 
 def main() -> None:
-    only = sys.argv[1:] or ["lowest", "newest"]
+    only = [argument for argument in sys.argv[1:] if argument != "--untested"] or ["lowest", "newest"]
     for end, versions in ends().items():
         if end not in only:
             continue
         started = time.monotonic()
         python = environment(end, versions)
+        if python == str(SHARED) and "--untested" in sys.argv:
+            print(f"--- {end}: the versions of constraints.txt, tested by make test", flush=True)
+            continue
         installed = time.monotonic()
         told = ", ".join(f"{name} {version}" for name, version in versions.items())
         print(f"--- {end}: {told}; installed in {installed - started:.0f} s", flush=True)

@@ -1,7 +1,7 @@
 """Shared fixtures: tiny models in float64, text written for the tests.
 
 With CHECK_SHAPES=1 in the environment, the shapes of tensors are checked at run time, against their annotations. That
-takes five times as long, so of every parametrized test one case in twenty runs then; `make test` does both.
+takes five times as long, so of every parametrized test one case in sixty runs then; `make test` does both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 CHECKS_SHAPES = os.environ.get("CHECK_SHAPES") == "1"
 #: Of a test's cases, one in so many runs with checks.
-ONE_IN = 20
+ONE_IN = 60
 #: Configurations are left out: the hook replaces a dataclass's constructor, and transformers' takes unknown keywords;
 #: so are modules whose functions tests give what they must refuse.
 CHECKED = [
@@ -59,7 +59,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With checks of shapes: the first of every twenty cases of a test."""
+    """With checks of shapes: the first of every sixty cases of a test."""
     if not CHECKS_SHAPES:
         return
     seen: Counter[str] = Counter()
@@ -283,9 +283,9 @@ def check_last_logits_of_pieces(model: GPTHFForCausalLM, source: SentenceSource 
 def run(monkeypatch, capsys):
     """Runs a command line, thoughtformer's by default; returns (exit code, standard output, standard error)."""
 
-    def run(*arguments: object, command: typer.Typer = app) -> tuple[int, str, str]:
+    def run(*arguments: object, command: typer.Typer = app, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["thoughtformer", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as exit_:
             main(command)
         captured = capsys.readouterr()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +80,21 @@ CONFIGS: dict[str, Any] = {
 }
 #: Families that differ in what a compressed model must get right; "plain" is this package's GPT.
 DIFFERENT = ("plain", "llama", "gpt_neox", "gpt2", "opt", "gemma3_text")
+
+
+def in_turn(
+    cases: Iterable[str], families: Sequence[str] = DIFFERENT, *, always: Sequence[str] = ("gemma3_text",)
+) -> list[tuple[str, str]]:
+    """Each case with the families of `always` and with one of the others, which take turns; with EVERY_PAIR=1 with all.
+
+    What a family and a method do together they do through few hooks: each of both sides meets several of the other.
+    """
+    if os.environ.get("EVERY_PAIR") == "1":
+        return [(case, family) for case in cases for family in families]
+    others = [family for family in families if family not in always]
+    return [(case, family) for number, case in enumerate(cases) for family in (*always, others[number % len(others)])]
+
+
 #: Those whose scores only their own attention computes right: caps and sinks, without torch's fast attention.
 SHAPED_SCORES = ("gemma2", "gpt_oss")
 

@@ -236,7 +236,7 @@ def test_caps_and_sinks_are_applied_or_refused(family, monkeypatch):
 def test_a_budget_of_bytes_counts_the_windows():
     model = tiny_lm("gemma3_text")
     view = backbone_of(model)
-    in_window, full = view.kv_bytes_per_entry(2), view.kv_bytes_per_entry(1)
+    in_window, full = view.kv_shape(range(2)).entry_bytes, view.kv_shape(range(1)).entry_bytes
     policy = {"span_tokens": 5, "first_tokens": 2, "recent_tokens": 3, "start_tokens": 0}
     most = 11 * in_window + 30 * full
     compressed = compress(model, Combiner(policy=ByteBudget(max_bytes=most, **policy)))

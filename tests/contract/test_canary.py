@@ -127,7 +127,7 @@ def test_a_batch_padded_on_either_side_equals_its_rows(kind):
         for number, row in enumerate(rows):
             place = slice(width - len(row), None) if side == "left" else slice(0, len(row))
             ids[number, place], mask[number, place] = row, 1
-        for settings in ({}, {"use_cache": False}):
+        for settings in ({}, {"use_cache": False}) if side == "left" else ({},):
             written = model.generate(ids, attention_mask=mask, **GREEDY, **settings)[:, width:].tolist()
             assert [row[: len(best)] for row, best in zip(written, expected)] == expected, (side, settings)
 

@@ -74,18 +74,21 @@ def test_empty_prompt(run, folder):
     assert json.loads(out)["usage"]["prompt_tokens"] == 1
 
 
-def test_a_prompt_from_standard_input(folder):
+def test_a_prompt_from_standard_input(folder, run):
     """By a pipe or by name; line breaks at the end are an editor's."""
-    command = [sys.executable, "-m", "thoughtformer", "generate", "-m", str(folder / "gpthf"), "--max-new-tokens", "5"]
-    outputs = []
-    for arguments in ([], ["--prompt", "-"], ["--file", "-"]):
-        done = subprocess.run([*command, *arguments], input=b"The ferry\n", capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    outputs.append(subprocess.run([*command, "--prompt", "The ferry"], capture_output=True, timeout=120).stdout)
+    command = ["generate", "-m", str(folder / "gpthf"), "--max-new-tokens", "5"]
+    piped = subprocess.run(
+        [sys.executable, "-m", "thoughtformer", *command], input=b"The ferry\n", capture_output=True, timeout=120
+    )
+    assert piped.returncode == 0, piped.stderr
+    outputs = [piped.stdout.decode()]
+    for arguments in ([], ["--prompt", "-"], ["--file", "-"], ["--prompt", "The ferry"]):
+        code, out, err = run(*command, *arguments, stdin=b"The ferry\n")
+        assert code == 0, err
+        outputs.append(out)
     assert len(set(outputs)) == 1
-    done = subprocess.run(command, input=b"", capture_output=True, timeout=120)
-    assert (done.returncode, b"standard input" in done.stderr) == (2, True)
+    code, _, err = run(*command)
+    assert (code, "standard input" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lms import (
     DIFFERENT,
     FIRST_SETTINGS,
     TINY_METHODS,
+    in_turn,
     longest_rows,
     random_ids,
     step_by_step,
@@ -48,12 +49,16 @@ def method(request):
 @pytest.fixture(params=DIFFERENT)
 def family(request):
     """Each kind of architecture in turn."""
-    case = request.node.callspec.params.get("method")
-    if case is not None and case not in FIRST_SETTINGS and request.param not in ("llama", "gemma3_text"):
-        pytest.skip("one setting of each method suffices")
     return request.param
 
 
+#: Each method with some of the architectures.
+ON_FAMILIES = pytest.mark.parametrize(("method", "family"), in_turn(TINY_METHODS), indirect=["method"])
+#: One setting of each method.
+ONE_SETTING = pytest.mark.parametrize("method", sorted(FIRST_SETTINGS), indirect=True)
+
+
+@ON_FAMILIES
 @torch.no_grad()
 def test_at_once_equals_step_by_step(family, method):
     """Also: the cache holds as many entries as the schedule says, in as many bytes as the formula says."""
@@ -119,6 +124,7 @@ def test_what_leaves_a_window(tmp_path):
         close(step_by_step(compressed, ids[:, 40:], cache)[0], expected[40:])
 
 
+@ON_FAMILIES
 @torch.no_grad()
 def test_compression_changes_something(family, method):
     """Else all other tests here would pass with the method switched off."""
@@ -153,6 +159,7 @@ def test_executions_agree(execution, method):
     close(other, gathered)
 
 
+@ONE_SETTING
 @pytest.mark.parametrize("prefill_tokens", [1, 7, 32])
 @torch.no_grad()
 def test_chunked_prefill_then_steps(prefill_tokens, method):
@@ -168,6 +175,7 @@ def test_chunked_prefill_then_steps(prefill_tokens, method):
     close(torch.cat([first, second, step_by_step(compressed, ids[:, 60:], cache)], dim=1), at_once)
 
 
+@ON_FAMILIES
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_neighbours(family, method):
     """Ragged rows, padded at the left, prefilled in pieces and decoded: each as if it were alone."""
@@ -197,6 +205,7 @@ def test_a_row_of_the_future_is_unread(method):
     close(compressed(other).logits[:, :50], compressed(ids).logits[:, :50])
 
 
+@ONE_SETTING
 @torch.no_grad()
 def test_fork_select_save_load_append(method, tmp_path):
     """What was forked, reordered, or written and read goes on as if nothing had happened."""
@@ -380,7 +389,7 @@ def test_ids_outside_the_vocabulary_are_no_sentinels(wrong):
         compressed(torch.tensor([[5, 6, 7], [5, wrong, 6]]))
 
 
-@pytest.mark.parametrize("name", sorted(TINY_METHODS))
+@pytest.mark.parametrize(("name", "family"), in_turn(sorted(TINY_METHODS)))
 def test_gradients_pass_every_method_that_can_be_trained_through(family, name):
     """What keeps its entries in a store must not overwrite what gradients need."""
     compressed, ids = tiny_compressed(tiny_lm(family), TINY_METHODS[name]), random_ids(2, LENGTH)

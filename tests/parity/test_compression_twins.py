@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import twins
-from lms import TINY_METHODS, policy, random_ids, step_by_step, tiny_adapter, tiny_compressed, tiny_lm
+from lms import TINY_METHODS, in_turn, policy, random_ids, step_by_step, tiny_adapter, tiny_compressed, tiny_lm
 from thoughtformer.compression import METHODS, Callback, Combiner, Sentinel, compress
 from thoughtformer.models.backbone import backbone_of
 from thoughtformer.rules.entries import FOREVER, Entries, entries_mask
@@ -35,14 +35,12 @@ FOLDS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("case", "family"), in_turn(FOLDS, FAMILIES, always=("llama", "gpt2", "gemma3_text")))
 @pytest.mark.parametrize(("k", "see_earlier"), [(1, False), (4, False), (2, True)], ids=["k1", "k4", "k2_earlier"])
-@pytest.mark.parametrize("folds", list(FOLDS.values()), ids=list(FOLDS))
 @torch.no_grad()
-def test_sentinels_equal_the_papers_mask(family, k, see_earlier, folds):
+def test_sentinels_equal_the_papers_mask(family, k, see_earlier, case):
     """At once, and token by token with the spans really gone."""
-    if k > 1 and family not in ("llama", "gpt2", "gemma3_text"):
-        pytest.skip("one rotary and one learned family suffice")
+    folds = FOLDS[case]
     model = tiny_lm(family)
     adapter = tiny_adapter(model, num_sentinels=k, see_earlier=see_earlier)
     ids = random_ids(1, LENGTH)
@@ -88,16 +86,7 @@ def test_every_method_has_a_twin():
     assert not missing, f"write what {missing} does, slowly, in a file of tests/twins: METHODS = {{...}}"
 
 
-@pytest.mark.parametrize(
-    ("family", "case"),
-    # Of a method's further settings, one rotary and one learned family suffice.
-    [
-        (family, case)
-        for family in FAMILIES
-        for case in TINY_METHODS
-        if family in ("llama", "gpt2", "gemma3_text") or case in METHODS
-    ],
-)
+@pytest.mark.parametrize(("case", "family"), in_turn(TINY_METHODS, FAMILIES))
 @torch.no_grad()
 def test_methods_equal_their_twins(family, case):
     """At once, and token by token with what was dropped really gone."""

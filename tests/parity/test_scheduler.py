@@ -77,7 +77,14 @@ def run(scheduler: Scheduler) -> None:
         scheduler.round()
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [None, 30])
+@pytest.mark.parametrize(
+    ("pair", "max_prefill_tokens"),
+    [
+        *((kind, most) for kind in KINDS for most in (None, 30)),
+        *((case, (None, 30)[number % 2]) for number, case in enumerate(SERVED)),
+    ],
+    indirect=["pair"],
+)
 def test_rows_that_come_and_go_equal_rows_alone(pair, seen, max_prefill_tokens):
     asked = prompts_and_params(14, seed=1)
     alone = []
@@ -452,7 +459,10 @@ def test_a_compressed_row_tells_what_it_folds(kind):
     for context in told:
         assert context.held_bytes > 0
         assert context.open_tokens > 0
-    assert told[-1].plain_bytes == (len(request.ids)) * model.backbone.kv_bytes_per_entry()
+    assert (
+        told[-1].plain_bytes
+        == (len(request.ids)) * model.backbone.kv_shape(range(model.backbone.num_layers)).entry_bytes
+    )
 
 
 def test_threads_submit_while_rounds_run():

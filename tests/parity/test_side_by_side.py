@@ -15,7 +15,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import SWITCHES, tiny_model
-from lms import CONFIGS, TINY_METHODS, policy, random_ids, tiny_compressed, tiny_lm
+from lms import CONFIGS, TINY_METHODS, in_turn, policy, random_ids, tiny_compressed, tiny_lm
 from prose import tiny_pair
 from thoughtformer import compress
 from thoughtformer.compression import (
@@ -58,7 +58,7 @@ def test_views_and_their_model_run_in_threads(family):
     wrong: list[str] = []
 
     def call(name):
-        for _ in range(6):
+        for _ in range(3):
             with torch.no_grad():
                 if not torch.allclose(callers[name](ids).logits, expected[name], rtol=0, atol=1e-9):
                     wrong.append(name)
@@ -180,8 +180,12 @@ def _by_name(offload_folder):
     }
 
 
-@pytest.mark.parametrize("method", ["full", *(name for name, method in METHODS.items() if not method.needs_adapter)])
-@pytest.mark.parametrize("kind", ["cpu", "disk", "device_map"])
+WITHOUT_ADAPTER = ["full", *(name for name, method in METHODS.items() if not method.needs_adapter)]
+#: Ways to leave weights elsewhere.
+PLACES = ["cpu", "disk", "device_map"]
+
+
+@pytest.mark.parametrize(("method", "kind"), in_turn(WITHOUT_ADAPTER, PLACES, always=()))
 @torch.no_grad()
 def test_offloaded_models(method, kind, tmp_path):
     """accelerate's hooks copy what a call is given, and leave the weights elsewhere."""

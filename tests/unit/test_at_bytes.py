@@ -18,6 +18,7 @@ from thoughtformer.compression.registry import make_method
 from thoughtformer.errors import InputError
 from thoughtformer.evaluate.compression import Blocks
 from thoughtformer.models.backbone import backbone_of
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 TEXT = " ".join(f"The {noun} of house number {number} was painted on day {number}." for number in range(90)
                 for noun in ("door", "roof", "fence"))  # fmt: skip
@@ -131,7 +132,7 @@ def test_presses_are_read_at_once_as_they_decode():
 
     def pruned():
         cache = DynamicCache()
-        model(ids[:, :first], past_key_values=cache)
+        model(ids[:, :first], **{CACHE_NAME: cache})
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
         return cache
@@ -139,11 +140,11 @@ def test_presses_are_read_at_once_as_they_decode():
     cache = pruned()
     mask = masks_by_kind(model.config, [len(kept)] * len(cache.layers), ids.shape[1] - first)
     positions = torch.arange(first, ids.shape[1])[None]
-    at_once = model(ids[:, first:], past_key_values=cache, position_ids=positions, attention_mask=mask).logits
+    at_once = model(ids[:, first:], **{CACHE_NAME: cache}, position_ids=positions, attention_mask=mask).logits
     cache = pruned()
     for place in range(first, ids.shape[1]):
         where = torch.tensor([[place]])
-        step = model(ids[:, place : place + 1], past_key_values=cache, position_ids=where).logits
+        step = model(ids[:, place : place + 1], **{CACHE_NAME: cache}, position_ids=where).logits
         torch.testing.assert_close(at_once[:, place - first], step[:, 0], atol=1e-9, rtol=0)
 
 
