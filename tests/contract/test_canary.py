@@ -83,7 +83,9 @@ def test_the_engine_writes_the_same(kind):
     assert done.ids == naive(model, ids)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*OWN, *(f"compressed {name}" for name in ("llama", "gemma3_text", "sentinel", "h2o"))]
+)
 def test_a_cache_goes_by_both_names(kind):
     """In and out: of `forward`, and of `generate`, whichever this transformers reads."""
     model, tokenizer = canary(kind)

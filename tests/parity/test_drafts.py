@@ -100,6 +100,7 @@ class CostsOf(StepCosts):
         return self.costs
 
 
+@pytest.mark.parametrize("pair", [*KINDS, *DRAFTED[::4]], indirect=True)
 def test_a_budget_changes_no_text(pair):
     """Whatever it grants; and what is counted of drafts is what was verified and chosen."""
     runner, asked = runner_of(*pair), requests_of(8)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import thoughtformer
 from lms import SERVED, served_pair, tiny_lm
@@ -15,6 +15,7 @@ from prose import KINDS, PAGE, tiny_pair
 from thoughtformer.compression import compress
 from thoughtformer.decode import Drafter, DraftModel, Suffix
 from thoughtformer.errors import InputError, UnsupportedError
+from thoughtformer.models.transformers_api import CACHE_NAME
 
 SETTINGS = {
     "greedy": {"do_sample": False},
@@ -175,6 +176,16 @@ def test_what_it_cannot_do_is_refused_by_name(more, error, message):
     ids = prompt_of(tokenizer)
     with pytest.raises(error, match=message):
         model.generate(ids, custom_generate=thoughtformer.speculate, max_new_tokens=3, **more)
+
+
+def test_caches_of_transformers_are_refused():
+    model, ids = tiny_lm("llama"), prompt_of(None)
+    for more, message in (
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({CACHE_NAME: DynamicCache(config=model.config)}, "leave it out"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            model.generate(ids, custom_generate=thoughtformer.speculate, max_new_tokens=3, **more)
 
 
 def test_what_cannot_be_taken_back_is_refused():

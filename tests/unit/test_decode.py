@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thoughtformer.decode import DRAFTERS, Drafter, DraftModel, Suffix, drafters_of
-from thoughtformer.decode.budget import RowCosts, allotted
+from thoughtformer.decode.budget import GAIN, RowCosts, allotted
 from thoughtformer.decode.suffix import LEAST_MATCH, LEAST_SHARE, Occurrences
 from thoughtformer.errors import ConfigError, InputError
 from thoughtformer.names import DRAFTER_NAMES
@@ -201,7 +201,10 @@ def test_no_other_share_yields_more_tokens_a_second(survivals, curve):
 
     found = allotted(survivals, seconds)
     best = max(rate(taken) for taken in product(*(range(len(of) + 1) for of in survivals)))
-    assert rate(found) == pytest.approx(best)
+    if best > GAIN * rate([0] * len(survivals)):
+        assert rate(found) == pytest.approx(best)
+    else:
+        assert sum(found) == 0, "so little isn't worth the risk"
 
 
 def test_where_a_token_costs_a_step_nothing_is_drafted_and_where_it_costs_nothing_all():

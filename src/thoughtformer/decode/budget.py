@@ -13,6 +13,8 @@ __all__ = ["StepCosts", "allotted"]
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 #: Times each; the shortest counts.
 TIMES = 3
+#: Drafts that promise less than this against a step without any are left: what passes take isn't known so well.
+GAIN = 1.08
 #: By which one more step moves what is known of its width.
 WEIGHT = 0.1
 
@@ -44,10 +46,13 @@ class RowCosts:
     def measure(self, seconds_of: Callable[[int], float], num_rows: int = 1) -> None:
         """Times passes of several widths, from a token a row on; `seconds_of` takes one of so many tokens."""
         self.is_tried = True
-        for width in (num_rows - 1 + width for width in WIDTHS):
-            self._known[width] = min(seconds_of(width) for _ in range(TIMES))
-            if self._known[width] > 2 * self._known[num_rows]:
-                return
+        widths = [num_rows - 1 + width for width in WIDTHS]
+        for _ in range(TIMES):  # in turns, so that a slow moment makes no width look dear
+            for place, width in enumerate(widths):
+                self._known[width] = min(seconds_of(width), self._known.get(width, math.inf))
+                if self._known[width] > 2 * self._known[num_rows]:
+                    widths = widths[: place + 1]
+                    break
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """One more pass was timed. One that took ten times as long as known is somebody else's doing."""
@@ -81,7 +86,8 @@ def _by_survival(survivals: Sequence[Sequence[float]]) -> Iterator[tuple[int, fl
 def allotted(
     survivals: Sequence[Sequence[float]], seconds: Callable[[int], float], drafting: Sequence[float] = ()
 ) -> list[int]:
-    """How many tokens of each row's draft to verify, so that the step yields the most tokens a second.
+    """How many tokens of each row's draft to verify, so that the step yields the most tokens a second; none for less
+    than `GAIN`.
 
     A step yields a token a row, and of a draft each token with its survival. Of any number of drafted tokens the
     likeliest yield most, so all numbers are compared; where drafting itself costs time, it is the best of these, not
@@ -94,7 +100,8 @@ def allotted(
     """
     taken, best = [0] * len(survivals), [0] * len(survivals)
     num_tokens, tokens = len(survivals), float(len(survivals))
-    most = tokens / seconds(num_tokens)  # 0 beyond what is known: then nothing is better
+    # Beyond what is known it is 0: then nothing is better.
+    most = GAIN * tokens / seconds(num_tokens)
     drafted = 0.0
     for row, survival in _by_survival(survivals):
         taken[row] += 1

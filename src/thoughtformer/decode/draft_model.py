@@ -41,12 +41,16 @@ class _Rates:
 
     #: Guesses that count as made before anything was seen, and what is left of a count after another observation.
     PRIOR, KEPT = 4.0, 0.99
+    #: Of guesses of which nothing is known, so many are right. Not as many as their account says: where the same draws
+    #: choose, both models choose an unlikely token together more often than each for itself.
+    UNKNOWN = 0.6
+    #: What is drafted is worth so much at least: it is there, and only what is verified can be counted.
+    LEAST = 0.15
 
     def __init__(self) -> None:
         self._made = [self.PRIOR] * WIDTHS
-        # Before anything was seen, the account is believed.
-        self._right = [self.PRIOR * (width + 0.5) / WIDTHS for width in range(WIDTHS)]
-        self.mean = 0.6
+        self._right = [self.PRIOR * self.UNKNOWN] * WIDTHS
+        self.mean = self.UNKNOWN
         self.seconds: float | None = None
 
     def _width(self, likely: float) -> int:
@@ -55,7 +59,7 @@ class _Rates:
     def of(self, likely: float) -> float:
         """Of guesses that were about so likely, the share that was right."""
         width = self._width(likely)
-        return self._right[width] / self._made[width]
+        return max(self._right[width] / self._made[width], self.LEAST)
 
     def add(self, likely: float, was_right: bool) -> None:
         width = self._width(likely)
@@ -99,8 +103,8 @@ class DraftModel(Drafter):
             )
         self.most_tokens = most_tokens
         self.rates = _Rates()
-        #: For which model: its tokenizer, and what makes a translation of each text.
-        self._bound: tuple[Any, Callable[[], Translation]] | None = None
+        #: For which ids, and what makes a translation of each text; comparing vocabularies takes long.
+        self._bound: tuple[tuple[Any, int | None], Callable[[], Translation]] | None = None
 
     @classmethod
     def from_argument(cls, argument: str) -> DraftModel:
@@ -109,12 +113,13 @@ class DraftModel(Drafter):
         return cls(argument)
 
     def bound(self, runner: Runner) -> DraftModel:
-        if self._bound is not None and self._bound[0] is runner.tokenizer:
-            return self
         if self.runner.model is runner.model:
             raise UnsupportedError("a model that drafts for itself saves nothing: give DraftModel a smaller one.")
+        ids = runner.tokenizer, runner.sentence_end
+        if self._bound is not None and self._bound[0] == ids:
+            return self
         bound = copy.copy(self)
-        bound._bound = runner.tokenizer, translation_between(runner, self.runner)
+        bound._bound = ids, translation_between(runner, self.runner)
         return bound
 
     def begin(self, *, client: str = "", prediction: Sequence[int] = (), guess: Guess | None = None) -> _OfRequest:
@@ -162,11 +167,13 @@ class _OfRequest(Drafter):
         rates, most = self.strategy.rates, self._room(ids, most)
         if not most:
             return Draft(ids=(), survival=())
-        logits = self._read(self.translation.of(ids))
         drafted: list[int] = []
         survival: list[float] = []
         self.likely = []
-        started, alive = time.perf_counter(), 1.0
+        is_first, started, alive = self.cache is None, time.perf_counter(), 1.0
+        logits = self._read(self.translation.of(ids))
+        # What a whole text takes to be read says nothing of the next draft.
+        started = time.perf_counter() if is_first else started
         while True:
             token, likely = self.guess([*ids, *drafted], logits, len(drafted))
             if token in self.translation.silent:

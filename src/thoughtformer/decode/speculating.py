@@ -122,8 +122,16 @@ def _check(model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs
     if asked:
         raise UnsupportedError(f"{asked[0]}: not told of steps of several tokens. Leave it out.")
     cache = model_kwargs.get(CACHE_NAME)
-    if not isinstance(cache, RowsCache) and cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedError("a cache that was read before: give the text, or a model from thoughtformer.compress.")
+    if isinstance(cache, RowsCache):
+        return
+    if cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
+        raise UnsupportedError(
+            "a cache of transformers' own: leave it out, or use a model from thoughtformer.compress."
+        )
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise UnsupportedError(
+            f"cache_implementation={config.cache_implementation!r}: drafts need a cache of their own."
+        )
 
 
 def _written(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 
 from thoughtformer.errors import UnsupportedError
 from thoughtformer.runners import Runner
@@ -73,7 +72,7 @@ class _WithEnds(Translation):
     # An end is decided by what follows it, so that open ids are read again with each token; a sentence is short.
 
     def of(self, ids: Sequence[int]) -> list[int]:
-        for token in islice(ids, self._num_read, None):
+        for token in ids[self._num_read :]:
             if token in self.start_ids:
                 self._close([*self._open_with_ends(), token], len(self._open))
             else:

@@ -14,7 +14,7 @@ import torch
 
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.decode import Draft, Drafter, StepCosts
-from thoughtformer.decode.budget import WIDTHS, RowCosts, allotted
+from thoughtformer.decode.budget import TIMES, WIDTHS, RowCosts, allotted
 from thoughtformer.engine.request import Request
 from thoughtformer.runners.base import Runner
 
@@ -215,14 +215,14 @@ class Drafting:
         logger.warning("%s drafts no more for request %d", name, request.number, exc_info=True)
 
     def _measure(self, costs: RowCosts, requests: Sequence[Request], cache: RowsCache) -> None:
-        """Times passes on a copy of all rows: what they read is taken back."""
+        """Times passes on a copy of all rows."""
         try:
             costs.is_tried = True
             runner, rows = self.runner, len(requests)
             special = {*runner.end_ids, *runner.start_ids, runner.sentence_end}
             longest = max(requests, key=lambda request: len(request.ids))
             token = next((token for token in reversed(longest.ids) if token not in special), None)
-            room = max(WIDTHS) + len(longest.ids)
+            room = len(longest.ids) + max(WIDTHS) + TIMES * len(WIDTHS)
             if token is None or (runner.max_tokens is not None and room > runner.max_tokens):
                 costs.is_tried = False
                 return
@@ -230,14 +230,15 @@ class Drafting:
             copy.reserve(room)
 
             def seconds_of(width: int) -> float:
-                # What is drafted is spread over the rows.
+                # What is drafted is spread over the rows, and of each row the first token stays, as in a step.
                 each, more = divmod(width, rows)
-                copy.autocommit = False
+                new = [[token] * (each + (row < more)) for row in range(rows)]
+                copy.autocommit = width == rows
                 started = time.perf_counter()
-                runner.verify([[token] * (each + (row < more)) for row in range(rows)], copy).argmax(-1).tolist()
-                seconds = time.perf_counter() - started
-                copy.rollback()
-                return seconds
+                runner.verify(new, copy).argmax(-1).tolist()
+                if not copy.autocommit:
+                    copy.commit(torch.ones(rows, dtype=torch.long))
+                return time.perf_counter() - started
 
             costs.measure(seconds_of, rows)
         except Exception:
