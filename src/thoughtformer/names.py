@@ -48,6 +48,7 @@ BENCH_CASES = {
         "requests",
         "known",
         "drafts",
+        "draft_model",
     ),
     "memory": ("kv_bytes", "resident"),
     "quality": ("bits", "compression", "recall", "at_bytes"),

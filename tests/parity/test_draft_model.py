@@ -156,6 +156,35 @@ def test_one_drafter_serves_models_that_close_sentences_and_such_that_do_not():
     assert for_hybrid.begin(guess=lambda *_: (5, 0.5)).translation.of(with_ends) == with_ends
 
 
+def test_ends_that_it_writes_are_no_part_of_its_draft():
+    """It reads them and goes on; behind each, its next guess is for the same place."""
+    target, drafter = runner_of(*tiny_pair(plain=True)), DraftModel(*drafting_pair("hourglass"))
+    end, places, written = drafter.runner.sentence_end, [], iter([9, drafter.runner.sentence_end, 10, 11])
+
+    def guess(ids, logits, ahead):
+        places.append((len(ids), ahead))
+        return next(written), 0.5
+
+    ids = target.encode(PAGE[:60])
+    of_request = drafter.bound(target).begin(guess=guess)
+    draft = of_request.propose(ids, 3)
+    assert draft.ids == [9, 10, 11]
+    assert places == [(len(ids) + ahead, ahead) for ahead in (0, 1, 1, 2)]
+    assert of_request.pending[-3:] == [9, end, 10]
+
+
+def test_what_came_of_a_draft_is_counted():
+    target, drafter = runner_of(*tiny_pair(plain=True)), DraftModel(*drafting_pair("hourglass"))
+    of_request, ids = drafter.bound(target).begin(guess=lambda *_: (9, 0.5)), target.encode(PAGE[:60])
+    before = drafter.rates.of(0.5)
+    for right in (0, 3):
+        for _ in range(30):
+            of_request.propose(ids, 3)
+            of_request.observe(3, right, right + 1)
+        assert (drafter.rates.of(0.5) < before) == (right == 0)
+        before = drafter.rates.of(0.5)
+
+
 class Failing(Drafter):
     def propose(self, ids, most):
         raise ZeroDivisionError

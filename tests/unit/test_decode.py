@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thoughtformer.decode import DRAFTERS, Drafter, DraftModel, Suffix, drafters_of
+from thoughtformer.decode import DRAFTERS, Drafter, DraftModel, StepCosts, Suffix, drafters_of
 from thoughtformer.decode.budget import GAIN, RowCosts, allotted
 from thoughtformer.decode.suffix import LEAST_MATCH, LEAST_SHARE, Occurrences
 from thoughtformer.errors import ConfigError, InputError
@@ -213,6 +213,24 @@ def test_where_a_token_costs_a_step_nothing_is_drafted_and_where_it_costs_nothin
     assert allotted(survivals, CURVES["linear"]) == [0, 0, 0]
     # No token survives more often than the one before it, whatever is said of it.
     assert allotted([[0.3, 1.0]], {1: 1.0, 2: 1.4, 3: 1.7}.__getitem__) == [0]
+
+
+def test_what_drafting_takes_counts_too():
+    flat = CURVES["flat"]
+    assert allotted([[0.9, 0.8]], flat, [0.0]) == [2]
+    assert allotted([[0.9, 0.8]], flat, [10.0]) == [0]
+    assert allotted([[0.9, 0.2]], flat, [0.3]) == [1]
+    assert allotted([[0.9], [0.9]], flat, [0.0, 10.0]) == [1, 0]
+
+
+def test_rows_are_timed_apart():
+    costs = StepCosts()
+    costs.of(1).measure(lambda width: 1.0)
+    assert costs.of(1).is_measured and not costs.of(2).is_measured
+    assert costs.of(5) is costs.of(8) is not costs.of(4)
+    costs.of(3).measure(lambda width: float(width), 4)
+    assert [costs.of(4).seconds(width) for width in (4, 5, 7)] == [4.0, 5.0, 7.0]
+    assert costs.of(1).seconds(4) == 1.0
 
 
 def test_costs_between_widths_lie_on_a_line():

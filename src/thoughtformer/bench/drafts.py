@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from thoughtformer.engine import Limits, Scheduler, runner_of
 from thoughtformer.engine.request import Request
 from thoughtformer.models.loading import load
 from thoughtformer.names import ASSETS
+from thoughtformer.runners import Runner
 from thoughtformer.sampling import Sampler, SamplingParams
 
-__all__ = ["drafts"]
+__all__ = ["draft_model", "drafts"]
 
 #: Of a text's words, those that an edit changes.
 CHANGED = 0.05
@@ -43,49 +44,66 @@ LOOKED_UP = 7
 
 
 def drafts(options: Options) -> Iterator[Record]:
-    """Tokens a second and a pass of given texts: an edit, half an edit, and new prose."""
-    size = options.size
-    gpt, tokenizer = size.gpt(), size.tokenizer()
-    llama = as_llama(gpt)
-    runner = runner_of(gpt, tokenizer)
-    drafter = load(DRAFTER)
-    # New ones for each run: what one has learned of a text must not help the next.
-    strategies: dict[str, Callable[[], list[Drafter]]] = {"off": list, "suffix": lambda: [Suffix()]}
-    for (name, given), rows in ((pair, rows) for pair in _texts(size).items() for rows in (1, ROWS)):
-        is_written = given.temperature is not None
-        if is_written and rows > 1:
-            continue
-        if is_written and "model" not in strategies:
-            strategies["model"] = lambda: [DraftModel(*drafter)]
-            strategies["both"] = lambda: [Suffix(), DraftModel(*drafter)]
-        runs: dict[str, Run] = {}
-        for setting, made in strategies.items():
-            costs = StepCosts()  # measured once, as in an engine that stays
-            runs[f"gpt, drafts {setting}"] = lambda made=made, costs=costs, given=given, rows=rows: _written(
-                runner, made(), costs, given, rows
-            )
-        if rows == 1 and not is_written:
+    """Tokens a second and a pass of texts that copies help with: an edit, half an edit, and new prose."""
+    runner, llama = _peers(options.size)
+    for (name, given), rows in ((pair, rows) for pair in _texts(options.size).items() for rows in (1, ROWS)):
+        runs = _engines(runner, {"off": list, "suffix": lambda: [Suffix()]}, given, rows)
+        if rows == 1:
             for peer, more in (("generate", {}), ("prompt lookup", {"prompt_lookup_num_tokens": LOOKED_UP})):
                 runs[f"transformers Llama, {peer}"] = lambda more=more, given=given: _generated(
                     llama, given.prompt, given.text, more
                 )
-        workload = {
-            "text": name,
-            "batch": rows,
-            "context": len(given.prompt),
-            "new_tokens": len(given.text),
-            "size": size.name,
-        }
-        yield from measured(
-            "drafts",
-            workload,
-            runs,
-            {"transformers Llama, prompt lookup": {"prompt_lookup_num_tokens": LOOKED_UP}},
-            repeats=options.repeats,
-            on_run=lambda peer, number, name=name, rows=rows: options.on_progress(
-                f"drafts, {name}, {rows} rows: {peer}, round {number}"
-            ),
-        )
+        yield from _measured("drafts", name, given, rows, runs, options)
+
+
+def draft_model(options: Options) -> Iterator[Record]:
+    """The same of texts that the bundled GPT wrote, with the bundled hourglass to draft."""
+    runner, _ = _peers(options.size)
+    drafter = load(DRAFTER)
+    # New ones for each run: what one has learned of a text must not help the next.
+    strategies: dict[str, Callable[[], list[Drafter]]] = {
+        "off": list,
+        "suffix": lambda: [Suffix()],
+        "model": lambda: [DraftModel(*drafter)],
+        "both": lambda: [Suffix(), DraftModel(*drafter)],
+    }
+    for name, given in _written_texts(options.size).items():
+        yield from _measured("draft_model", name, given, 1, _engines(runner, strategies, given, 1), options)
+
+
+def _peers(size: Size) -> tuple[Runner, LlamaForCausalLM]:
+    gpt = size.gpt()
+    return runner_of(gpt, size.tokenizer()), as_llama(gpt)
+
+
+def _engines(
+    runner: Runner, strategies: Mapping[str, Callable[[], list[Drafter]]], given: Given, rows: int
+) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    for setting, made in strategies.items():
+        costs = StepCosts()  # measured once, as in an engine that stays
+        runs[f"gpt, drafts {setting}"] = lambda made=made, costs=costs: _written(runner, made(), costs, given, rows)
+    return runs
+
+
+def _measured(
+    case: str, name: str, given: Given, rows: int, runs: dict[str, Run], options: Options
+) -> Iterator[Record]:
+    workload = {
+        "text": name,
+        "batch": rows,
+        "context": len(given.prompt),
+        "new_tokens": len(given.text),
+        "size": options.size.name,
+    }
+    yield from measured(
+        case,
+        workload,
+        runs,
+        {"transformers Llama, prompt lookup": {"prompt_lookup_num_tokens": LOOKED_UP}} if case == "drafts" else {},
+        repeats=options.repeats,
+        on_run=lambda peer, number: options.on_progress(f"{case}, {name}, {rows} rows: {peer}, round {number}"),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class Given:
 
 
 def _texts(size: Size) -> dict[str, Given]:
-    """By workload; those that a model wrote come last."""
+    """By workload."""
     tokenizer, chooser = size.tokenizer(), random.Random(0)
     words = (ASSETS / "page.txt").read_text(encoding="utf-8").split()
     count = 120 if size.name == "full" else 24
@@ -115,14 +133,19 @@ def _texts(size: Size) -> dict[str, Given]:
         return tokenizer.encode_document(" ".join(text) + "\n\n", complete=False, start=start).tolist()
 
     prompt = ids(first, start=True)
-    texts = {
+    return {
         name: Given(prompt, ids(text, start=False))
         for name, text in (("edit", edited), ("half", half), ("new", second))
-        for name, text in (("edit", edited), ("half", half), ("new", second))
     }
+
+
+def _written_texts(size: Size) -> dict[str, Given]:
+    """What the bundled GPT writes behind the same prompt, drawn or greedy, or in turns with what it copies."""
+    prompt, new = (given := _texts(size)["new"]).prompt, len(given.text)
+    texts = {}
     for name, temperature, is_half in (("drawn", 1.0, False), ("greedy", 0.0, False), ("half drawn", 1.0, True)):
-        copied = prompt[1:] if is_half else []
-        texts[name] = Given(prompt, _continued(prompt, copied, temperature, len(texts["new"].text)), temperature)
+        text = _continued(prompt, prompt[1:] if is_half else [], temperature, new)
+        texts[name] = Given(prompt, text, temperature)
     return texts
 
 

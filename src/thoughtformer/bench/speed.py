@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from thoughtformer.bench.architectures import architectures
-from thoughtformer.bench.drafts import drafts
+from thoughtformer.bench.drafts import draft_model, drafts
 from thoughtformer.bench.records import Record
 from thoughtformer.bench.requests import batch1, batch8
 from thoughtformer.bench.running import (
@@ -245,4 +245,5 @@ CASES: dict[str, Callable[[Options], Iterator[Record]]] = {
     "known": known,
     "requests": requests,
     "drafts": drafts,
+    "draft_model": draft_model,
 }
