@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -45,6 +45,7 @@ class Forecast:
     seconds: float
 
 
+@runtime_checkable
 class Guess(Protocol):
     """How a request chooses, for those who draft by a model of their own: see `Sampler.guess`."""
 
