@@ -113,6 +113,13 @@ def test_ends_are_those_of_the_text_that_the_ids_make(text, longest):
                 assert found == drafter.encode(shown)
 
 
+def test_a_model_without_ends_reads_none():
+    target, drafter = runner_of(*tiny_pair(**KINDS["hourglass"])), runner_of(*tiny_pair(plain=True))
+    ids = target.encode("One. Two. Three.")
+    assert target.sentence_end in ids
+    assert translation_between(target, drafter)().of(ids) == drafter.encode("One. Two. Three.")
+
+
 def test_documents_start_where_they_do():
     target, drafter = runner_of(*tiny_pair(plain=True)), runner_of(*tiny_pair(**KINDS["hourglass"]))
     first, second = target.encode("One. Two."), target.encode("Three. Four.")
