@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Characters of a prediction for each token that may be written; what is cut off costs drafts, and nothing else.
 PREDICTED_CHARACTERS = 16
+#: Up to which what all rows hold is copied, for a moment, to time passes: limits on memory know nothing of it.
+COPIED_BYTES = 1 << 28
 
 
 @dataclass(kw_only=True)
@@ -215,7 +217,7 @@ class Drafting:
         logger.warning("%s drafts no more for request %d", name, request.number, exc_info=True)
 
     def _measure(self, costs: RowCosts, requests: Sequence[Request], cache: RowsCache) -> None:
-        """Times passes on a copy of all rows."""
+        """Times passes on a copy of all rows; of one of them, where a copy of all is large."""
         try:
             costs.is_tried = True
             runner, rows = self.runner, len(requests)
@@ -226,18 +228,19 @@ class Drafting:
             if token is None or (runner.max_tokens is not None and room > runner.max_tokens):
                 costs.is_tried = False
                 return
-            copy = cache.fork_rows(torch.arange(rows))
+            copied = rows if cache.num_bytes() <= COPIED_BYTES else 1
+            copy = cache.fork_rows(torch.arange(copied))
             copy.reserve(room)
 
             def seconds_of(width: int) -> float:
                 # What is drafted is spread over the rows, and of each row the first token stays, as in a step.
-                each, more = divmod(width, rows)
-                new = [[token] * (each + (row < more)) for row in range(rows)]
-                copy.autocommit = width == rows
+                each, more = divmod(width, copied)
+                new = [[token] * (each + (row < more)) for row in range(copied)]
+                copy.autocommit = width == copied
                 started = time.perf_counter()
                 runner.verify(new, copy).argmax(-1).tolist()
                 if not copy.autocommit:
-                    copy.commit(torch.ones(rows, dtype=torch.long))
+                    copy.commit(torch.ones(copied, dtype=torch.long))
                 return time.perf_counter() - started
 
             costs.measure(seconds_of, rows)
