@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from torch import Tensor
 from thoughtformer.errors import InputError, nearest
 from thoughtformer.runners import Runner
 
-__all__ = ["DRAFTERS", "Draft", "Drafter", "Forecast", "Guess", "drafters_of"]
+__all__ = ["DRAFTERS", "Draft", "Drafter", "Forecast", "Guess", "drafters_of", "verifiable"]
 
 #: Strategies by name.
 DRAFTERS: dict[str, type[Drafter]] = {}
@@ -110,6 +112,19 @@ class Drafter(ABC):
     def finish(self, ids: Sequence[int]) -> None:
         """The request has come to its end with these ids."""
         return
+
+
+def verifiable(
+    proposed: Draft | Sequence[int], most: int, *, vocab_size: int, ends: Collection[int] = ()
+) -> tuple[list[int], list[float]]:
+    """What can be verified of what was proposed, with its survival: ids that there are, up to the first end of a text.
+
+    Plain ids count as certain. Raises what follows from ids that are no whole numbers.
+    """
+    ids, survival = (proposed.ids, proposed.survival) if isinstance(proposed, Draft) else (proposed, None)
+    whole = [operator.index(token) for token in islice(ids, most)]
+    left = list(takewhile(lambda token: 0 <= token < vocab_size and token not in ends, whole))
+    return left, [1.0 if survival is None else float(survival[place]) for place in range(len(left))]
 
 
 def drafters_of(drafts: str | Drafter | Sequence[str | Drafter]) -> list[Drafter]:

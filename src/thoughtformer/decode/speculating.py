@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
 from thoughtformer.compression import CompressedModel, compress
-from thoughtformer.decode.drafting import Draft, Drafter, drafters_of
+from thoughtformer.decode.drafting import Drafter, drafters_of, verifiable
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.models import GPTHFForCausalLM
 from thoughtformer.models.transformers_api import (
@@ -175,14 +173,8 @@ def _written(
             try:
                 drafter.observe(*of_it, num_new)
                 if not draft and most > 0:
-                    draft, drafted_by = _proposed(drafter, ids[padding:], most, size=logits.shape[-1]), drafter
+                    proposed = drafter.propose(ids[padding:], most)
+                    draft, drafted_by = verifiable(proposed, most, vocab_size=logits.shape[-1])[0], drafter
             except Exception:  # no text fails for a draft's sake
                 logger.warning("%s drafts no more", type(drafter).__name__, exc_info=True)
                 drafters.remove(drafter)
-
-
-def _proposed(drafter: Drafter, ids: Sequence[int], most: int, *, size: int) -> list[int]:
-    """What can be verified of what a drafter proposes."""
-    proposed = drafter.propose(ids, most)
-    whole = map(operator.index, islice(proposed.ids if isinstance(proposed, Draft) else proposed, most))
-    return list(takewhile(lambda token: 0 <= token < size, whole))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
 
 import torch
 
 from thoughtformer.cache.rows import RowsCache
-from thoughtformer.decode import Draft, Drafter, StepCosts
+from thoughtformer.decode import Drafter, StepCosts
 from thoughtformer.decode.budget import TIMES, WIDTHS, RowCosts, allotted
+from thoughtformer.decode.drafting import verifiable
 from thoughtformer.engine.request import Request
 from thoughtformer.runners.base import Runner
 
@@ -199,14 +198,10 @@ class Drafting:
         drafter = (request.drafters or {}).get(offer.by)
         if not most or drafter is None:
             return (), ()
-        ends, size = (*self.runner.end_ids, *self.runner.start_ids), self.runner.vocab_size
+        ends = (*self.runner.end_ids, *self.runner.start_ids)
         try:
-            draft = drafter.propose(request.ids, most)
-            ids, survival = (draft.ids, draft.survival) if isinstance(draft, Draft) else (draft, None)
-            whole = [operator.index(token) for token in islice(ids, most)]
-            left = list(takewhile(lambda token: 0 <= token < size and token not in ends, whole))
-            likely = [1.0] * len(left) if survival is None else [float(survival[place]) for place in range(len(left))]
-            return left, likely
+            proposed = drafter.propose(request.ids, most)
+            return verifiable(proposed, most, vocab_size=self.runner.vocab_size, ends=ends)
         except Exception:  # what isn't made of whole numbers, too
             self._give_up(request, offer.by)
             return (), ()
