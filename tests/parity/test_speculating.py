@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import thoughtformer
-from lms import SERVED, served_pair, tiny_lm
+from lms import SERVED, compressed_pair, served_pair, tiny_lm
 from prose import KINDS, PAGE, tiny_pair
-from thoughtformer.compression import compress
+from thoughtformer.compression import Full, compress
 from thoughtformer.decode import Drafter, DraftModel, Suffix
 from thoughtformer.errors import InputError, UnsupportedError
 from thoughtformer.models.transformers_api import CACHE_NAME
@@ -150,6 +150,29 @@ def test_a_model_drafts(settings):
     hook.remove()
     assert torch.equal(drafted, expected)
     assert len(passes) == 1 + 8, "the same model is always right"
+
+
+@pytest.mark.parametrize("settings", ["greedy", "drawn"])
+def test_a_plain_causal_lm_takes_a_model_that_drafts(settings):
+    """Its ids are the drafter's, whose sentences end by themselves."""
+    compressed, tokenizer = compressed_pair("llama", Full())
+    model = compressed.model
+    compressed.close()
+    drafter = DraftModel(*tiny_pair(**KINDS["hourglass"]))  # whose weights are drawn from the same stream
+    ids = torch.tensor([tokenizer(PAGE[:90])["input_ids"]])
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "eos_token_id": None}
+    torch.manual_seed(2)
+    expected = model.generate(ids, **arguments, **SETTINGS[settings])
+    torch.manual_seed(2)
+    drafted = model.generate(
+        ids,
+        custom_generate=thoughtformer.speculate,
+        drafts=["suffix", drafter],
+        target_tokenizer=tokenizer,
+        **arguments,
+        **SETTINGS[settings],
+    )
+    assert torch.equal(drafted, expected)
 
 
 def test_a_drafter_that_fails_is_left_out_with_one_warning(caplog):

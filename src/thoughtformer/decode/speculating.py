@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from thoughtformer.cache.rows import RowsCache
@@ -25,6 +25,7 @@ from thoughtformer.models.transformers_api import (
 )
 from thoughtformer.runners import runner_of
 from thoughtformer.sampling.noise import Noise
+from thoughtformer.sampling.sampler import Chooser
 
 __all__ = ["speculate"]
 
@@ -32,30 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: What `generate` can be asked to tell of each step, which steps of several tokens don't.
 UNTOLD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-
-
-class _Chooser:
-    """The tokens of one text as `generate` chooses them: by its processors, drawn from torch's own stream."""
-
-    def __init__(self, processors: LogitsProcessorList, *, draws: bool, device: torch.device) -> None:
-        self.processors = processors
-        self.noise = Noise(None) if draws else None
-        self.device = device
-
-    def scores(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        seen = torch.tensor([ids], dtype=torch.long, device=self.device)
-        return self.processors(seen, logits[None].to(self.device, torch.float32, copy=True))[0]  # type: ignore[arg-type]
-
-    def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
-        scores = self.scores(ids, logits)
-        return int(scores.argmax()) if self.noise is None else self.noise.draw(scores.softmax(-1))
-
-    def guess(self, ids: Sequence[int], logits: Float[Tensor, " vocab"], ahead: int) -> tuple[int, float]:
-        """See `Sampler.guess`."""
-        scores = self.scores(ids, logits)
-        probabilities = scores.softmax(-1)
-        token = int(scores.argmax()) if self.noise is None else self.noise.drawn_ahead(probabilities, ahead)
-        return token, float(probabilities[token])
 
 
 def speculate(
@@ -92,7 +69,7 @@ def speculate(
             cache = reader.new_cache(1)
         if not cache.can_speculate:
             raise UnsupportedError(f"{cache.written_by} overwrites what it drops: leave custom_generate out.")
-        chooser = _Chooser(logits_processor, draws=bool(generation_config.do_sample), device=input_ids.device)
+        chooser = Chooser(logits_processor, Noise(None) if generation_config.do_sample else None)
         drafters: list[Drafter] = []
         for drafter in drafters_of(drafts):
             if type(drafter).bound is not Drafter.bound:
@@ -102,8 +79,8 @@ def speculate(
             drafters.append(drafter.begin(guess=chooser.guess))
         mask = model_kwargs.get("attention_mask")
         prompt = input_ids[0] if mask is None else input_ids[0][mask[0, -input_ids.shape[1] :].bool()]
-        ids = _written(reader, cache, input_ids[0].tolist(), prompt.tolist(), drafters, chooser, stopping_criteria)
-    sequences = torch.tensor([ids], device=input_ids.device)
+        written = _written(reader, cache, input_ids, prompt.tolist(), drafters, chooser, stopping_criteria)
+    sequences = torch.tensor([written], device=input_ids.device)
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})  # type: ignore[arg-type]
@@ -135,30 +112,32 @@ def _check(model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs
 def _written(
     model: Any,
     cache: RowsCache,
-    ids: list[int],
+    input_ids: Int[Tensor, "1 seq"],
     prompt: list[int],
     drafters: Sequence[Drafter],
-    chooser: _Chooser,
+    chooser: Chooser,
     stopping_criteria: StoppingCriteriaList,
 ) -> list[int]:
     """Ids with what is written behind them.
 
     Args:
-        ids: with padding, as processors and criteria see them.
+        input_ids: with padding, as processors and criteria see them.
         prompt: without.
     """
+    ids, device = input_ids[0].tolist(), input_ids.device
     padding, limit, known = len(ids) - len(prompt), stopping_criteria.max_length, cache.get_seq_length()
     unread, draft = prompt[max(known - padding, 0) :], []
     drafters, drafted_by = list(drafters), None
     while True:
         cache.autocommit = not draft
-        new = torch.tensor([[*unread, *draft]], device=chooser.device)
+        new = torch.tensor([[*unread, *draft]], device=device)
         logits = model(new, **{CACHE_NAME: cache}, logits_to_keep=len(draft) + 1).logits[0]
+        logits = logits.to(device, torch.float32)  # as `generate` does
         num_new, is_done = 0, False
         for place, drafted in enumerate([*draft, None]):
             ids.append(chooser.choose(ids, logits[place]))
             num_new += 1
-            is_done = bool(stopping_criteria(torch.tensor([ids], device=chooser.device), None).all())  # type: ignore[arg-type]
+            is_done = bool(stopping_criteria(torch.tensor([ids], device=device), None).all())  # type: ignore[arg-type]
             if is_done or ids[-1] != drafted:
                 break
         if draft:

@@ -23,7 +23,7 @@ from thoughtformer.errors import InputError
 from thoughtformer.sampling.noise import Noise
 from thoughtformer.sampling.penalty import ExemptingRepetitionPenalty
 
-__all__ = ["Sampler", "SamplingParams", "derived_seed"]
+__all__ = ["Chooser", "Sampler", "SamplingParams", "derived_seed"]
 
 #: Below, the quotients of logits leave float32's range before anything but the likeliest token has a chance.
 LEAST_TEMPERATURE = 1e-5
@@ -112,7 +112,59 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-class Sampler:
+class Chooser:
+    """Chooses one text's tokens by logits processors.
+
+    Args:
+        processors: what makes scores of logits.
+        noise: what draws; None: the likeliest is chosen.
+        never: ids that are never chosen; `leave_out` is the caller's to call, once for each token.
+        reads_ids: a processor looks at the ids so far; else none are handed over, which would take time with each.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        noise: Noise | None,
+        *,
+        never: Sequence[int] = (),
+        reads_ids: bool = True,
+    ) -> None:
+        self.processors = processors
+        self.noise = noise
+        self.never = list(never)
+        self.reads_ids = reads_ids
+
+    def leave_out(self, logits: Float[Tensor, " vocab"]) -> None:
+        """Makes what is never chosen impossible, in place."""
+        if self.never:
+            logits[self.never] = float("-inf")
+
+    def scores(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
+        """The logits after all processors."""
+        seen: Int[Tensor, "1 seq"] = torch.tensor(
+            [ids if self.reads_ids else ids[:0]], dtype=torch.long, device=logits.device
+        )
+        return self.processors(seen, logits[None].clone())[0]  # type: ignore[arg-type]
+
+    def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
+        """The next token, given the ids so far and the logits (float32, as transformers samples)."""
+        scores = self.scores(ids, logits)
+        return int(scores.argmax()) if self.noise is None else self.noise.draw(scores.softmax(-1))
+
+    def guess(self, ids: Sequence[int], logits: Float[Tensor, " vocab"], ahead: int) -> tuple[int, float]:
+        """What it would choose behind `ids`, `ahead` tokens from now, by another model's logits, and how likely it is.
+
+        With the random numbers that will choose that token: what two models agree on, both choose.
+        """
+        scores = self.scores(ids, logits)
+        self.leave_out(scores)
+        probabilities = scores.softmax(-1)
+        token = int(scores.argmax()) if self.noise is None else self.noise.drawn_ahead(probabilities, ahead)
+        return token, float(probabilities[token])
+
+
+class Sampler(Chooser):
     """Chooses one request's tokens.
 
     Args:
@@ -126,12 +178,12 @@ class Sampler:
         self, params: SamplingParams, exempt: Sequence[int], device: torch.device, *, never: Sequence[int] = ()
     ) -> None:
         self.params = params
-        self.never = list(never)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         # PyTorch's generator on CPUs looks at 32 bits alone: what they don't hold is folded into them.
         seed = seed if 0 <= seed < 1 << 32 else _digest(str(seed))
-        self.noise = Noise(torch.Generator(device=device).manual_seed(seed))
-        self.processors = LogitsProcessorList()
+        noise = None if params.is_greedy else Noise(torch.Generator(device=device).manual_seed(seed))
+        # transformers' warpers look at scores alone.
+        super().__init__(LogitsProcessorList(), noise, never=never, reads_ids=params.repetition_penalty != 1)
         if params.repetition_penalty != 1:
             self.processors.append(ExemptingRepetitionPenalty(params.repetition_penalty, exempt))
         if params.is_greedy:
@@ -145,29 +197,3 @@ class Sampler:
             self.processors.append(TopPLogitsWarper(params.top_p))
         if params.min_p > 0:
             self.processors.append(MinPLogitsWarper(params.min_p))
-
-    def leave_out(self, logits: Float[Tensor, " vocab"]) -> None:
-        """Makes what is never chosen impossible, in place."""
-        if self.never:
-            logits[self.never] = float("-inf")
-
-    def scores(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        """The logits after all processors."""
-        seen: Int[Tensor, "1 seq"] = torch.tensor([ids], dtype=torch.long, device=logits.device)
-        return self.processors(seen, logits[None].clone())[0]  # type: ignore[arg-type]
-
-    def choose(self, ids: Sequence[int], logits: Float[Tensor, " vocab"]) -> int:
-        """The next token, given the request's ids so far and the logits (float32, as transformers samples)."""
-        scores = self.scores(ids, logits)
-        return int(scores.argmax()) if self.params.is_greedy else self.noise.draw(scores.softmax(-1))
-
-    def guess(self, ids: Sequence[int], logits: Float[Tensor, " vocab"], ahead: int) -> tuple[int, float]:
-        """What it would choose behind `ids`, `ahead` tokens from now, by another model's logits, and how likely it is.
-
-        With the random numbers that will choose that token: what two models agree on, both choose.
-        """
-        scores = self.scores(ids, logits)
-        self.leave_out(scores)
-        probabilities = scores.softmax(-1)
-        token = int(scores.argmax()) if self.params.is_greedy else self.noise.drawn_ahead(probabilities, ahead)
-        return token, float(probabilities[token])
