@@ -13,6 +13,7 @@ from lms import SERVED, served_pair, tiny_lm
 from prose import KINDS, PAGE, prose, tiny_pair, tiny_tokenizer
 from thoughtformer.compression import compress
 from thoughtformer.decode import Drafter, DraftModel, StepCosts, Suffix
+from thoughtformer.decode.budget import RowCosts
 from thoughtformer.decode.draft_model import _Rates
 from thoughtformer.decode.translation import translation_between
 from thoughtformer.engine import Engine, Limits, Scheduler, runner_of
@@ -268,20 +269,34 @@ def test_guesses_are_worth_what_came_of_them():
     assert rates.seconds == pytest.approx(1.9)
 
 
-def test_where_drafting_costs_more_than_it_saves_nothing_is_drafted():
-    """After it was tried once, and but for a trial now and then."""
+class FlatCosts(StepCosts):
+    """Passes of any number of tokens take a second; nothing is timed."""
+
+    def of(self, num_rows):
+        costs = RowCosts()
+        costs.measure(lambda width: 1.0, num_rows)
+        return costs
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_where_drafting_costs_more_than_it_saves_nothing_is_drafted(seconds):
+    """But for a trial now and then."""
     model, tokenizer = tiny_pair(plain=True)
     drafter = DraftModel(*tiny_pair(**KINDS["hourglass"], seed=9))
+    drafter.rates.seconds, drafter.rates.took = seconds, lambda _: None
+    drafter.rates.add = lambda *_: None  # what comes of drafts changes nothing
     (request,), rounds = answered(
         runner_of(model, tokenizer),
         [(PAGE[:90], SamplingParams(max_new_tokens=100, ignore_end_of_text=True), "")],
         drafter,
         max_rows=1,
-        costs=StepCosts(),
+        costs=FlatCosts(),
     )
-    assert drafter.rates.seconds is not None
-    assert request.num_drafted <= 40
-    assert rounds > 60
+    if seconds:
+        assert 4 <= request.num_drafted <= 16
+        assert rounds > 80
+    else:
+        assert request.num_drafted > 60
 
 
 @pytest.mark.parametrize(
